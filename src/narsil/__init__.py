@@ -1,0 +1,3 @@
+"""Narsil: a serving engine for recommendation models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Runs a Batch on a model: TorchScript + FBGEMM, ONNX Runtime, or a programmable fake."""

@@ -1,0 +1,35 @@
+"""The interface between the engine and a model: a Batch in, Scores out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from narsil.dataflow import Batch, Scores
+from narsil.models.schema import ModelSchema
+
+
+class Backend(ABC):
+    """A loaded model that one lane runs.
+
+    ``run`` is called by one thread at a time per instance. Lanes get instances of their own from ``share``, over
+    the same weights. An implementation releases the GIL for the forward, and must not keep or change the
+    batch's arrays after ``run`` returns.
+    """
+
+    name: str
+    schema: ModelSchema
+    device: str
+
+    @abstractmethod
+    def run(self, batch: Batch) -> Scores:
+        """One forward. Returns (B,) float32 per task, in the batch's row order. Raises whatever the model raises."""
+
+    @abstractmethod
+    def share(self) -> Backend:
+        """Another instance over the same weights, for another lane. Cheap in memory."""
+
+    def thread_setup(self) -> None:  # noqa: B027 - optional hook
+        """Called once in the lane's thread before its first run: thread-local state such as thread counts."""
+
+    def close(self) -> None:  # noqa: B027 - optional hook
+        """Frees what this instance owns."""

@@ -1,0 +1,114 @@
+"""The types that travel along a request's path. Each is complete when it is made and never filled in later.
+
+    Request  features + deadline + reply handle          transport -> engine
+    Batch    requests, row offsets, fused tensors        engine    -> backend
+    Scores   one array per task                          backend   -> engine
+    Result   scores or one error, plus stage times       engine    -> transport
+
+Letters in shapes: B rows, D dense columns, T sparse features, N ids in all bags together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.errors import RequestError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.signedinteger[Any]]
+
+Scores = Mapping[str, Floats]  # task -> (B,) float32
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One request's rows, already validated. Arrays may be strided views of the request's own bytes.
+
+    Bag (t, b) is ``values[starts[t, b] : starts[t, b] + lengths[t, b]]``: this one form holds key-major and
+    sample-major payloads alike, so nothing is copied before collation. Where every bag holds exactly one id
+    (``one_hot`` is given) that (T, B) view replaces starts and lengths.
+    """
+
+    rows: int  # B
+    dense: Floats  # (B, D)
+    values: Ints  # (N,) in the order in which they came
+    one_hot: Ints | None = None  # (T, B) view of values
+    starts: Ints | None = None  # (T, B)
+    lengths: Ints | None = None  # (T, B)
+    weights: Floats | None = None  # (N,) beside values
+
+    def slice(self, start: int, stop: int) -> Features:
+        """Rows start .. stop - 1, as views."""
+        return Features(
+            rows=stop - start,
+            dense=self.dense[start:stop],
+            values=self.values,
+            one_hot=None if self.one_hot is None else self.one_hot[:, start:stop],
+            starts=None if self.starts is None else self.starts[:, start:stop],
+            lengths=None if self.lengths is None else self.lengths[:, start:stop],
+            weights=self.weights,
+        )
+
+
+class Reply(Protocol):
+    """Where a request's one Result goes. Owned by the transport; ``deliver`` may be called from any thread."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the client has gone away: such a request need not run."""
+
+    def deliver(self, result: Result) -> None:
+        """Takes the result. Called exactly once for each request the engine admitted and did not hand back."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One client request: features, when it came, when it stops mattering, and where its result goes."""
+
+    features: Features
+    reply: Reply
+    arrived: float  # seconds on the engine's clock
+    deadline: float | None = None  # seconds on the engine's clock
+    priority: int = 0  # reserved for priority scheduling; 0 is normal
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.features.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward takes: the rows of all requests one after the other, sparse ids key-major over all rows."""
+
+    rows: int  # B, of all requests together
+    dense: Floats  # (B, D) contiguous
+    lengths: Ints  # (T * B,) int32, key-major
+    values: Ints  # (N,) int32 or int64, key-major
+    one_hot: bool  # every length is 1
+    weights: Floats | None = None  # (N,) beside values
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds that a request spent in each stage, and the company it had."""
+
+    queue: float = 0.0
+    collate: float = 0.0
+    execute: float = 0.0
+    batch_requests: int = 0
+    batch_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one request ended: scores, or one error."""
+
+    scores: Scores | None = None
+    error: RequestError | None = None
+    times: StageTimes = field(default_factory=StageTimes)

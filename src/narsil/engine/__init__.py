@@ -1,0 +1,1 @@
+"""Admits, schedules, collates, runs and splits requests."""

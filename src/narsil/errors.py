@@ -1,0 +1,111 @@
+"""Every error that Narsil raises on purpose, and the one table that maps them to the wires.
+
+    NarsilError
+    ├── ConfigError            a setting is wrong or unknown                 at start
+    ├── ArtifactError          a model file is missing, foreign or damaged   at start
+    ├── DeviceUnavailable      the asked-for device is not on this machine   at start
+    └── RequestError           one request ends with this, and only that one
+        ├── InvalidRequest     the payload breaks the model's schema
+        ├── ModelNotFound      names a model or version that is not served
+        ├── Unsupported        asks for something this server does not do
+        ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
+        ├── DeadlineExceeded   its deadline passed while it waited; it never ran
+        ├── Cancelled          the client went away while it waited; it never ran
+        ├── Draining           the server is shutting down
+        └── ForwardFailed      the model's forward raised on this request alone
+
+A message names the feature, the row and the limit, so that the caller can mend the request without reading code.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "STATUS",
+    "ArtifactError",
+    "Cancelled",
+    "ConfigError",
+    "DeadlineExceeded",
+    "DeviceUnavailable",
+    "Draining",
+    "ForwardFailed",
+    "InvalidRequest",
+    "ModelNotFound",
+    "NarsilError",
+    "QueueFull",
+    "RequestError",
+    "Unsupported",
+    "status_of",
+]
+
+
+class NarsilError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(NarsilError):
+    """A setting is wrong, unknown or contradicts another."""
+
+
+class ArtifactError(NarsilError):
+    """A model file is missing, damaged or of a kind Narsil does not understand."""
+
+
+class DeviceUnavailable(NarsilError):
+    """The asked-for device is not on this machine."""
+
+
+class RequestError(NarsilError):
+    """Ends exactly one request; the text goes to the client as it is."""
+
+
+class InvalidRequest(RequestError):
+    """The payload breaks the model's schema."""
+
+
+class ModelNotFound(RequestError):
+    """The request names a model or a version that is not served."""
+
+
+class Unsupported(RequestError):
+    """The request asks for something that this server does not do."""
+
+
+class QueueFull(RequestError):
+    """Admitted work is at its limit."""
+
+
+class DeadlineExceeded(RequestError):
+    """The deadline passed before the request ran."""
+
+
+class Cancelled(RequestError):
+    """The client cancelled before the request ran."""
+
+
+class Draining(RequestError):
+    """The server is shutting down and admits nothing more."""
+
+
+class ForwardFailed(RequestError):
+    """The model's forward raised on this request."""
+
+
+# Error class -> (gRPC status code as in google.rpc.Code, HTTP status). The only such table.
+STATUS: dict[type[RequestError], tuple[int, int]] = {
+    InvalidRequest: (3, 400),
+    ModelNotFound: (5, 404),
+    Unsupported: (12, 501),
+    QueueFull: (8, 429),
+    DeadlineExceeded: (4, 504),
+    Cancelled: (1, 499),
+    Draining: (14, 503),
+    ForwardFailed: (13, 500),
+}
+
+
+def status_of(error: RequestError) -> tuple[int, int]:
+    """The (gRPC code, HTTP status) of an error: its class's, or its nearest base class's, in STATUS."""
+    for cls in type(error).__mro__:
+        if cls in STATUS:
+            return STATUS[cls]
+    return 2, 500  # UNKNOWN

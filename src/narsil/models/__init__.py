@@ -1,0 +1,1 @@
+"""Model schemas, artifacts on disk, and building them."""

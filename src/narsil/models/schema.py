@@ -1,0 +1,116 @@
+"""What a model takes and gives: the schema every request is held against.
+
+Receives nothing but plain values (from a manifest or from an artifact's own attributes); imports neither torch
+nor onnx, so that clients can use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.errors import ArtifactError
+
+Pooling = Literal["sum", "mean"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-/:]{1,256}")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One sparse feature and the table it looks its ids up in. Valid ids are 0 .. rows - 1."""
+
+    name: str
+    table: str
+    rows: int
+    dim: int
+    pooling: Pooling = "sum"
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        for value in (self.name, self.table):
+            if not isinstance(value, str) or not _NAME.fullmatch(value):
+                raise ArtifactError(f"feature or table name {value!r} is not made of letters, digits and _.-/:")
+        for label, value in (("rows", self.rows), ("dim", self.dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {value!r}")
+        if self.pooling not in ("sum", "mean"):
+            raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {self.pooling!r}")
+
+
+@dataclass(frozen=True)
+class ModelSchema:
+    """The shape of a request: D dense columns, T sparse features in their key-major order, and the tasks scored."""
+
+    dense_dim: int
+    features: tuple[Feature, ...]
+    tasks: tuple[str, ...] = field(default=("default",))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
+            raise ArtifactError(f"dense_dim must be an integer of at least 0, not {self.dense_dim!r}")
+        if not self.features:
+            raise ArtifactError("the model has no sparse feature; Narsil serves models with at least one")
+        names = [feature.name for feature in self.features]
+        if len(set(names)) != len(names):
+            raise ArtifactError("two sparse features share one name")
+        if not self.tasks:
+            raise ArtifactError("the model scores no task")
+
+    @property
+    def num_features(self) -> int:
+        """T."""
+        return len(self.features)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Feature name -> its position 0 .. T - 1 in key-major order."""
+        return {feature.name: position for position, feature in enumerate(self.features)}
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """(T,) int64: the number of rows of each feature's table."""
+        return np.array([feature.rows for feature in self.features], dtype=np.int64)
+
+    @cached_property
+    def min_rows(self) -> int:
+        """The smallest table's rows: ids below it are valid for every feature."""
+        return int(self.rows.min())
+
+    @cached_property
+    def id_dtype(self) -> np.dtype[Any]:
+        """int32 where every id fits it, else int64."""
+        return np.dtype(np.int32 if int(self.rows.max()) <= 2**31 else np.int64)
+
+    @cached_property
+    def weighted(self) -> bool:
+        """Whether any feature's bags take a weight per id."""
+        return any(feature.weighted for feature in self.features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in manifest.json."""
+        return {
+            "dense_dim": self.dense_dim,
+            "features": [asdict(feature) for feature in self.features],
+            "tasks": list(self.tasks),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelSchema:
+        """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
+        try:
+            if set(data) != {"dense_dim", "features", "tasks"}:
+                raise ArtifactError(f"a schema has dense_dim, features and tasks, not {sorted(data)}")
+            return cls(
+                dense_dim=data["dense_dim"],
+                features=tuple(Feature(**feature) for feature in data["features"]),
+                tasks=tuple(str(task) for task in data["tasks"]),
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"the schema is damaged: {error}") from None

@@ -1,0 +1,1 @@
+"""Bytes from the network into Requests, Results back into bytes."""

@@ -1,0 +1,1 @@
+"""One module per wire: bytes to Features, scores to bytes. Pure functions, no sockets."""
