@@ -26,33 +26,54 @@ Scores = Mapping[str, Floats]  # task -> (B,) float32
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
-    """One request's rows, already validated. Arrays may be strided views of the request's own bytes.
+class OneHot:
+    """Sparse ids where every bag holds exactly one: the common case, and one that needs no lengths."""
 
-    Bag (t, b) is ``values[starts[t, b] : starts[t, b] + lengths[t, b]]``: this one form holds key-major and
-    sample-major payloads alike, so nothing is copied before collation. Where every bag holds exactly one id
-    (``one_hot`` is given) that (T, B) view replaces starts and lengths.
+    ids: Ints  # (T, B), any strides: a sample-major payload is its own transposed view
+
+    @property
+    def count(self) -> int:
+        """N: ids in all bags together."""
+        return self.ids.size
+
+    def slice(self, start: int, stop: int) -> OneHot:
+        """Rows start .. stop - 1, as a view."""
+        return OneHot(self.ids[:, start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Jagged:
+    """Sparse ids in bags of any length: bag (t, b) is ``values[starts[t, b] : starts[t, b] + lengths[t, b]]``.
+
+    This one form holds key-major and sample-major payloads and row slices of both, so nothing moves before collation.
     """
+
+    values: Ints  # in the order in which they came
+    starts: Ints  # (T, B)
+    lengths: Ints  # (T, B)
+    weights: Floats | None = None  # beside values
+
+    @property
+    def count(self) -> int:
+        """N: ids in all bags together; more than ``len(values)`` where bags share ids."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def slice(self, start: int, stop: int) -> Jagged:
+        """Rows start .. stop - 1, as views; values stay whole."""
+        return Jagged(self.values, self.starts[:, start:stop], self.lengths[:, start:stop], self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One request's rows, already validated. Arrays may be read-only views of the request's own bytes."""
 
     rows: int  # B
     dense: Floats  # (B, D)
-    values: Ints  # (N,) in the order in which they came
-    one_hot: Ints | None = None  # (T, B) view of values
-    starts: Ints | None = None  # (T, B)
-    lengths: Ints | None = None  # (T, B)
-    weights: Floats | None = None  # (N,) beside values
+    sparse: OneHot | Jagged
 
     def slice(self, start: int, stop: int) -> Features:
         """Rows start .. stop - 1, as views."""
-        return Features(
-            rows=stop - start,
-            dense=self.dense[start:stop],
-            values=self.values,
-            one_hot=None if self.one_hot is None else self.one_hot[:, start:stop],
-            starts=None if self.starts is None else self.starts[:, start:stop],
-            lengths=None if self.lengths is None else self.lengths[:, start:stop],
-            weights=self.weights,
-        )
+        return Features(stop - start, self.dense[start:stop], self.sparse.slice(start, stop))
 
 
 class Reply(Protocol):

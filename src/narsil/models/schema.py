@@ -37,9 +37,9 @@ class Feature:
         for value in (self.name, self.table):
             if not isinstance(value, str) or not _NAME.fullmatch(value):
                 raise ArtifactError(f"feature or table name {value!r} is not made of letters, digits and _.-/:")
-        for label, value in (("rows", self.rows), ("dim", self.dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {value!r}")
+        for label, number in (("rows", self.rows), ("dim", self.dim)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {number!r}")
         if self.pooling not in ("sum", "mean"):
             raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {self.pooling!r}")
 
@@ -50,7 +50,7 @@ class ModelSchema:
 
     dense_dim: int
     features: tuple[Feature, ...]
-    tasks: tuple[str, ...] = field(default=("default",))
+    tasks: tuple[str, ...] = ("default",)
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:

@@ -1,0 +1,94 @@
+"""Runs the ONNX graph through ONNX Runtime (backend name "onnx"). Needs no torch.
+
+Receives an Artifact; owns the session, which all instances from ``share`` use together: its run is thread-safe,
+releases the GIL and, with one intra-op thread, computes in the caller's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from narsil.backends.base import Backend
+from narsil.dataflow import Batch, Scores
+from narsil.errors import ArtifactError, DeviceUnavailable
+from narsil.models.artifact import Artifact
+from narsil.models.schema import ModelSchema
+
+__all__ = ["OnnxBackend"]
+
+_INPUTS = {"float_features", "id_list_features.lengths", "id_list_features.values"}
+
+
+class OnnxBackend(Backend):
+    """An ONNX Runtime session on the CPU."""
+
+    name = "onnx"
+
+    def __init__(self, session: Any, schema: ModelSchema) -> None:
+        self.schema = schema
+        self.device = "cpu"
+        self._session = session
+        self._tasks = list(schema.tasks)
+
+    @classmethod
+    def load(cls, artifact: Artifact, device: str = "cpu", intra_op_threads: int = 1) -> OnnxBackend:
+        """Opens the graph. Raises ArtifactError where it is damaged or differs from the artifact's schema."""
+        if artifact.onnx is None:
+            raise ArtifactError(f"{artifact.path} has no ONNX graph; package it with --onnx, or use --backend torch")
+        if device != "cpu":
+            raise DeviceUnavailable(f"the onnx backend runs on the cpu, not on {device}; use --backend torch")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = intra_op_threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # plans are kept per input shape, and batches come in every shape
+        options.log_severity_level = 3
+        # A spinning pool would burn the cores that other lanes compute on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        try:
+            session = onnxruntime.InferenceSession(str(artifact.onnx), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(f"{artifact.onnx} cannot be loaded: {first}") from None
+        _check_interface(session, artifact)
+        return cls(session, artifact.schema)
+
+    def run(self, batch: Batch) -> Scores:
+        """As Backend.run."""
+        scores = self._session.run(
+            self._tasks,
+            {
+                "float_features": batch.dense,
+                "id_list_features.lengths": batch.lengths,
+                "id_list_features.values": batch.values.astype(self.schema.id_dtype, copy=False),
+            },
+        )
+        for task, array in zip(self._tasks, scores, strict=True):
+            if array.shape != (batch.rows,) or array.dtype != np.float32:
+                raise ArtifactError(
+                    f"the model returned {task} as {array.dtype} of shape {array.shape} for {batch.rows} rows"
+                )
+        return dict(zip(self._tasks, scores, strict=True))
+
+    def share(self) -> OnnxBackend:
+        """Another instance over the same session."""
+        return OnnxBackend(self._session, self.schema)
+
+
+def _check_interface(session: Any, artifact: Artifact) -> None:
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name for value in session.get_outputs()}
+    if set(inputs) != _INPUTS or not set(artifact.schema.tasks) <= outputs:
+        raise ArtifactError(
+            f"{artifact.onnx} takes {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}, which does "
+            "not fit its manifest; package the model again"
+        )
+    width = inputs["float_features"].shape[1]
+    if width != artifact.schema.dense_dim:
+        raise ArtifactError(
+            f"{artifact.onnx} takes {width} dense columns, its manifest says {artifact.schema.dense_dim}; "
+            "package the model again"
+        )

@@ -1,0 +1,84 @@
+"""Chooses and loads the backend that runs an artifact. Backends are imported only when they are chosen."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+from narsil.backends.base import Backend
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
+from narsil.models.artifact import Artifact
+
+__all__ = ["BackendName", "load_backend"]
+
+BackendName = Literal["auto", "torch", "onnx"]
+
+
+def load_backend(
+    artifact: Artifact, name: str = "auto", device: str | None = None, intra_op_threads: int = 1
+) -> Backend:
+    """The artifact, loaded on ``device`` (None: the one it was packaged for).
+
+    ``auto`` takes torch where the artifact has TorchScript for that device and torch and fbgemm are installed, else
+    onnx. Raises ArtifactError, ConfigError or DeviceUnavailable, saying what to do.
+    """
+    if intra_op_threads < 1:
+        raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
+    chosen = _choose(artifact, device) if name == "auto" else name
+    if chosen == "torch":
+        return _load_torch(artifact, device or artifact.device, intra_op_threads)
+    if chosen == "onnx":
+        if find_spec("onnxruntime") is None:
+            raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
+        from narsil.backends.onnx import OnnxBackend
+
+        return OnnxBackend.load(artifact, device or "cpu", intra_op_threads)
+    raise ConfigError(f"backend must be auto, torch or onnx, not {chosen!r}")
+
+
+def _choose(artifact: Artifact, device: str | None) -> str:
+    fits = artifact.torchscript is not None and (device is None or _same(artifact.device, device))
+    if fits and _has_torch():
+        return "torch"
+    if artifact.onnx is not None and device in (None, "cpu") and find_spec("onnxruntime") is not None:
+        return "onnx"
+    if artifact.torchscript is not None and not _has_torch():
+        raise ConfigError(
+            f"{artifact.path} needs torch and fbgemm: install narsil[cpu] or narsil[cuda]"
+            + (", or narsil[onnx] for its ONNX graph" if artifact.onnx is not None else "")
+        )
+    return "torch" if artifact.torchscript is not None else "onnx"
+
+
+def _load_torch(artifact: Artifact, device: str, intra_op_threads: int) -> Backend:
+    if not _has_torch():
+        raise ConfigError("the torch backend needs torch and fbgemm: install narsil[cpu] or narsil[cuda]")
+    if artifact.torchscript is None:
+        raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
+    if not _same(artifact.device, device):
+        raise ArtifactError(
+            f"{artifact.torchscript} is packaged for {artifact.device} and cannot run on {device}; "
+            f"package it with --device {device}, or serve it with --device {artifact.device}"
+        )
+    # The module's own name for the device is the one that its constants hold.
+    device = artifact.device
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available() or int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise DeviceUnavailable(
+                f"{artifact.torchscript} is packaged for {device}, which is not on this machine; "
+                "package it with --device cpu, or serve it where that GPU is"
+            )
+    from narsil.backends.torchscript import TorchScriptBackend
+
+    return TorchScriptBackend.load(artifact, device, intra_op_threads)
+
+
+def _has_torch() -> bool:
+    return find_spec("torch") is not None and find_spec("fbgemm_gpu") is not None
+
+
+def _same(baked: str, asked: str) -> bool:
+    """Whether two names mean one device: cuda is cuda:0."""
+    return baked == asked or {baked, asked} == {"cuda", "cuda:0"}

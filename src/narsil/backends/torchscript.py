@@ -1,0 +1,120 @@
+"""Runs model_default.pt through TorchScript (backend name "torch").
+
+Receives an Artifact and a device; owns the loaded module, which all instances from ``share`` use together: its
+forward is thread-safe and runs without the GIL. On CUDA each instance has a stream of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fbgemm_gpu  # noqa: F401 - registers the operators that the module calls
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from narsil.backends.base import Backend
+from narsil.dataflow import Batch, Floats, Scores
+from narsil.errors import ArtifactError
+from narsil.models.artifact import Artifact
+from narsil.models.schema import ModelSchema
+from narsil.models.torchrec import DENSE, LENGTHS, VALUES, load_torchscript, schema_of
+
+__all__ = ["TorchScriptBackend"]
+
+
+class TorchScriptBackend(Backend):
+    """A ScriptModule that takes and returns named tensors."""
+
+    name = "torch"
+
+    def __init__(self, module: Any, schema: ModelSchema, device: str, intra_op_threads: int = 1) -> None:
+        self.schema = schema
+        self.device = device
+        self._module = module
+        self._threads = intra_op_threads
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    @classmethod
+    def load(cls, artifact: Artifact, device: str, intra_op_threads: int = 1) -> TorchScriptBackend:
+        """Loads the artifact's module. Raises ArtifactError where it differs from the artifact's schema."""
+        if artifact.torchscript is None:
+            raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
+        module = load_torchscript(artifact.torchscript, device)
+        # The manifest's row counts bound the ids that are let in: they must be the tables' own.
+        schema, _ = schema_of(module, artifact.torchscript.name)
+        if schema != artifact.schema:
+            raise ArtifactError(
+                f"{artifact.torchscript} and its manifest describe different models: {_difference(schema, artifact.schema)}; "
+                "package the model again"
+            )
+        return cls(module, artifact.schema, device, intra_op_threads)
+
+    def run(self, batch: Batch) -> Scores:
+        """As Backend.run; the inputs' memory is lent to torch, not copied."""
+        inputs = {
+            DENSE: _tensor(batch.dense),
+            LENGTHS: _tensor(batch.lengths),
+            VALUES: _tensor(batch.values),
+        }
+        with torch.inference_mode():
+            if self._stream is None:
+                outputs = self._module(inputs)
+            else:
+                outputs = self._run_on_stream(inputs)
+        return {task: self._checked(task, outputs, batch.rows) for task in self.schema.tasks}
+
+    def _run_on_stream(self, inputs: dict[str, torch.Tensor]) -> Any:
+        with torch.cuda.stream(self._stream):
+            on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
+            outputs = self._module(on_device)
+            # TorchRec's modules copy their scores back without waiting for the copy to end.
+            self._stream.synchronize()
+        return outputs
+
+    def _checked(self, task: str, outputs: Any, rows: int) -> Floats:
+        scores = outputs.get(task) if isinstance(outputs, dict) else None
+        if scores is None:
+            raise ArtifactError(f"the model returned no scores named {task}")
+        if tuple(scores.shape) != (rows,) or scores.dtype != torch.float32:
+            raise ArtifactError(
+                f"the model returned {task} as {scores.dtype} of shape {tuple(scores.shape)} for {rows} rows"
+            )
+        result: Floats = scores.detach().cpu().numpy()
+        return result
+
+    def share(self) -> TorchScriptBackend:
+        """Another instance over the same module."""
+        return TorchScriptBackend(self._module, self.schema, self.device, self._threads)
+
+    def thread_setup(self) -> None:
+        """Sets this thread's intra-op thread count: torch keeps it per thread."""
+        torch.set_num_threads(self._threads)
+
+
+class _Lent:
+    """Presents read-only memory as writable, since torch warns of arrays that are not; the model only reads it."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        interface = array.__array_interface__
+        self.owner = array
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    if not array.flags.writeable:
+        array = np.asarray(_Lent(array))
+    return torch.from_numpy(array)
+
+
+def _difference(actual: ModelSchema, claimed: ModelSchema) -> str:
+    for ours, theirs in zip(actual.features, claimed.features, strict=False):
+        if ours != theirs:
+            return f"feature {ours.name} has {ours.rows} rows of {ours.dim}, the manifest says {theirs.name}, " + (
+                f"{theirs.rows} of {theirs.dim}"
+            )
+    return (
+        f"{actual.num_features} features, {actual.dense_dim} dense columns and tasks {', '.join(actual.tasks)} against "
+        f"{claimed.num_features}, {claimed.dense_dim} and {', '.join(claimed.tasks)}"
+    )

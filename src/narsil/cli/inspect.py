@@ -1,0 +1,79 @@
+"""``narsil inspect``: prints the requests that an artifact expects, and the state of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from narsil.models.artifact import Artifact, open_artifact
+
+__all__ = ["command"]
+
+_SHOWN_FEATURES = 40
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
+def command(path: Path, as_json: bool, no_verify: bool) -> None:
+    """Print the schema that the artifact at PATH expects, and check its files."""
+    artifact = open_artifact(path, verify=not no_verify)
+    described = _describe(artifact, verified=not no_verify)
+    if as_json:
+        click.echo(json.dumps(described, indent=1))
+    else:
+        _print(artifact, described)
+
+
+def _describe(artifact: Artifact, verified: bool) -> dict[str, Any]:
+    manifest = artifact.manifest or {}
+    state = "ok" if verified else "not checked"
+    files = [
+        {"role": role, "file": entry["file"], "bytes": entry["bytes"], "checksum": state}
+        for role, entry in manifest.get("files", {}).items()
+    ]
+    if not files and artifact.torchscript is not None:
+        size = artifact.torchscript.stat().st_size
+        files = [{"role": "torchscript", "file": artifact.torchscript.name, "bytes": size, "checksum": "none known"}]
+    return {
+        "name": artifact.name,
+        "version": artifact.version,
+        "path": str(artifact.path),
+        "device": artifact.device,
+        "schema": artifact.schema.to_dict(),
+        "files": files,
+        "architecture": manifest.get("architecture"),
+        "versions": manifest.get("versions"),
+    }
+
+
+def _print(artifact: Artifact, described: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    schema = artifact.schema
+    console = Console()
+    console.print(f"[bold]{artifact.name}[/bold] version {artifact.version} for {artifact.device}", highlight=False)
+    console.print(
+        f"float_features (B, {schema.dense_dim}) float32; {schema.num_features} sparse features, key-major, in this "
+        f"order; ids {schema.id_dtype}; scores: {', '.join(schema.tasks)}",
+        highlight=False,
+    )
+    features = Table("#", "feature", "table", "valid ids", "dim", "pooling")
+    for position, feature in enumerate(schema.features[:_SHOWN_FEATURES]):
+        ids = f"0 .. {feature.rows - 1:,}"
+        features.add_row(str(position), feature.name, feature.table, ids, str(feature.dim), feature.pooling)
+    console.print(features)
+    if schema.num_features > _SHOWN_FEATURES:
+        console.print(f".. and {schema.num_features - _SHOWN_FEATURES} more; --json prints all")
+    files = Table("file", "role", "MB", "checksum")
+    for entry in described["files"]:
+        files.add_row(entry["file"], entry["role"], f"{entry['bytes'] / 1e6:,.1f}", entry["checksum"])
+    console.print(files)
+    if described["versions"]:
+        known = (f"{name} {version}" for name, version in described["versions"].items() if version)
+        console.print(f"packaged by {', '.join(known)}", highlight=False)

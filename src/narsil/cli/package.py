@@ -1,0 +1,187 @@
+"""``narsil package``: builds a servable artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from narsil.errors import ConfigError
+from narsil.models.artifact import Artifact
+from narsil.models.dlrm import DlrmConfig, random_weights
+from narsil.models.schema import Pooling
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+__all__ = ["command"]
+
+_DEFAULT = DlrmConfig()
+
+
+class _Sizes(click.ParamType):
+    """Comma-separated whole numbers."""
+
+    name = "N,N,.."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part.strip().replace("_", "")) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not whole numbers separated by commas", param, ctx)
+
+
+class _Names(click.ParamType):
+    """Comma-separated names."""
+
+    name = "NAME,NAME,.."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(part.strip() for part in str(value).split(","))
+
+
+def _shown(sizes: tuple[int, ...]) -> str:
+    return ",".join(map(str, sizes))
+
+
+@click.group()
+def command() -> None:
+    """Build a servable artifact from options or trained weights."""
+
+
+@command.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
+@click.option("--rows", type=_Sizes(), help=f"Rows of every table, or of each.  [default: {_DEFAULT.rows}]")
+@click.option("--tables", type=int, help=f"Sparse features, one table each.  [default: {_DEFAULT.tables}]")
+@click.option("--dim", type=int, help=f"Columns of a table.  [default: {_DEFAULT.dim}]")
+@click.option("--dense-features", type=int, help=f"Dense columns of a row.  [default: {_DEFAULT.dense_features}]")
+@click.option("--dense-arch", type=_Sizes(), help=f"Layers; ends in dim.  [default: {_shown(_DEFAULT.dense_arch)}]")
+@click.option("--over-arch", type=_Sizes(), help=f"Layers; ends in 1.  [default: {_shown(_DEFAULT.over_arch)}]")
+@click.option("--seed", type=int, help=f"Seed of the random weights.  [default: {_DEFAULT.seed}]")
+@click.option(
+    "--features", type=_Names(), default=(), help="Names of the sparse features in order.  [default: cat_0,cat_1,..]"
+)
+@click.option("--pooling", type=click.Choice(["sum", "mean"]), default=_DEFAULT.pooling, show_default=True)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Trained weights (.safetensors, or a torch state_dict); the architecture is read from their shapes.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N; baked into model_default.pt.")
+@click.option("--name", default="dlrm", show_default=True, help="Name that requests call the model by.")
+@click.option("--version", default="1", show_default=True)
+@click.option("--onnx/--no-onnx", default=None, help="Write the ONNX graph too.  [default: if onnx is installed]")
+def dlrm(
+    out: Path,
+    rows: tuple[int, ...] | None,
+    tables: int | None,
+    dim: int | None,
+    dense_features: int | None,
+    dense_arch: tuple[int, ...] | None,
+    over_arch: tuple[int, ...] | None,
+    seed: int | None,
+    features: tuple[str, ...],
+    pooling: str,
+    checkpoint: Path | None,
+    device: str,
+    name: str,
+    version: str,
+    onnx: bool | None,
+) -> None:
+    """Package a DLRM: INT8 tables for TorchScript, FP32 for ONNX."""
+    _check_device(device)  # before minutes of work
+    given = {
+        "rows": rows[0] if rows is not None and len(rows) == 1 else rows,
+        "tables": len(rows) if tables is None and rows is not None and len(rows) > 1 else tables,
+        "dim": dim,
+        "dense_features": dense_features,
+        "dense_arch": dense_arch,
+        "over_arch": over_arch,
+        "seed": seed,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    pool: Pooling = "mean" if pooling == "mean" else "sum"
+    with _progress() as report:
+        report("weights", 0, 1)
+        if checkpoint is None:
+            config = _config(options, features, pool)
+            weights = random_weights(config)
+        else:
+            if options:
+                raise ConfigError(
+                    f"--{next(iter(options)).replace('_', '-')} contradicts --checkpoint, whose shapes say it"
+                )
+            from narsil.models.checkpoint import load_checkpoint
+
+            config, weights = load_checkpoint(checkpoint, features=features, pooling=pool)
+        report("weights", 1, 1)
+        from narsil.models.packager import package_dlrm
+
+        artifact = package_dlrm(
+            config,
+            weights,
+            out,
+            device=device,
+            name=name,
+            version=version,
+            origin=checkpoint.name if checkpoint else None,
+            onnx=onnx,
+            progress=report,
+        )
+    _summary(artifact)
+
+
+def _config(options: dict[str, Any], features: tuple[str, ...], pooling: Pooling) -> DlrmConfig:
+    if features and "tables" not in options:
+        options = {**options, "tables": len(features)}
+    return DlrmConfig(**options, feature_names=features, pooling=pooling)
+
+
+def _check_device(device: str) -> None:
+    try:
+        import fbgemm_gpu  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"packaging needs torch and fbgemm ({error}); install narsil[cpu] or narsil[cuda]") from None
+    from narsil.models.packager import check_device
+
+    check_device(device)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows one bar per stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _summary(artifact: Artifact) -> None:
+    schema = artifact.schema
+    manifest = artifact.manifest or {}
+    click.echo(
+        f"{artifact.name} version {artifact.version}: {schema.num_features} sparse features, "
+        f"{schema.dense_dim} dense columns, {int(schema.rows.sum()):,} table rows, for {artifact.device}"
+    )
+    for entry in manifest.get("files", {}).values():
+        click.echo(f"  {artifact.path / entry['file']}  {entry['bytes'] / 1e6:,.1f} MB")
+    if artifact.onnx is None:
+        click.echo("  no ONNX graph: the onnx package is not installed, or --no-onnx was given")
+    click.echo(f"Next: narsil serve --model {artifact.path}")

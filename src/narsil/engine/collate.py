@@ -1,0 +1,95 @@
+"""Fuses the features of several requests into one Batch.
+
+Receives validated Features in whatever layout they came, produces key-major tensors over all rows. Owns the
+buffers it fills, which are used again by the next batch of the same lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.dataflow import Batch, Features, Floats, Ints, Jagged, OneHot
+from narsil.models.schema import ModelSchema
+
+
+class Collator:
+    """One lane's collation buffers. A Batch it returns is valid until its next ``collate``."""
+
+    def __init__(self, schema: ModelSchema) -> None:
+        self._schema = schema
+        self._dense = np.empty(0, dtype=np.float32)
+        self._values: Ints = np.empty(0, dtype=schema.id_dtype)
+        self._ones = np.ones(0, dtype=np.int32)
+
+    def collate(self, parts: Sequence[Features]) -> Batch:
+        """Fuses parts in the given order: row i of part p becomes row ``sum of rows before p`` + i."""
+        rows = sum(part.rows for part in parts)
+        dense = self._fuse_dense(parts, rows)
+        one_hot = [part.sparse for part in parts if isinstance(part.sparse, OneHot)]
+        if len(one_hot) == len(parts):
+            return self._one_hot_batch(one_hot, rows, dense)
+        return self._jagged_batch([_jagged(part.sparse) for part in parts], rows, dense)
+
+    def _fuse_dense(self, parts: Sequence[Features], rows: int) -> Floats:
+        width = self._schema.dense_dim
+        self._dense = _grown(self._dense, rows * width)
+        dense = self._dense[: rows * width].reshape(rows, width)
+        start = 0
+        for part in parts:
+            dense[start : start + part.rows] = part.dense
+            start += part.rows
+        return dense
+
+    def _one_hot_batch(self, parts: Sequence[OneHot], rows: int, dense: Floats) -> Batch:
+        count = self._schema.num_features * rows
+        self._values = _grown(self._values, count)
+        values = self._values[:count].reshape(-1, rows)
+        start = 0
+        for part in parts:
+            stop = start + part.ids.shape[1]
+            values[:, start:stop] = part.ids
+            start = stop
+        if len(self._ones) < count:
+            self._ones = np.ones(2 * count, dtype=np.int32)
+        return Batch(rows, dense, self._ones[:count], values.reshape(count), one_hot=True)
+
+    def _jagged_batch(self, parts: Sequence[Jagged], rows: int, dense: Floats) -> Batch:
+        bases = np.cumsum([0, *(len(part.values) for part in parts[:-1])])
+        # Over all rows, key-major: where each bag begins in the parts' values laid end to end, and how long it is.
+        starts = np.concatenate([part.starts + base for part, base in zip(parts, bases, strict=True)], axis=1).ravel()
+        lengths = np.concatenate([part.lengths for part in parts], axis=1, dtype=np.int32).ravel()
+        ends = np.cumsum(lengths, dtype=np.int64)
+        # Value i of the batch comes from position i + (its bag's start there - its bag's start here).
+        source = np.repeat(starts - (ends - lengths), lengths)
+        source += np.arange(len(source))
+        values = np.concatenate([part.values for part in parts], dtype=self._schema.id_dtype)[source]
+        weights = None
+        if any(part.weights is not None for part in parts):
+            weights = np.concatenate([_weights(part) for part in parts])[source]
+        return Batch(rows, dense, lengths, values, one_hot=False, weights=weights)
+
+
+def _jagged(sparse: OneHot | Jagged) -> Jagged:
+    """Any sparse part as Jagged; only one that has to share a batch with jagged company is converted."""
+    if isinstance(sparse, Jagged):
+        return sparse
+    count = sparse.ids.size
+    return Jagged(
+        values=sparse.ids.reshape(count),
+        starts=np.arange(count, dtype=np.int64).reshape(sparse.ids.shape),
+        lengths=np.ones(sparse.ids.shape, dtype=np.int32),
+    )
+
+
+def _weights(part: Jagged) -> Floats:
+    """(N,) weights of a part; an id without a weight weighs 1."""
+    return np.ones(len(part.values), dtype=np.float32) if part.weights is None else part.weights
+
+
+def _grown(buffer: NDArray[Any], size: int) -> NDArray[Any]:
+    """The buffer if it holds ``size`` items, else a new one with room to spare."""
+    return buffer if len(buffer) >= size else np.empty(2 * size, dtype=buffer.dtype)

@@ -1,0 +1,207 @@
+"""The engine: admits requests, hands them to lanes, and ends each exactly once.
+
+Receives Requests from any transport's thread, delivers Results from lane threads. Owns the queue, the lanes and
+the counts. It acts on what the scheduler decides and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from narsil.backends.base import Backend
+from narsil.clock import Clock, MonotonicClock
+from narsil.dataflow import Features, Request, Result, StageTimes
+from narsil.engine.lane import Lane
+from narsil.engine.queue import QueueLimits, RequestQueue
+from narsil.engine.scheduler import BatchPolicy, schedule
+from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, RequestError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EngineStatistics:
+    """Counts since the start. ``submitted`` is the sum of all ends plus ``queued`` plus ``running``."""
+
+    submitted: int = 0
+    answered: int = 0
+    rejected: int = 0  # never admitted: queue full or draining
+    expired: int = 0
+    cancelled: int = 0  # while queued; one that was cancelled while it ran counts as answered or failed
+    failed: int = 0
+    batches: int = 0
+    rows: int = 0  # of all batches
+    queued: int = 0
+    running: int = 0
+
+
+class Engine:
+    """Continuous batching over the lanes of one model.
+
+    ``backends`` holds one instance per lane. Thread-safe. Every request that ``submit`` admits gets exactly
+    one ``reply.deliver``; one that ``submit`` raises for or that ``cancel`` takes back gets none.
+    """
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        policy: BatchPolicy | None = None,
+        limits: QueueLimits | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if not backends:
+            raise ConfigError("an engine needs at least one lane")
+        self.schema = backends[0].schema
+        self._policy = policy or BatchPolicy()
+        self._clock = clock or MonotonicClock()
+        self._queue = RequestQueue(limits or QueueLimits())
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # lanes wait here for work
+        self._idle = threading.Condition(lock)  # drain waits here for the last request to end
+        self._draining = False
+        self._stats = EngineStatistics()
+        self._lanes = [
+            Lane(f"lane-{i}", backend, self._policy.max_rows, self._take, self._settle, self._clock.now)
+            for i, backend in enumerate(backends)
+        ]
+
+    def start(self, warmup: Sequence[Features] = ()) -> None:
+        """Starts the lanes and returns once each has run every warmup payload. Raises what a warmup forward raised."""
+        for lane in self._lanes:
+            lane.warmup = warmup
+            lane.start()
+        for lane in self._lanes:
+            lane.wait_until_warm()
+
+    def now(self) -> float:
+        """The engine's clock, on which requests state their arrival and deadline."""
+        return self._clock.now()
+
+    def submit(self, request: Request) -> None:
+        """Admits a request; its Result comes through ``request.reply``.
+
+        Raises Draining after ``drain`` began, QueueFull at the queue's limits, InvalidRequest for one that no
+        queue could hold. What waits but is past its deadline or cancelled gives way before QueueFull is raised.
+        """
+        ended: list[tuple[Request, Result]] = []
+        try:
+            with self._changed:
+                self._stats.submitted += 1
+                try:
+                    if self._draining:
+                        raise Draining("the server is shutting down; retry on another one")
+                    if not self._queue.has_room_for(request):
+                        ended = self._sweep()
+                    self._queue.add(request)
+                except RequestError:
+                    self._stats.rejected += 1
+                    raise
+                self._changed.notify()
+        finally:
+            _deliver(ended)
+
+    def cancel(self, request: Request) -> bool:
+        """Takes a request back: it frees its place at once and never runs. False when it runs already or has ended."""
+        with self._changed:
+            if not self._queue.remove(request):
+                return False
+            self._stats.cancelled += 1
+            self._signal_if_idle()
+            return True
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Admits nothing more, waits for all admitted requests to end, stops the lanes.
+
+        Returns False when work was still running after ``timeout`` seconds of real time.
+        """
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            done = self._idle.wait_for(self._is_idle, timeout)
+        if done:
+            for lane in self._lanes:
+                if lane.ident is not None:
+                    lane.join(timeout)
+        return done
+
+    def statistics(self) -> EngineStatistics:
+        """A consistent snapshot of the counts."""
+        with self._changed:
+            return replace(self._stats, queued=len(self._queue))
+
+    def _take(self) -> Sequence[Request] | None:
+        """What the calling lane runs next; waits for it. None ends the lane."""
+        while True:
+            with self._changed:
+                decision = schedule(self._queue, self._policy, self._clock.now())
+                ended = self._end_unrun(decision.expired, decision.cancelled)
+                for request in decision.take:
+                    self._queue.remove(request)
+                if decision.take:
+                    self._stats.batches += 1
+                    self._stats.rows += sum(request.rows for request in decision.take)
+                    self._stats.running += len(decision.take)
+                elif not ended:
+                    if self._draining and not len(self._queue):
+                        return None
+                    self._clock.wait(self._changed, decision.wake_at)
+                    continue
+                self._signal_if_idle()
+            _deliver(ended)
+            if decision.take:
+                return decision.take
+
+    def _settle(self, results: Sequence[tuple[Request, Result]]) -> None:
+        failed = sum(result.error is not None for _, result in results)
+        with self._changed:
+            self._stats.running -= len(results)
+            self._stats.failed += failed
+            self._stats.answered += len(results) - failed
+            self._signal_if_idle()
+        _deliver(results)
+
+    def _sweep(self) -> list[tuple[Request, Result]]:
+        now = self._clock.now()
+        cancelled = [request for request in self._queue if request.reply.cancelled]
+        expired = [
+            request
+            for request in self._queue
+            if request.deadline is not None and request.deadline <= now and not request.reply.cancelled
+        ]
+        return self._end_unrun(expired, cancelled)
+
+    def _end_unrun(self, expired: Iterable[Request], cancelled: Iterable[Request]) -> list[tuple[Request, Result]]:
+        """Takes requests that will never run out of the queue; the caller delivers their results without the lock."""
+        now = self._clock.now()
+        ended = []
+        for request in expired:
+            self._queue.remove(request)
+            waited = now - request.arrived
+            error = DeadlineExceeded(f"the deadline passed after {waited * 1e3:.1f} ms in the queue; it was not run")
+            ended.append((request, Result(error=error, times=StageTimes(queue=waited))))
+        self._stats.expired += len(ended)
+        for request in cancelled:
+            self._queue.remove(request)
+            self._stats.cancelled += 1
+            ended.append((request, Result(error=Cancelled("the client cancelled the request; it was not run"))))
+        return ended
+
+    def _is_idle(self) -> bool:
+        return not len(self._queue) and not self._stats.running
+
+    def _signal_if_idle(self) -> None:
+        if self._draining and self._is_idle():
+            self._idle.notify_all()
+            self._changed.notify_all()
+
+
+def _deliver(results: Iterable[tuple[Request, Result]]) -> None:
+    """Hands results over. A transport that raises loses its own result and nothing else."""
+    for request, result in results:
+        try:
+            request.reply.deliver(result)
+        except Exception:
+            log.exception("a transport failed to take a result")

@@ -1,0 +1,62 @@
+"""Decides what a free lane runs next. A pure function: no clock, no lock, no side effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from narsil.dataflow import Request
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """The limits of one batch. Worker mode is ``max_requests=1, timeout=0``."""
+
+    max_requests: int = 16
+    max_rows: int = 4096
+    timeout: float = 0.0  # seconds a free lane lets the oldest request wait for company
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with the queue now. The three tuples hold different requests, each in queue order."""
+
+    take: tuple[Request, ...] = ()
+    expired: tuple[Request, ...] = ()
+    cancelled: tuple[Request, ...] = ()
+    wake_at: float | None = None  # nothing to take before this time unless the queue changes; None: wait for ever
+
+
+def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decision:
+    """What a lane that is free at ``now`` takes from the queue, oldest first.
+
+    It takes everything that waits up to the policy's limits, first come first served: a request that does not
+    fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a
+    batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on
+    the way are sorted out and never taken.
+    """
+    take: list[Request] = []
+    expired: list[Request] = []
+    cancelled: list[Request] = []
+    rows = 0
+    closed = False
+    for request in queue:
+        if request.reply.cancelled:
+            cancelled.append(request)
+        elif request.deadline is not None and request.deadline <= now:
+            expired.append(request)
+        elif take and rows + request.rows > policy.max_rows:
+            closed = True
+            break
+        else:
+            take.append(request)
+            rows += request.rows
+            if len(take) >= policy.max_requests or rows >= policy.max_rows:
+                closed = True
+                break
+    wake_at = None
+    if take and not closed and take[0].arrived + policy.timeout > now:
+        deadlines = [request.deadline for request in take if request.deadline is not None]
+        wake_at = min([take[0].arrived + policy.timeout, *deadlines])
+        take = []
+    return Decision(tuple(take), tuple(expired), tuple(cancelled), wake_at)

@@ -1,0 +1,232 @@
+"""Opens, checks and describes a model's files.
+
+Receives a path: a folder that ``narsil package`` wrote, one of its files, or a TorchScript file from TorchRec's own
+packager. Produces an Artifact. Owns manifest.json and its format. Imports no torch where there is a manifest.
+
+    DIR/manifest.json                  schema, device, architecture, and every file's size and SHA-256
+    DIR/model_default.pt               TorchScript, INT8 tables                                 role torchscript
+    DIR/narsil_dlrm_default.onnx       ONNX graph, FP32                                         role onnx
+    DIR/narsil_dlrm_default.onnx.data  its tables                                               role onnx_data
+
+A manifest is read as hostile input: its files are plain names that stay in the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import narsil
+from narsil.errors import ArtifactError
+from narsil.models.schema import ModelSchema
+
+__all__ = ["FORMAT", "MANIFEST", "ONNX_FILE", "TORCHSCRIPT_FILE", "Artifact", "open_artifact", "write_manifest"]
+
+FORMAT = "narsil.artifact/1"
+MANIFEST = "manifest.json"
+TORCHSCRIPT_FILE = "model_default.pt"  # the name that TorchRec's packager and servers use
+ONNX_FILE = "narsil_dlrm_default.onnx"
+ONNX_DATA_FILE = ONNX_FILE + ".data"
+
+_MAX_MANIFEST_BYTES = 16 << 20
+_ROLES = frozenset({"torchscript", "onnx", "onnx_data"})
+_KEYS = frozenset({"format", "name", "version", "schema", "device", "files"})
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model on disk whose files have been checked."""
+
+    path: Path
+    name: str
+    version: str
+    schema: ModelSchema
+    device: str  # the device baked in the TorchScript: cpu, cuda or cuda:N
+    torchscript: Path | None = None
+    onnx: Path | None = None
+    manifest: Mapping[str, Any] | None = None
+
+
+def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
+    """The artifact at a path.
+
+    ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where a
+    file is missing, damaged, foreign or outside the folder.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; make an artifact with `narsil package dlrm --out {path}`")
+    folder = path if path.is_dir() else path.parent
+    only = None if path.is_dir() else path.name
+    if only == MANIFEST:
+        only = None
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        listed = {entry["file"] for entry in manifest["files"].values()}
+        if only is None or only in listed:
+            return _from_manifest(folder, manifest, only, verify)
+    if only is not None and path.suffix == ".onnx":
+        raise ArtifactError(
+            f"{path} has no {MANIFEST} beside it that lists it; ONNX models are served from the folder "
+            "that `narsil package` wrote"
+        )
+    return _from_torchscript(_only_torchscript(path))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, with every field of the right type. Raises ArtifactError."""
+    file = folder / MANIFEST
+    try:
+        size = file.stat().st_size
+        if size > _MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{file} is {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")
+        manifest: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} cannot be read as JSON: {error}; package the model again") from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ArtifactError(f"{file} is not a manifest of Narsil's: it has no format field")
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{file} is of format {str(manifest['format'])[:64]!r}; this Narsil {narsil.__version__} reads {FORMAT}: "
+            "package the model again, or install the Narsil that wrote it"
+        )
+    missing = sorted(_KEYS - manifest.keys())
+    if missing:
+        raise ArtifactError(f"{file} lacks {', '.join(missing)}; package the model again")
+    for key, kind in (("name", str), ("version", str), ("device", str), ("schema", dict), ("files", dict)):
+        if not isinstance(manifest[key], kind):
+            raise ArtifactError(f"{file}: {key} is a {type(manifest[key]).__name__}, not a {kind.__name__}")
+    if not manifest["files"]:
+        raise ArtifactError(f"{file} lists no file; package the model again")
+    for role, entry in manifest["files"].items():
+        _check_entry(file, role, entry)
+    return manifest
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    version: str,
+    schema: ModelSchema,
+    device: str,
+    files: Mapping[str, Path],
+    architecture: Mapping[str, Any],
+) -> None:
+    """Writes manifest.json over files (role -> path) that already lie in the folder."""
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "version": version,
+        "device": device,
+        "schema": schema.to_dict(),
+        "files": {
+            role: {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+            for role, path in files.items()
+        },
+        "architecture": dict(architecture),
+        "versions": {
+            "narsil": narsil.__version__,
+            "python": platform.python_version(),
+            "torch": _installed("torch"),
+            "fbgemm": _installed("fbgemm-gpu-cpu") or _installed("fbgemm-gpu"),
+            "onnx": _installed("onnx"),
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool) -> Artifact:
+    files = {role: _checked_file(folder, entry, verify) for role, entry in manifest["files"].items()}
+    torchscript, onnx = files.get("torchscript"), files.get("onnx")
+    if only is not None:  # one file was named, so only its backend may run
+        torchscript = torchscript if torchscript and torchscript.name == only else None
+        onnx = onnx if onnx and (onnx.name == only or files.get("onnx_data", onnx).name == only) else None
+    if torchscript is None and onnx is None:
+        raise ArtifactError(f"{folder / MANIFEST} lists no model_default.pt and no ONNX graph; package the model again")
+    return Artifact(
+        path=folder,
+        name=manifest["name"],
+        version=manifest["version"],
+        schema=ModelSchema.from_dict(manifest["schema"]),
+        device=manifest["device"],
+        torchscript=torchscript,
+        onnx=onnx,
+        manifest=manifest,
+    )
+
+
+def _check_entry(manifest: Path, role: Any, entry: Any) -> None:
+    if role not in _ROLES:
+        raise ArtifactError(f"{manifest} lists a file for the unknown role {str(role)[:64]!r}")
+    if not isinstance(entry, dict) or set(entry) != {"file", "bytes", "sha256"}:
+        raise ArtifactError(f"{manifest}: the entry of {role} must have file, bytes and sha256")
+    name = entry["file"]
+    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
+        raise ArtifactError(f"{manifest}: the file of {role} must be a plain name in the same folder, not {name!r}")
+    if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+        raise ArtifactError(f"{manifest}: bytes and sha256 of {role} must be a number and a string")
+
+
+def _checked_file(folder: Path, entry: Mapping[str, Any], verify: bool) -> Path:
+    path = folder / entry["file"]
+    # Links within the folder are how volumes are mounted (Kubernetes); links out of it are an escape.
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path} is a link that leads out of the artifact's folder; put the file itself there")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is listed in {MANIFEST} but is not there; copy the whole folder again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(
+            f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; copy the folder again or package again"
+        )
+    if verify and sha256(path) != entry["sha256"].lower():
+        raise ArtifactError(
+            f"{path} does not match the SHA-256 in {MANIFEST}: it was changed or damaged; copy the folder again"
+        )
+    return path
+
+
+def _only_torchscript(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if (path / TORCHSCRIPT_FILE).is_file():
+        return path / TORCHSCRIPT_FILE
+    found = sorted(path.glob("*.pt"))
+    if len(found) == 1:
+        return found[0]
+    raise ArtifactError(
+        f"{path} has neither {MANIFEST} nor {TORCHSCRIPT_FILE}; give an artifact's folder or a TorchScript file"
+    )
+
+
+def _from_torchscript(file: Path) -> Artifact:
+    from narsil.models.torchrec import derive_schema
+
+    schema, device = derive_schema(file)
+    generic = file.stem.startswith("model") and file.resolve().parent.name
+    name = generic or file.stem
+    return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

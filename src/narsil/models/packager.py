@@ -1,0 +1,198 @@
+"""Packages a DLRM: FP32 weights in, an artifact's folder out.
+
+Receives a DlrmConfig and its weights; writes model_default.pt (INT8 tables, TorchRec's interface), the ONNX graph
+with its tables, and the manifest. Owns the quantization and the atomic replacement of the folder: OUT is either
+what it was or the whole new artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
+from narsil.models import artifact as artifacts
+from narsil.models.artifact import Artifact
+from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
+
+__all__ = ["Progress", "check_device", "package_dlrm", "quantized_module"]
+
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+
+
+def package_dlrm(
+    config: DlrmConfig,
+    weights: DlrmWeights,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    name: str = "dlrm",
+    version: str = "1",
+    origin: str | None = None,
+    onnx: bool | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Writes the artifact to the folder ``out`` and opens it.
+
+    ``origin`` says in the manifest where the weights came from (none: random, from the config's seed). ``onnx``
+    writes the ONNX graph too; None does so where the onnx package is installed.
+
+    Raises ArtifactError for weights that do not fit or an ``out`` that holds other files, DeviceUnavailable where
+    ``device`` is not on this machine, ConfigError where onnx is asked for and not installed.
+    """
+    report = progress or (lambda stage, done, total: None)
+    out = Path(out)
+    check_weights(config, weights)
+    check_device(device)
+    if onnx and find_spec("onnx") is None:
+        raise ConfigError("writing ONNX needs the onnx package: install narsil[onnx] or pass --no-onnx")
+    _check_out(out)
+    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
+        _save_torchscript(quantized_module(config, weights, device, report), files["torchscript"], report)
+        if onnx or (onnx is None and find_spec("onnx") is not None):
+            from narsil.models.onnx_export import export_onnx
+
+            files |= export_onnx(config, weights, staging, lambda done, total: report("onnx", done, total))
+        report("manifest", 0, 1)
+        artifacts.write_manifest(
+            staging,
+            name=name,
+            version=version,
+            schema=config.schema,
+            device=device,
+            files=files,
+            architecture={"kind": "dlrm", **config.to_dict(), "origin": origin or f"random, seed {config.seed}"},
+        )
+        report("manifest", 1, 1)
+        _replace(staging, out)
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return artifacts.open_artifact(out, verify=False)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless it is cpu, cuda or cuda:N, and DeviceUnavailable unless this machine has it."""
+    kind, _, number = device.partition(":")
+    if (kind == "cpu" and device != "cpu") or kind not in ("cpu", "cuda") or (":" in device and not number.isdecimal()):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, not {device!r}")
+    if kind == "cpu":
+        return
+    try:
+        import torch
+    except ImportError:
+        raise DeviceUnavailable(f"{device} needs torch with CUDA: install narsil[cuda]") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise DeviceUnavailable(
+            f"{device} is not on this machine, where torch {torch.__version__} sees {count} CUDA devices; "
+            "use --device cpu, or install narsil[cuda] on a machine with that GPU"
+        )
+
+
+def quantized_module(config: DlrmConfig, weights: DlrmWeights, device: str, report: Progress | None = None) -> Any:
+    """The scripted module that model_default.pt holds, on ``device``."""
+    import torch
+
+    from narsil.models.modules import PredictModule, load_weights
+
+    tbe = _quantized_tables(config, weights, device, report or (lambda stage, done, total: None))
+    module = PredictModule(config, tbe, device)
+    load_weights(module._module, weights)
+    module = module.to(device).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is TorchRec's format all the same
+        return torch.jit.script(module)
+
+
+def _quantized_tables(config: DlrmConfig, weights: DlrmWeights, device: str, report: Progress) -> Any:
+    """FBGEMM's fused operator over the T tables, filled table by table."""
+    import torch
+    from fbgemm_gpu.split_embedding_configs import SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+        BoundsCheckMode,
+        EmbeddingLocation,
+        PoolingMode,
+    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+
+    on_cpu = device == "cpu"
+    location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+    tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [
+            (table, rows, config.dim, SparseType.INT8, location)
+            for table, rows in zip(config.names_of_tables, config.rows_per_table, strict=True)
+        ],
+        pooling_mode=PoolingMode.SUM if config.pooling == "sum" else PoolingMode.MEAN,
+        device=torch.device(device),
+        bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked when a request is admitted
+        output_dtype=SparseType.FP32,
+        row_alignment=1 if on_cpu else 16,
+        feature_names_per_table=[[feature] for feature in config.names_of_features],
+    )
+    tbe.initialize_weights()
+    for number, (table, target) in enumerate(zip(config.names_of_tables, tbe.split_embedding_weights(), strict=True)):
+        report("quantize", number, config.tables)
+        source = torch.from_numpy(np.ascontiguousarray(weights[table_key(table)]))
+        # (rows, dim + 4): FBGEMM's quantizer puts scale and bias last, its lookup wants them apart.
+        rows = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(source, 8)
+        target[0].copy_(rows[:, :-4])
+        target[1].copy_(rows[:, -4:])
+    report("quantize", config.tables, config.tables)
+    return tbe
+
+
+def _save_torchscript(module: Any, path: Path, report: Progress) -> None:
+    report("torchscript", 0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module.save(str(path))
+    report("torchscript", 1, 1)
+
+
+def _check_out(out: Path) -> None:
+    """OUT may be absent, empty or an earlier artifact: nothing that Narsil did not write is ever deleted."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ArtifactError(f"{out} is a file; give the folder to write the artifact to")
+    present = {entry.name for entry in out.iterdir()}
+    if not present:
+        return
+    try:
+        manifest: Mapping[str, Any] = artifacts.read_manifest(out)
+        ours = {entry["file"] for entry in manifest["files"].values()} | {artifacts.MANIFEST}
+    except ArtifactError:
+        ours = set()
+    foreign = sorted(present - ours)
+    if foreign:
+        raise ArtifactError(f"{out} holds {foreign[0]}, which is no part of an earlier artifact; give an empty folder")
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Puts the new folder in the place of the old one by renames alone."""
+    retired = staging.with_suffix(".retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if out.exists():
+        out.rename(retired)
+    try:
+        staging.rename(out)
+    except OSError:
+        if retired.exists():
+            retired.rename(out)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

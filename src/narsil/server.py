@@ -1,0 +1,165 @@
+"""The server's whole life: startup, main loop, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from narsil.backends.base import Backend
+from narsil.backends.registry import load_backend
+from narsil.config import ServeSettings
+from narsil.dataflow import Features, Jagged, OneHot
+from narsil.engine.engine import Engine
+from narsil.engine.queue import QueueLimits
+from narsil.engine.scheduler import BatchPolicy
+from narsil.errors import ConfigError
+from narsil.models.artifact import Artifact, open_artifact
+from narsil.models.schema import ModelSchema
+from narsil.transports.base import ServedModel, Transport
+from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
+from narsil.transports.validate import RequestLimits
+
+log = logging.getLogger(__name__)
+
+# A lane thread holds the GIL for tens of microseconds at a time; the interpreter's default of 5 ms would let it keep
+# the event loop waiting for the length of a whole forward.
+SWITCH_INTERVAL_S = 0.0005
+
+
+class Server:
+    """One model behind one address."""
+
+    _engine: Engine  # from startup on
+    _transport: Transport  # from startup on
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> int:
+        """Runs until SIGTERM or SIGINT; returns the exit status."""
+        address = await self.startup()
+        self.announce(address)
+        await self.main_loop()
+        return await self.shutdown()
+
+    async def startup(self) -> str:
+        """Loads the model, warms every lane, then listens. Returns the bound address."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        settings = self.settings
+        artifact, backend = await asyncio.to_thread(self._load)
+        backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
+        self._engine = Engine(
+            backends,
+            BatchPolicy(settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3),
+            QueueLimits(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids),
+        )
+        began = time.monotonic()
+        await asyncio.to_thread(self._engine.start, list(warmup_payloads(backend.schema, settings.max_batch_rows)))
+        log.info("warmed %d lanes in %.1f s", len(backends), time.monotonic() - began)
+        model = ServedModel(
+            settings.model_name or artifact.name,
+            artifact.version,
+            backend.name,
+            backend.schema,
+            RequestLimits(settings.max_request_rows, settings.max_request_ids),
+        )
+        self._transport = GrpcAioTransport(self._engine, model, grpc_options(settings))
+        try:
+            return await self._transport.start()
+        except OSError as error:
+            raise ConfigError(str(error)) from None
+
+    def announce(self, address: str) -> None:
+        """The one line on standard output that says requests are taken now."""
+        settings = self.settings
+        print(
+            f"narsil: serving {settings.model} on {address} "
+            f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device})",
+            flush=True,
+        )
+
+    async def main_loop(self) -> None:
+        """Waits for a signal to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        await self._stop.wait()
+
+    async def shutdown(self) -> int:
+        """Stops accepting, lets what is in flight finish, stops the lanes. 0, or 1 when work had to be abandoned."""
+        grace = self.settings.drain_seconds
+        log.info("stopping: finishing what is in flight, at most %.0f s", grace)
+        await self._transport.stop(grace)
+        drained = await asyncio.to_thread(self._engine.drain, grace)
+        log.info("stopped: %s", self._engine.statistics())
+        return 0 if drained else 1
+
+    def _load(self) -> tuple[Artifact, Backend]:
+        settings = self.settings
+        artifact = open_artifact(settings.model, verify=settings.verify_checksums)
+        backend = load_backend(artifact, settings.backend, settings.device, settings.intra_op_threads)
+        log.info("loaded %s with the %s backend", settings.model, backend.name)
+        return artifact, backend
+
+
+def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:
+    """Rows that take every path of a forward: small and large batches, one id a bag and bags of any length.
+
+    Each size comes twice, since a profiling executor optimizes after its first runs.
+    """
+    features = schema.num_features
+    for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)} | {1}):
+        dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
+        ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
+        lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
+        starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
+        values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
+        for _ in range(2):
+            yield Features(rows, dense, OneHot(ids))
+            yield Features(rows, dense, Jagged(values, starts, lengths))
+
+
+def grpc_options(settings: ServeSettings) -> GrpcOptions:
+    """The transport's part of the settings, key files read."""
+
+    def read(path: Path | None) -> bytes | None:
+        if path is None:
+            return None
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+    return GrpcOptions(
+        settings.host,
+        settings.port,
+        settings.max_message_bytes,
+        read(settings.tls_certificate),
+        read(settings.tls_key),
+        read(settings.tls_client_ca),
+    )
+
+
+def run(settings: ServeSettings) -> int:
+    """Blocks until the server has stopped; returns its exit status. Raises NarsilError when it cannot start."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+    async def main() -> int:
+        return await Server(settings).serve()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(main())
+    return 1

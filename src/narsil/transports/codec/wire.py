@@ -1,0 +1,114 @@
+"""Reading and writing the protobuf encoding by hand, without message objects and without copying payloads.
+
+Source of the format: https://protobuf.dev/programming-guides/encoding/. Every byte is hostile: each read is
+checked against the end of its message.
+"""
+
+from __future__ import annotations
+
+from narsil.errors import InvalidRequest
+
+VARINT, FIXED64, LEN, FIXED32 = 0, 1, 2, 5
+
+# (field number, wire type, a, b): LEN fields span data[a:b]; for a VARINT a is the value; fixed fields span data[a:b].
+Field = tuple[int, int, int, int]
+
+
+def scan(data: bytes, start: int, stop: int) -> list[Field]:
+    """The fields of the message in data[start:stop], in the order in which they come.
+
+    Raises InvalidRequest where the bytes are not a protobuf message.
+    """
+    fields = []
+    at = start
+    while at < stop:
+        byte = data[at]
+        if byte < 0x80:
+            key, at = byte, at + 1
+        else:
+            key, at = varint(data, at, stop)
+        kind = key & 7
+        number = key >> 3
+        if not 0 < number < 1 << 29:
+            raise malformed(at, f"field number {number}")
+        if kind == LEN:
+            size, at = varint(data, at, stop)
+            end = at + size
+            if end > stop:
+                raise malformed(at, f"field {number} claims {size} bytes and {stop - at} are left")
+            fields.append((number, kind, at, end))
+            at = end
+        elif kind == VARINT:
+            value, at = varint(data, at, stop)
+            fields.append((number, kind, value, 0))
+        elif kind in (FIXED32, FIXED64):
+            end = at + (4 if kind == FIXED32 else 8)
+            if end > stop:
+                raise malformed(at, f"field {number} is cut off")
+            fields.append((number, kind, at, end))
+            at = end
+        else:
+            raise malformed(at, f"field {number} has wire type {kind}")
+    return fields
+
+
+def varint(data: bytes, at: int, stop: int) -> tuple[int, int]:
+    """(unsigned value, position after it) of the varint at ``at``; at most ten bytes, 64 bits."""
+    value = shift = 0
+    while at < stop:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7
+        if shift > 63:
+            break
+    raise malformed(at, "a varint does not end")
+
+
+def expect(field: Field, kind: int, name: str) -> None:
+    """Raises InvalidRequest unless the field has this wire type."""
+    if field[1] != kind:
+        raise InvalidRequest(
+            f"{name} has protobuf wire type {field[1]}, expected {kind}: is the client's .proto the same?"
+        )
+
+
+def signed32(value: int) -> int:
+    """An int32 field's value from its varint: the low 32 bits, two's complement, as every protobuf runtime reads it."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value & 0x80000000 else value
+
+
+def text(data: bytes, start: int, stop: int, name: str) -> str:
+    """A string field. Raises InvalidRequest where it is not UTF-8."""
+    try:
+        return data[start:stop].decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name} is not UTF-8") from None
+
+
+def malformed(at: int, what: str) -> InvalidRequest:
+    """The error for bytes that are no protobuf message."""
+    return InvalidRequest(f"the request is not a valid protobuf message: at byte {at}: {what}")
+
+
+def put_varint(value: int) -> bytes:
+    """An unsigned varint."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def put_len(number: int, payload: bytes) -> bytes:
+    """A length-delimited field: a string, bytes, packed numbers or a message."""
+    return put_varint(number << 3 | LEN) + put_varint(len(payload)) + payload
+
+
+def put_uint(number: int, value: int) -> bytes:
+    """A varint field; nothing for zero, as proto3 has it."""
+    return put_varint(number << 3) + put_varint(value) if value else b""

@@ -1,0 +1,201 @@
+"""gRPC on grpcio's asyncio server: raw-bytes handlers, health, reflection, TLS.
+
+Receives calls on the event loop's thread, delivers results from lane threads. Owns its sockets and the futures its
+handlers wait on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from narsil.dataflow import Request, Result
+from narsil.errors import RequestError, status_of
+from narsil.transports.base import EngineLike, ServedModel, Transport, Wire, describe, wires
+from narsil.transports.codec import narsil_v1, predictor
+
+log = logging.getLogger(__name__)
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_SERVICES = tuple(method.split("/")[1] for method in (predictor.METHOD, narsil_v1.METHOD))
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+_Handler: TypeAlias = "Callable[[bytes, _Context], Awaitable[bytes]]"
+_MethodHandler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcOptions:
+    """Where and how to listen."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051  # 0: any free one
+    max_message_bytes: int = 16 << 20
+    tls_certificate: bytes | None = None  # PEM; with it goes the key
+    tls_key: bytes | None = None
+    tls_client_ca: bytes | None = None  # PEM; given: clients must present a certificate it signed
+
+
+class _Outbox:
+    """Carries results from lane threads to the event loop, waking the loop once for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._results: list[tuple[asyncio.Future[Result], Result]] = []
+
+    def post(self, future: asyncio.Future[Result], result: Result) -> None:
+        with self._lock:
+            self._results.append((future, result))
+            if len(self._results) > 1:
+                return
+        self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            results, self._results = self._results, []
+        for future, result in results:
+            if not future.done():
+                future.set_result(result)
+
+
+class _Reply:
+    """Where one handler waits for its result."""
+
+    __slots__ = ("_outbox", "cancelled", "future")
+
+    def __init__(self, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> None:
+        self._outbox = outbox
+        self.future: asyncio.Future[Result] = loop.create_future()
+        self.cancelled = False
+
+    def deliver(self, result: Result) -> None:
+        self._outbox.post(self.future, result)
+
+
+class GrpcAioTransport(Transport):
+    """Serves both of Narsil's gRPC wires, GetModel, grpc.health.v1 and server reflection."""
+
+    def __init__(self, engine: EngineLike, model: ServedModel, options: GrpcOptions) -> None:
+        self._engine = engine
+        self._model = model
+        self._options = options
+        self._health = HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """See Transport.start. Raises OSError when the address cannot be bound."""
+        options = self._options
+        loop = asyncio.get_running_loop()
+        outbox = _Outbox(loop)
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a second server on this port is a mistake, not a second listener
+            ]
+        )
+        handlers: dict[str, _Handler] = {
+            wire.method: self._scoring_handler(wire, outbox, loop) for wire in wires(self._model)
+        }
+        handlers[narsil_v1.METHOD_GET_MODEL] = self._get_model
+        server.add_generic_rpc_handlers((_RawHandlers(handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        _enable_reflection(server)
+        try:
+            port = self._bind(server)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {options.host}:{options.port}: {error}") from None
+        await server.start()
+        self._server = server
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        return f"{host}:{port}"
+
+    async def stop(self, grace: float) -> None:
+        """See Transport.stop."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        options = self._options
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"{host}:{options.port}"
+        if options.tls_certificate is None or options.tls_key is None:
+            return int(server.add_insecure_port(address))
+        credentials = grpc.ssl_server_credentials(
+            [(options.tls_key, options.tls_certificate)],
+            root_certificates=options.tls_client_ca,
+            require_client_auth=options.tls_client_ca is not None,
+        )
+        return int(server.add_secure_port(address, credentials))
+
+    def _scoring_handler(self, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
+        engine, decode, encode = self._engine, wire.decode, wire.encode
+
+        async def score(body: bytes, context: _Context) -> bytes:
+            try:
+                features, call = decode(body)
+                now = engine.now()
+                remaining = context.time_remaining()
+                reply = _Reply(outbox, loop)
+                request = Request(features, reply, now, None if remaining is None else now + remaining)
+                engine.submit(request)
+                try:
+                    result = await reply.future
+                except asyncio.CancelledError:
+                    # The client went away, or its deadline passed.
+                    reply.cancelled = True
+                    engine.cancel(request)
+                    raise
+                if result.error is not None:
+                    raise result.error
+                return encode(call, result)
+            except RequestError as error:
+                return await _abort(context, error)
+
+        return score
+
+    async def _get_model(self, body: bytes, context: _Context) -> bytes:
+        try:
+            return describe(self._model, body)
+        except RequestError as error:
+            return await _abort(context, error)
+
+
+class _RawHandlers(grpc.GenericRpcHandler):
+    """Routes methods to handlers of raw bytes: no message objects are made."""
+
+    def __init__(self, handlers: dict[str, _Handler]) -> None:
+        self._handlers: dict[str, _MethodHandler] = {
+            method: grpc.unary_unary_rpc_method_handler(handler)
+            for method, handler in handlers.items()
+        }
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> _MethodHandler | None:
+        return self._handlers.get(handler_call_details.method)
+
+
+async def _abort(context: _Context, error: RequestError) -> bytes:
+    code, _ = status_of(error)
+    await context.abort(_CODES[code], str(error))
+    raise AssertionError("abort raises")
+
+
+def _enable_reflection(server: grpc.aio.Server) -> None:
+    """Registers reflection, for whose sake the message modules are loaded into protobuf's descriptor pool."""
+    from narsil.protos import narsil_pb2, predictor_pb2  # noqa: F401
+
+    names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)

@@ -1,0 +1,175 @@
+"""Holds a request's tensors against the model's schema, before the queue and whatever the wire.
+
+Receives raw bytes and counts as a codec found them, produces Features whose every id is inside its table and whose
+every bag lies inside the values. A forward reads memory by these numbers without checking them again, so
+nothing passes that has not been checked here. Each refusal names the feature, the row and the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.dataflow import Floats, Ints, Jagged, OneHot
+from narsil.errors import InvalidRequest
+from narsil.models.schema import ModelSchema
+
+FLOAT32 = np.dtype("<f4")
+INT32 = np.dtype("<i4")
+INT64 = np.dtype("<i8")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may hold, checked before anything of that size is allocated."""
+
+    max_rows: int = 131072
+    max_ids: int = 1 << 22  # in all bags together, a context's ids counted once per row
+
+
+def batch_size(rows: int, limits: RequestLimits) -> int:
+    """B itself, once it is a number of rows that a request may have."""
+    if not 0 < rows <= limits.max_rows:
+        raise InvalidRequest(f"batch_size is {rows}; it must be 1 to {limits.max_rows} rows (--max-request-rows)")
+    return rows
+
+
+def id_count(ids: int, limits: RequestLimits) -> None:
+    """Refuses a request with more ids than the limit."""
+    if ids > limits.max_ids:
+        raise InvalidRequest(
+            f"the request holds {ids} ids in all; the limit is {limits.max_ids} (--max-request-ids). "
+            "Send it in several requests"
+        )
+
+
+def array(data: bytes, start: int, stop: int, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """data[start:stop] as a read-only array, without a copy. Raises InvalidRequest where bytes are left over."""
+    size = stop - start
+    if size % dtype.itemsize:
+        raise InvalidRequest(f"{name}: {size} bytes are no whole number of {dtype.name} ({dtype.itemsize} bytes each)")
+    return np.frombuffer(data, dtype, size // dtype.itemsize, start)
+
+
+def dense(values: Floats, rows: int, width: int, name: str) -> Floats:
+    """(B, D) float32 from a flat array. Raises InvalidRequest on a wrong count, NaN or infinity."""
+    if len(values) != rows * width:
+        raise InvalidRequest(
+            f"{name}: {values.nbytes} bytes for {rows} rows; the model takes {width} float32 a row, "
+            f"{rows * width * 4} bytes"
+        )
+    matrix = values.reshape(rows, width)
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
+        raise InvalidRequest(f"{name}: row {row}, column {column} is {matrix[row, column]}; values must be finite")
+    return matrix
+
+
+def one_hot(ids: Ints, schema: ModelSchema) -> OneHot:
+    """Sparse features with exactly one id a bag, from a (T, B) array of any strides; every id inside its table."""
+    if ids.size and (ids.min() < 0 or ids.max() >= schema.min_rows):
+        outside = (ids < 0) | (ids >= schema.rows[:, None])
+        if outside.any():
+            feature, row = np.argwhere(outside)[0]
+            raise _id_error(schema, int(feature), int(row), int(ids[feature, row]))
+    return OneHot(ids)
+
+
+def jagged(
+    values: Ints,
+    lengths: NDArray[np.int32],
+    schema: ModelSchema,
+    name: str,
+    *,
+    key_major: bool,
+    weights: Floats | None = None,
+) -> OneHot | Jagged:
+    """Sparse features with bags of any length.
+
+    ``lengths`` is (T, B) when ``key_major``, else (B, T), and values stand in the same order. Every bag ends
+    up inside ``values``, and every id inside its table. Comes back as OneHot where every length is 1.
+    """
+    check_weights(weights, len(values), schema, name)
+    if weights is None and len(values) == lengths.size and bool((lengths == 1).all()):
+        ids = values.reshape(lengths.shape)
+        return one_hot(ids if key_major else ids.T, schema)
+    ends = check_bags(values, lengths, np.arange(schema.num_features), schema, name, key_major=key_major)
+    starts = ends - lengths
+    return Jagged(values, starts, lengths, weights) if key_major else Jagged(values, starts.T, lengths.T, weights)
+
+
+def check_bags(
+    values: Ints,
+    lengths: NDArray[np.int32],
+    positions: NDArray[np.int64],
+    schema: ModelSchema,
+    name: str,
+    *,
+    key_major: bool,
+) -> NDArray[np.int64]:
+    """Where each bag ends in ``values``, once all bags are known to fit it and all ids their tables.
+
+    ``lengths`` is (features, rows) when ``key_major``, else (rows, features); ``positions`` are the schema positions
+    of the features along that axis. Raises InvalidRequest.
+    """
+
+    def where(first: int, second: int) -> tuple[int, int]:
+        feature, row = (first, second) if key_major else (second, first)
+        return int(positions[feature]), row
+
+    if lengths.size and int(lengths.min()) < 0:
+        first, second = (int(i) for i in np.argwhere(lengths < 0)[0])
+        feature, row = where(first, second)
+        raise InvalidRequest(
+            f"{name}: feature {schema.features[feature].name}, row {row}: length {lengths[first, second]} is negative"
+        )
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    if total != len(values):
+        raise InvalidRequest(
+            f"{name}: lengths add up to {total} ids and values holds {len(values)} {values.dtype.name}"
+            + _int64_hint(total, values)
+        )
+    if total and (values.min() < 0 or values.max() >= schema.min_rows):
+        rows = schema.rows[positions]
+        limits = np.repeat(
+            np.broadcast_to(rows[:, None] if key_major else rows, lengths.shape).ravel(), lengths.ravel()
+        )
+        outside = (values < 0) | (values >= limits)
+        if outside.any():
+            at = int(np.argmax(outside))
+            bag = int(np.searchsorted(ends, at, side="right"))
+            raise _id_error(schema, *where(*divmod(bag, lengths.shape[1])), int(values[at]))
+    return ends.reshape(lengths.shape)
+
+
+def check_weights(weights: Floats | None, count: int, schema: ModelSchema, name: str) -> None:
+    """Weights are either absent or finite, one per id, for a model whose bags take them."""
+    if weights is None:
+        return
+    if not schema.weighted:
+        raise InvalidRequest(
+            f"{name}: {len(weights)} weights given, but no table of this model takes weights; send ids alone"
+        )
+    if len(weights) != count:
+        raise InvalidRequest(f"{name}: {len(weights)} weights for {count} ids; there must be one per id")
+    if not np.isfinite(weights).all():
+        position = int(np.flatnonzero(~np.isfinite(weights))[0])
+        raise InvalidRequest(f"{name}: weight {position} is {weights[position]}; weights must be finite")
+
+
+def _id_error(schema: ModelSchema, position: int, row: int, found: int) -> InvalidRequest:
+    feature = schema.features[position]
+    return InvalidRequest(
+        f"feature {feature.name}, row {row}: id {found} is outside its table {feature.table}; "
+        f"ids are 0 to {feature.rows - 1}"
+    )
+
+
+def _int64_hint(total: int, values: Ints) -> str:
+    if values.dtype == INT32 and total and len(values) == 2 * total:
+        return "; were the ids sent as int64? This wire takes int32"
+    return ""
