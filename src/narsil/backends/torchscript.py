@@ -46,8 +46,8 @@ class TorchScriptBackend(Backend):
         schema, _ = schema_of(module, artifact.torchscript.name)
         if schema != artifact.schema:
             raise ArtifactError(
-                f"{artifact.torchscript} and its manifest describe different models: {_difference(schema, artifact.schema)}; "
-                "package the model again"
+                f"{artifact.torchscript} and its manifest describe different models: "
+                f"{_difference(schema, artifact.schema)}; package the model again"
             )
         return cls(module, artifact.schema, device, intra_op_threads)
 
@@ -59,18 +59,15 @@ class TorchScriptBackend(Backend):
             VALUES: _tensor(batch.values),
         }
         with torch.inference_mode():
-            if self._stream is None:
-                outputs = self._module(inputs)
-            else:
-                outputs = self._run_on_stream(inputs)
+            outputs = self._module(inputs) if self._stream is None else self._run_on_stream(inputs, self._stream)
         return {task: self._checked(task, outputs, batch.rows) for task in self.schema.tasks}
 
-    def _run_on_stream(self, inputs: dict[str, torch.Tensor]) -> Any:
-        with torch.cuda.stream(self._stream):
+    def _run_on_stream(self, inputs: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> Any:
+        with torch.cuda.stream(stream):
             on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
             outputs = self._module(on_device)
             # TorchRec's modules copy their scores back without waiting for the copy to end.
-            self._stream.synchronize()
+            stream.synchronize()
         return outputs
 
     def _checked(self, task: str, outputs: Any, rows: int) -> Floats:

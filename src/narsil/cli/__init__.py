@@ -49,7 +49,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point. Errors that Narsil raises on purpose become one line and exit status 1."""
     try:
-        cli()
+        cli(prog_name="narsil")
     except NarsilError as error:
         click.echo(f"narsil: {error}", err=True)
         sys.exit(1)

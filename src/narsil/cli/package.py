@@ -22,29 +22,19 @@ __all__ = ["command"]
 _DEFAULT = DlrmConfig()
 
 
-class _Sizes(click.ParamType):
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     """Comma-separated whole numbers."""
-
-    name = "N,N,.."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part.strip().replace("_", "")) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not whole numbers separated by commas", param, ctx)
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not whole numbers separated by commas") from None
 
 
-class _Names(click.ParamType):
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Comma-separated names."""
-
-    name = "NAME,NAME,.."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(part.strip() for part in str(value).split(","))
+    return tuple(part.strip() for part in value.split(",")) if value else ()
 
 
 def _shown(sizes: tuple[int, ...]) -> str:
@@ -58,15 +48,30 @@ def command() -> None:
 
 @command.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
-@click.option("--rows", type=_Sizes(), help=f"Rows of every table, or of each.  [default: {_DEFAULT.rows}]")
+@click.option(
+    "--rows", callback=_sizes, metavar="N,N,..", help=f"Rows of every table, or of each.  [default: {_DEFAULT.rows}]"
+)
 @click.option("--tables", type=int, help=f"Sparse features, one table each.  [default: {_DEFAULT.tables}]")
 @click.option("--dim", type=int, help=f"Columns of a table.  [default: {_DEFAULT.dim}]")
 @click.option("--dense-features", type=int, help=f"Dense columns of a row.  [default: {_DEFAULT.dense_features}]")
-@click.option("--dense-arch", type=_Sizes(), help=f"Layers; ends in dim.  [default: {_shown(_DEFAULT.dense_arch)}]")
-@click.option("--over-arch", type=_Sizes(), help=f"Layers; ends in 1.  [default: {_shown(_DEFAULT.over_arch)}]")
+@click.option(
+    "--dense-arch",
+    callback=_sizes,
+    metavar="N,N,..",
+    help=f"Layers; ends in dim.  [default: {_shown(_DEFAULT.dense_arch)}]",
+)
+@click.option(
+    "--over-arch",
+    callback=_sizes,
+    metavar="N,N,..",
+    help=f"Layers; ends in 1.  [default: {_shown(_DEFAULT.over_arch)}]",
+)
 @click.option("--seed", type=int, help=f"Seed of the random weights.  [default: {_DEFAULT.seed}]")
 @click.option(
-    "--features", type=_Names(), default=(), help="Names of the sparse features in order.  [default: cat_0,cat_1,..]"
+    "--features",
+    callback=_names,
+    metavar="NAME,NAME,..",
+    help="Names of the sparse features in order.  [default: cat_0,cat_1,..]",
 )
 @click.option("--pooling", type=click.Choice(["sum", "mean"]), default=_DEFAULT.pooling, show_default=True)
 @click.option(
@@ -162,7 +167,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:

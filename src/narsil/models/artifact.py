@@ -185,7 +185,7 @@ def _check_entry(manifest: Path, role: Any, entry: Any) -> None:
 
 
 def _checked_file(folder: Path, entry: Mapping[str, Any], verify: bool) -> Path:
-    path = folder / entry["file"]
+    path = folder / str(entry["file"])
     # Links within the folder are how volumes are mounted (Kubernetes); links out of it are an escape.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path} is a link that leads out of the artifact's folder; put the file itself there")

@@ -6,6 +6,7 @@ packager). Submodule paths and the order of operators follow TorchRec's artifact
 the other.
 """
 
+# mypy: allow-subclassing-any
 # No `from __future__ import annotations`: TorchScript reads the annotations of forward as types.
 from collections.abc import Mapping
 from typing import Any

@@ -14,6 +14,7 @@ What is read, and where from:
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def _features_of(tbe: Any, name: str) -> Iterator[Feature]:
 
 def _dims(tbe: Any) -> list[int]:
     bounds = tbe.D_offsets.tolist()
-    return [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def _row_bytes(tbe: Any, dim: int, kind: int, name: str) -> int:

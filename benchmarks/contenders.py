@@ -1,0 +1,53 @@
+"""The servers that the benchmarks set side by side, and the C++ baseline's build."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from narsil.bench.rounds import Contender
+from narsil.bench.servers import narsil_server, torchrec_cpp_server
+
+HERE = Path(__file__).parent
+BASELINE = "TorchRec-style C++ gRPC + TorchScript INT8 (baseline)"
+BASELINE_BUILD = HERE.parent / "build" / "torchrec_cpp"
+
+# Intra-op threads of the baseline, by measurement: see baselines/torchrec_cpp/README.md.
+BASELINE_THREADS = json.loads((HERE / "baselines" / "torchrec_cpp" / "tuning.json").read_text())
+
+
+def build_baseline(report: Callable[[str], None] = print) -> Path | None:
+    """The baseline's binary, built if it has to be; None, after one line of explanation, where it cannot be."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "baselines" / "torchrec_cpp" / "build.py"), "--build-dir", str(BASELINE_BUILD)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Path(done.stdout.strip().splitlines()[-1])
+    reason = (done.stderr.strip() or done.stdout.strip() or "unknown reason").splitlines()[-1]
+    report(f"the C++ baseline is left out: {reason}")
+    return None
+
+
+def baseline_threads(concurrency: int) -> int:
+    """Intra-op threads that measured best for the baseline at this concurrency."""
+    return int(BASELINE_THREADS["alone" if concurrency == 1 else "concurrent"])
+
+
+def baseline(binary: Path, model_file: Path) -> Contender:
+    """The C++ server, tuned anew for each concurrency."""
+    return Contender(
+        BASELINE,
+        lambda concurrency: torchrec_cpp_server(binary, model_file, baseline_threads(concurrency)),
+        baseline_threads,
+    )
+
+
+def narsil(name: str, model: Path, **options: object) -> Contender:
+    """Narsil with these settings."""
+    return Contender(name, lambda concurrency: narsil_server(model, **options))

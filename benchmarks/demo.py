@@ -1,0 +1,127 @@
+"""``make demo``: package a model, serve it four ways, load each alike, print one table and draw two pictures."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from contenders import BASELINE, baseline, baseline_threads, build_baseline, narsil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from narsil.backends.registry import load_backend
+from narsil.bench.measure import reference_scores
+from narsil.bench.pictures import draw
+from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
+from narsil.bench.workload import Workload
+from narsil.models.artifact import Artifact, open_artifact
+from narsil.models.dlrm import DlrmConfig
+from narsil.models.packager import package_dlrm
+
+TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
+
+
+def main() -> None:
+    arguments = _parse()
+    console = Console(width=max(Console().width, 130))
+    began = time.monotonic()
+    artifact = _package(arguments.model, arguments.device, console)
+    contenders = [
+        narsil("Narsil torch backend, batch mode", artifact.path, backend="torch", device=arguments.device),
+        narsil(
+            "Narsil torch backend, worker mode (1 lane)",
+            artifact.path,
+            backend="torch",
+            device=arguments.device,
+            execution_mode="worker",
+            lanes=1,
+        ),
+        narsil("Narsil ONNX Runtime FP32 backend, batch mode", artifact.path, backend="onnx"),
+    ]
+    with console.status("building the C++ baseline (once, about a minute)"):
+        binary = build_baseline(console.print)
+    if binary is not None and artifact.torchscript is not None:
+        contenders.insert(0, baseline(binary, artifact.torchscript))
+
+    workload = Workload(artifact.schema)
+    with console.status("scoring the reference rows with direct calls of the artifact"):
+        backend = load_backend(artifact, "torch", arguments.device)
+        expected = reference_scores(backend, workload, KEEP)
+        backend.close()
+    plan = Plan(
+        workload, (16, 1), {16: arguments.requests, 1: max(1, arguments.requests // 5)}, rounds=arguments.rounds
+    )
+    total = plan.rounds * len(contenders) * sum(plan.requests_at(c) for c in plan.concurrencies)
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=total)
+        runs = run_rounds(
+            contenders,
+            plan,
+            expected,
+            lambda what, sent: progress.update(task, description=what, advance=sent),
+        )
+    found = [runs[contender.name, concurrency] for concurrency in plan.concurrencies for contender in contenders]
+    report = make_report(found, ratios(runs, BASELINE) if binary is not None else [], _notes(plan, workload))
+    write_report(report, arguments.out / "demo.json")
+    pictures = draw(report, arguments.out, TITLE)
+
+    console.print(render_table(report, f"{TITLE} (medians of {plan.rounds} interleaved rounds)"))
+    for line in ratio_lines(report):
+        console.print(f"  {line}")
+    console.print(
+        "\nmax dev: largest difference of a score from a direct call of the INT8 artifact; the FP32 row differs by "
+        "the tables' quantization.\n"
+        f"numbers: {arguments.out / 'demo.json'}\npictures: {', '.join(str(picture) for picture in pictures)}\n"
+        f"next: narsil serve --model {artifact.path}   and then: narsil predict\n"
+        f"({time.monotonic() - began:.0f} s)"
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the numbers and pictures")
+    parser.add_argument("--model", type=Path, default=Path("models/demo"), help="the demo model, packaged when missing")
+    parser.add_argument("--requests", type=int, default=1500, help="requests a measurement at concurrency 16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def _package(path: Path, device: str, console: Console) -> Artifact:
+    if not (path / "manifest.json").exists():
+        with _progress(console) as progress:
+            task = progress.add_task("packaging the demo model", total=1.0)
+            config = DlrmConfig()
+            package_dlrm(
+                config, None, path, device, lambda what, share: progress.update(task, description=what, completed=share)
+            )
+    artifact = open_artifact(path)
+    console.print(f"model: {path} ({artifact.name}, {artifact.schema.num_features} tables)")
+    return artifact
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _notes(plan: Plan, workload: Workload) -> dict[str, object]:
+    return {
+        "rounds": plan.rounds,
+        "warmup": plan.warmup,
+        "bodies": workload.bodies,
+        "seed": workload.seed,
+        "baseline_intra_op_threads": {str(c): baseline_threads(c) for c in plan.concurrencies},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Narsil beside TorchRec's C++ server on one artifact: the same client, interleaved rounds, median ratios with spread.
+
+With --skip-torchrec, Narsil alone. The baseline serves the file given as --narsil-torch-model (or packaged for the
+occasion), so that both run the very same TorchScript.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from contenders import BASELINE, baseline, baseline_threads, build_baseline, narsil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from narsil.backends.registry import load_backend
+from narsil.bench.measure import reference_scores
+from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.rounds import KEEP, Contender, Plan, ratios, run_rounds
+from narsil.bench.workload import Workload
+from narsil.errors import NarsilError
+from narsil.models.artifact import Artifact, open_artifact
+from narsil.models.dlrm import DlrmConfig
+from narsil.models.packager import package_dlrm
+
+
+def main() -> int:
+    arguments = _parse()
+    console = Console(width=max(Console().width, 130))
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = _artifact(arguments, Path(scratch), console)
+        contenders = [_narsil(arguments, artifact)]
+        if not arguments.skip_torchrec:
+            with console.status("building the C++ baseline"):
+                binary = build_baseline(console.print)
+            if binary is None:
+                return 3
+            if artifact.torchscript is None:
+                raise NarsilError(f"{artifact.path} has no TorchScript for the baseline to serve")
+            contenders.insert(0, baseline(binary, artifact.torchscript))
+        report = _measure(arguments, artifact, contenders, console)
+    console.print(render_table(report, f"{artifact.name}, {len(report['runs'])} runs in interleaved rounds, medians"))
+    for line in ratio_lines(report):
+        console.print(f"  {line}")
+    if arguments.json is not None:
+        write_report(report, arguments.json)
+        console.print(f"written to {arguments.json}")
+    return 1 if any(row["errors"] for row in report["rows"]) else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--narsil-backend", choices=["torch", "onnx"], default="torch")
+    parser.add_argument("--narsil-torch-model", type=Path, help="model_default.pt or an artifact folder")
+    parser.add_argument("--narsil-onnx-model", type=Path, help="artifact folder or .onnx, for --narsil-backend onnx")
+    parser.add_argument("--narsil-execution-mode", choices=["batch", "worker"], default="batch")
+    parser.add_argument("--narsil-batch-size", type=int, default=16, help="requests a batch")
+    parser.add_argument("--narsil-batch-timeout-ms", type=float, default=0.0)
+    parser.add_argument("--narsil-lanes", type=int, help="default: one per core in batch mode, one in worker mode")
+    parser.add_argument("--skip-torchrec", action="store_true", help="measure Narsil alone")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=100, help="rows a request")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    return parser.parse_args()
+
+
+def _artifact(arguments: argparse.Namespace, scratch: Path, console: Console) -> Artifact:
+    path = arguments.narsil_torch_model or arguments.narsil_onnx_model
+    if path is None:
+        with console.status("packaging a DLRM of the default size"):
+            package_dlrm(DlrmConfig(), None, scratch / "dlrm", arguments.device)
+        path = scratch / "dlrm"
+    return open_artifact(path)
+
+
+def _narsil(arguments: argparse.Namespace, artifact: Artifact) -> Contender:
+    mode = arguments.narsil_execution_mode
+    lanes = arguments.narsil_lanes if arguments.narsil_lanes is not None else (1 if mode == "worker" else 0)
+    model = artifact.path
+    if arguments.narsil_backend == "onnx" and arguments.narsil_onnx_model is not None:
+        model = arguments.narsil_onnx_model
+    return narsil(
+        f"Narsil {arguments.narsil_backend} backend, {mode} mode" + (f" ({lanes} lanes)" if lanes else ""),
+        model,
+        backend=arguments.narsil_backend,
+        execution_mode=mode,
+        lanes=lanes,
+        batch_size=arguments.narsil_batch_size,
+        batch_timeout_ms=arguments.narsil_batch_timeout_ms,
+        device=arguments.device,
+    )
+
+
+def _measure(
+    arguments: argparse.Namespace, artifact: Artifact, contenders: list[Contender], console: Console
+) -> dict[str, object]:
+    workload = Workload(artifact.schema, arguments.batch_size, seed=arguments.seed)
+    with console.status("scoring the reference rows with direct calls of the artifact"):
+        expected = reference_scores(load_backend(artifact), workload, KEEP)
+    rounds = 1 if arguments.skip_torchrec else max(3, arguments.rounds)
+    plan = Plan(workload, (arguments.concurrency,), arguments.requests, arguments.warmup, rounds)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
+    with bar as progress:
+        task = progress.add_task("starting", total=rounds * len(contenders) * arguments.requests)
+        runs = run_rounds(
+            contenders, plan, expected, lambda what, sent: progress.update(task, description=what, advance=sent)
+        )
+    notes = {"arguments": {name: str(value) for name, value in vars(arguments).items()}}
+    compared = [] if arguments.skip_torchrec else ratios(runs, BASELINE)
+    if compared:
+        notes["baseline_intra_op_threads"] = {"all": str(baseline_threads(arguments.concurrency))}
+    return make_report([runs[one.name, arguments.concurrency] for one in contenders], compared, notes)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except NarsilError as error:
+        sys.exit(f"torchrec_dlrm_compare: {error}")

@@ -1,0 +1,6 @@
+"""``python -m narsil``."""
+
+from narsil.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Measurements as JSON and as a table. The JSON is the source; every table and picture is made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from narsil.bench.measure import BUCKET_EDGES_S, Measurement, Ratio, summarize
+
+Report = dict[str, Any]
+
+_PACKAGES = ("narsil", "torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "onnxruntime", "grpcio", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), ""
+        )
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def make_report(
+    runs: Sequence[Sequence[Measurement]], ratios: Sequence[Ratio] = (), notes: Mapping[str, Any] | None = None
+) -> Report:
+    """The report of one benchmark: a row per contender and concurrency, with every round behind it.
+
+    ``rows`` holds medians over rounds; ``runs`` every single measurement with its latency histogram.
+    """
+    return {
+        "machine": machine(),
+        "rows": [_row(summarize(rounds)) for rounds in runs],
+        "ratios": [asdict(one) for one in ratios],
+        "runs": [_row(one) | {"histogram": list(one.histogram)} for rounds in runs for one in rounds],
+        "bucket_edges_s": [float(f"{edge:.6g}") for edge in BUCKET_EDGES_S],
+        "notes": dict(notes or {}),
+    }
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Writes the report where it was asked for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# column title -> (row key, format)
+COLUMNS = {
+    "req/s": ("req_per_s", ",.0f"),
+    "samples/s": ("samples_per_s", ",.0f"),
+    "p50 ms": ("p50_ms", ".2f"),
+    "p99 ms": ("p99_ms", ".2f"),
+    "peak MiB": ("peak_mib", ",.0f"),
+    "CPU µs/req": ("server_cpu_us_per_req", ",.0f"),
+    "max dev": ("max_abs_deviation", ".0e"),
+    "errors": ("errors", ",d"),
+}
+
+_DETAILS = {
+    "requests per second": ("req_per_s", ",.1f"),
+    "samples per second": ("samples_per_s", ",.0f"),
+    "asked for, req/s": ("rate", ",.1f"),
+    "client behind its schedule, at most ms": ("late_ms", ".1f"),
+    "latency p50 ms": ("p50_ms", ".3f"),
+    "latency p90 ms": ("p90_ms", ".3f"),
+    "latency p99 ms": ("p99_ms", ".3f"),
+    "latency p99.9 ms": ("p999_ms", ".3f"),
+    "errors": ("errors", ",d"),
+    "largest deviation of a score": ("max_abs_deviation", ".2e"),
+    "server CPU per request, µs": ("server_cpu_us_per_req", ",.0f"),
+    "server peak memory, MiB": ("peak_mib", ",.0f"),
+    "client CPU per request, µs": ("client_cpu_us_per_req", ",.0f"),
+    "client busy, share of a core": ("client_busy", ".2f"),
+}
+
+
+def cell(row: Mapping[str, Any], key: str, style: str) -> str:
+    """A row's figure as text; a dash where it was not measured."""
+    return "-" if row[key] is None else format(row[key], style)
+
+
+def by_concurrency(report: Report) -> dict[int, list[Mapping[str, Any]]]:
+    """The report's rows under their concurrency, in the report's order; 0 is the open loop."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault(row["concurrency"], []).append(row)
+    return groups
+
+
+def render_table(report: Report, title: str) -> Table:
+    """The report as a table for the terminal."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for concurrency, rows in by_concurrency(report).items():
+        heading = f"concurrency {concurrency}" if concurrency else "open loop"
+        table.add_row(f"[bold]{heading}, {rows[0]['batch_size']} rows a request[/bold]")
+        for row in rows:
+            table.add_row(row["name"], *(cell(row, key, style) for key, style in COLUMNS.values()))
+        table.add_section()
+    return table
+
+
+def render_one(row: Mapping[str, Any]) -> Table:
+    """One row in full, a figure a line."""
+    table = Table(title=row["name"], title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for label, (key, style) in _DETAILS.items():
+        if row[key] is not None and (row["rate"] is not None or key != "late_ms"):
+            table.add_row(label, cell(row, key, style))
+    return table
+
+
+def ratio_lines(report: Report) -> list[str]:
+    """The report's ratios in words."""
+    words = {"samples_per_s": "throughput", "p50_ms": "median latency"}
+    return [
+        f"{one['name']}: {one['median']:.2f}x the {words[one['metric']]} of {one['over']} at concurrency "
+        f"{one['concurrency']} ({one['min']:.2f} to {one['max']:.2f})"
+        for one in report["ratios"]
+    ]
+
+
+def _row(measurement: Measurement) -> dict[str, Any]:
+    row = asdict(measurement)
+    del row["histogram"]
+    row["error_kinds"] = dict(measurement.errors)
+    row["errors"] = sum(measurement.errors.values())
+    row["client_bound"] = measurement.client_bound
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: nine digits are more than any of them means, and there is no NaN."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 9)
+    return value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None

@@ -1,0 +1,157 @@
+"""Servers under measurement: started, watched and ended by their process id.
+
+Owns the processes it starts. Linux only (reads /proc).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from narsil.errors import NarsilError
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class ServerDied(NarsilError):
+    """A server under measurement did not start, or ended on its own."""
+
+
+class Watched(Protocol):
+    """A server whose CPU and memory are read while it is under load."""
+
+    def cpu_s(self) -> float:
+        """User and system seconds used so far."""
+
+    def peak_mib(self) -> float:
+        """The largest resident set so far, MiB."""
+
+
+class AttachedServer:
+    """A server that somebody else started, known by its process id."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def cpu_s(self) -> float:
+        """See Watched.cpu_s."""
+        return cpu_seconds(self._pid)
+
+    def peak_mib(self) -> float:
+        """See Watched.peak_mib."""
+        return peak_mib(self._pid)
+
+
+class ServerProcess:
+    """A server as a child process: ready once it prints a line that ``ready`` matches, whose group 1 is its address."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        ready: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 120,
+    ) -> None:
+        self._argv = list(argv)
+        self._ready = re.compile(ready)
+        self._environment = {**os.environ, **(environment or {})}
+        self._start_timeout = start_timeout
+        self._process: subprocess.Popen[str] | None = None
+        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.address = ""
+
+    def start(self) -> str:
+        """Starts the server and waits for its ready line; returns its address. Raises ServerDied."""
+        self._process = subprocess.Popen(
+            self._argv, stdout=subprocess.PIPE, stderr=self._log, text=True, env=self._environment
+        )
+        watchdog = threading.Timer(self._start_timeout, self._process.kill)
+        watchdog.start()
+        try:
+            for line in self._process.stdout or ():
+                if found := self._ready.search(line):
+                    self.address = found.group(1)
+                    return self.address
+        finally:
+            watchdog.cancel()
+        self._process.wait()
+        raise ServerDied(f"{self._argv[0]} did not become ready (exit {self._process.returncode}):\n{self.log_tail()}")
+
+    @property
+    def pid(self) -> int:
+        """Process id. Raises ServerDied before start."""
+        if self._process is None:
+            raise ServerDied(f"{self._argv[0]} has not been started")
+        return self._process.pid
+
+    def cpu_s(self) -> float:
+        """See Watched.cpu_s."""
+        return cpu_seconds(self.pid)
+
+    def peak_mib(self) -> float:
+        """See Watched.peak_mib."""
+        return peak_mib(self.pid)
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL after 40 s; returns the exit status."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            status = self._process.wait(40)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+        return status
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines the server wrote to standard error."""
+        self._log.seek(0)
+        return "".join(self._log.readlines()[-lines:])
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def narsil_server(model: Path, **options: object) -> ServerProcess:
+    """``narsil serve`` on a free port, with further options by their setting's name."""
+    argv = [sys.executable, "-m", "narsil", "serve", "--model", str(model), "--port", "0"]
+    for name, value in options.items():
+        argv += [f"--{name.replace('_', '-')}", str(value)]
+    return ServerProcess(argv, r"^narsil: serving .* on (\S+) \(")
+
+
+def torchrec_cpp_server(binary: Path, model_file: Path, threads: int) -> ServerProcess:
+    """The C++ baseline on a free port."""
+    argv = [str(binary), "--model", str(model_file), "--port", "0", "--threads", str(threads)]
+    return ServerProcess(argv, r"^listening on (\S+)")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of a process, from /proc."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / _TICKS
+
+
+def peak_mib(pid: int) -> float:
+    """High-water mark of a process's resident set, MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found.group(1)) / 1024 if found else 0.0

@@ -1,0 +1,105 @@
+"""Request bodies for a load: distinct, precomputed, and the same for the same seed in every process.
+
+Receives a schema and a seed, produces serialized requests. Bodies are generated where they are sent, so that no
+process has to ship megabytes to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.client import build_request
+from narsil.dataflow import Features, Ints, Jagged, OneHot
+from narsil.models.schema import ModelSchema
+from narsil.protos import narsil_pb2, predictor_pb2
+from narsil.transports.codec import narsil_v1, predictor
+
+Protocol = Literal["predictor", "narsil"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to send: ``bodies`` distinct requests of ``rows`` rows with 1 to ``max_ids`` uniform ids a bag."""
+
+    schema: ModelSchema
+    rows: int = 100
+    bodies: int = 2000
+    max_ids: int = 1
+    seed: int = 0
+
+    def payloads(self, count: int | None = None) -> Iterator[Features]:
+        """The first ``count`` payloads (None: all), key-major. The n-th is the same however many are asked for."""
+        features = self.schema.num_features
+        for number in range(self.bodies if count is None else min(count, self.bodies)):
+            random = np.random.default_rng((self.seed, number))
+            dense = random.random((self.rows, self.schema.dense_dim), dtype=np.float32)
+            limits = self.schema.rows
+            if self.max_ids == 1:
+                ids = random.integers(0, limits[:, None], (features, self.rows)).astype(np.int32)
+                yield Features(self.rows, dense, OneHot(ids))
+                continue
+            lengths = random.integers(0, self.max_ids + 1, (features, self.rows)).astype(np.int32)
+            values = random.integers(0, np.repeat(limits, lengths.sum(axis=1))).astype(np.int32)
+            starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
+            yield Features(self.rows, dense, Jagged(values, starts, lengths))
+
+    def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:
+        """The payloads as request bodies of a wire."""
+        write = _predictor_body if protocol == "predictor" else _narsil_body
+        return [write(features) for features in self.payloads(count)]
+
+
+def _predictor_body(features: Features) -> bytes:
+    sparse = features.sparse
+    values: Ints
+    lengths: Ints
+    if isinstance(sparse, OneHot):
+        values, lengths = sparse.ids, np.ones(sparse.ids.shape, dtype=np.int32)
+    else:
+        values, lengths = sparse.values, sparse.lengths
+    message = predictor_pb2.PredictionRequest(batch_size=features.rows)
+    message.float_features.num_features = int(features.dense.shape[-1])
+    message.float_features.values = features.dense.tobytes()
+    message.id_list_features.num_features = len(lengths)
+    message.id_list_features.lengths = lengths.tobytes()
+    message.id_list_features.values = values.tobytes()
+    body: bytes = message.SerializeToString()
+    return body
+
+
+def _narsil_body(features: Features) -> bytes:
+    sparse = features.sparse
+    if isinstance(sparse, OneHot):
+        return build_request(features.dense, np.ascontiguousarray(sparse.ids.T))
+    bags = [
+        sparse.values[start : start + length]
+        for starts, lengths in zip(sparse.starts.T, sparse.lengths.T, strict=True)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    return build_request(features.dense, np.concatenate(bags), np.ascontiguousarray(sparse.lengths.T))
+
+
+def method(protocol: Protocol) -> str:
+    """The full gRPC method name of a wire."""
+    return predictor.METHOD if protocol == "predictor" else narsil_v1.METHOD
+
+
+def score_reader(protocol: Protocol, task: str) -> Callable[[bytes], NDArray[np.float32]]:
+    """A function that takes a response body to the task's scores."""
+
+    def read_predictor(body: bytes) -> NDArray[np.float32]:
+        data = predictor_pb2.PredictionResponse.FromString(body).predictions[task].data
+        return np.array(data, dtype=np.float32)
+
+    def read_narsil(body: bytes) -> NDArray[np.float32]:
+        for scores in narsil_pb2.PredictResponse.FromString(body).scores:
+            if scores.task == task:
+                return np.frombuffer(scores.values, "<f4")
+        return np.empty(0, dtype=np.float32)
+
+    return read_predictor if protocol == "predictor" else read_narsil

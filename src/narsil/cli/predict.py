@@ -1,0 +1,84 @@
+"""``narsil predict``: the newcomer's first call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from narsil.cli.targets import schema_for, target_option
+from narsil.errors import ConfigError
+
+
+@click.command()
+@target_option
+@click.option(
+    "--schema", type=click.Path(path_type=Path), help="Artifact to take the schema from; default: ask the server."
+)
+@click.option("--rows", type=click.IntRange(1), default=5, show_default=True, help="Random rows to send.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random rows.")
+@click.option(
+    "--file",
+    "rows_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help='Rows to send, one JSON object a line: {"dense": [...], "sparse": {"cat_0": [17], ...}}.',
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait.")
+def command(
+    target: str, schema: Path | None, rows: int, seed: int, rows_file: Path | None, as_json: bool, timeout: float
+) -> None:
+    """Send rows to a running server and print their scores."""
+    import numpy as np
+
+    from narsil.client import Client
+
+    model = schema_for(target, schema)
+    if rows_file is not None:
+        dense, ids, lengths = _read_rows(rows_file, model)
+    else:
+        random = np.random.default_rng(seed)
+        dense = random.random((rows, model.dense_dim), dtype=np.float32)
+        ids, lengths = random.integers(0, model.rows, (rows, model.num_features)), None
+    with Client(target) as client:
+        prediction = client.predict(dense, ids, lengths, timeout=timeout)
+    scores = {task: values.tolist() for task, values in prediction.scores.items()}
+    if as_json:
+        click.echo(json.dumps({"model": prediction.model_name, "version": prediction.model_version, "scores": scores}))
+        return
+    for task, values in scores.items():
+        for row, score in enumerate(values):
+            click.echo(f"{task}[{row}] = {score:.6f}")
+    click.echo(
+        f"{prediction.model_name} version {prediction.model_version}: {len(dense)} rows in a batch of "
+        f"{prediction.batch_rows}, {prediction.queue_us} µs queued, {prediction.execute_us} µs in the model"
+    )
+
+
+def _read_rows(path: Path, schema: Any) -> tuple[Any, Any, Any]:
+    """(dense (B, D), flat ids, lengths (B, T)) from JSON lines. Raises ConfigError naming the line."""
+    import numpy as np
+
+    dense, ids, lengths = [], [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            bags = [row["sparse"][feature.name] for feature in schema.features]
+            extra = set(row["sparse"]) - {feature.name for feature in schema.features}
+            if extra:
+                raise ConfigError(f"{path}, line {number}: the model has no feature {sorted(extra)[0]!r}")
+            dense.append(np.array(row["dense"], dtype=np.float32).reshape(schema.dense_dim))
+            bags = [np.array(bag, dtype=np.int64).reshape(-1) for bag in bags]
+        except KeyError as error:
+            raise ConfigError(f"{path}, line {number}: no {error.args[0]!r}") from None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from None
+        ids += bags
+        lengths.append([len(bag) for bag in bags])
+    if not dense:
+        raise ConfigError(f"{path} holds no rows")
+    return np.stack(dense), np.concatenate(ids), np.array(lengths, dtype=np.int32)

@@ -1,0 +1,85 @@
+"""Small models: tables of different rows, packaged once per test run. Nothing is built until a test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from narsil.dataflow import Batch, Floats
+from narsil.models.artifact import Artifact
+from narsil.models.dlrm import DlrmConfig, random_weights
+
+MakeBatch = Callable[..., Batch]
+
+
+def small(pooling: str = "sum") -> DlrmConfig:
+    return DlrmConfig(
+        tables=4,
+        rows=(50, 7, 1000, 33),
+        dim=16,
+        dense_features=5,
+        dense_arch=(32, 16),
+        over_arch=(32, 16, 1),
+        pooling=pooling,  # type: ignore[arg-type]
+        seed=7,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_config() -> DlrmConfig:
+    return small()
+
+
+@pytest.fixture(scope="session")
+def small_weights(small_config: DlrmConfig) -> dict[str, Floats]:
+    return random_weights(small_config)
+
+
+@pytest.fixture(scope="session")
+def small_artifact(
+    small_config: DlrmConfig, small_weights: dict[str, Floats], tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """The small DLRM, packaged for the CPU: TorchScript with INT8 tables and ONNX with FP32 ones."""
+    pytest.importorskip("fbgemm_gpu")
+    pytest.importorskip("onnx")
+    from narsil.models.packager import package_dlrm
+
+    out: Path = tmp_path_factory.mktemp("artifacts") / "small"
+    return package_dlrm(small_config, small_weights, out, name="small", onnx=True)
+
+
+@pytest.fixture(scope="session")
+def mean_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The small DLRM with mean pooling."""
+    pytest.importorskip("fbgemm_gpu")
+    pytest.importorskip("onnx")
+    from narsil.models.packager import package_dlrm
+
+    config = small("mean")
+    return package_dlrm(config, random_weights(config), tmp_path_factory.mktemp("artifacts") / "mean", onnx=True)
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> MakeBatch:
+    return batch_of
+
+
+def batch_of(
+    rows_per_table: Sequence[int], dense_dim: int, rows: int, *, longest: int | None = None, seed: int = 0
+) -> Batch:
+    """A batch of random valid rows: one id per bag, or 0 .. longest ids."""
+    rng = np.random.default_rng(seed)
+    bags = len(rows_per_table) * rows
+    lengths = np.ones(bags, np.int32) if longest is None else rng.integers(0, longest + 1, bags, dtype=np.int32)
+    counts = lengths.reshape(len(rows_per_table), rows).sum(axis=1)
+    ids = [rng.integers(0, limit, count) for limit, count in zip(rows_per_table, counts, strict=True)]
+    return Batch(
+        rows=rows,
+        dense=rng.random((rows, dense_dim), dtype=np.float32),
+        lengths=lengths,
+        values=np.concatenate(ids).astype(np.int32),
+        one_hot=longest is None,
+    )
