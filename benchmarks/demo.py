@@ -17,7 +17,7 @@ from narsil.bench.report import make_report, ratio_lines, render_table, write_re
 from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.dlrm import DlrmConfig
+from narsil.models.dlrm import DlrmConfig, random_weights
 from narsil.models.packager import package_dlrm
 
 TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
@@ -91,11 +91,14 @@ def _parse() -> argparse.Namespace:
 
 def _package(path: Path, device: str, console: Console) -> Artifact:
     if not (path / "manifest.json").exists():
-        with _progress(console) as progress:
-            task = progress.add_task("packaging the demo model", total=1.0)
-            config = DlrmConfig()
+        config = DlrmConfig()
+        with console.status("packaging the demo model (about a minute)") as status:
             package_dlrm(
-                config, None, path, device, lambda what, share: progress.update(task, description=what, completed=share)
+                config,
+                random_weights(config),
+                path,
+                device=device,
+                progress=lambda stage, done, total: status.update(f"packaging the demo model: {stage} {done}/{total}"),
             )
     artifact = open_artifact(path)
     console.print(f"model: {path} ({artifact.name}, {artifact.schema.num_features} tables)")

@@ -22,7 +22,7 @@ from narsil.bench.rounds import KEEP, Contender, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.errors import NarsilError
 from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.dlrm import DlrmConfig
+from narsil.models.dlrm import DlrmConfig, random_weights
 from narsil.models.packager import package_dlrm
 
 
@@ -75,7 +75,8 @@ def _artifact(arguments: argparse.Namespace, scratch: Path, console: Console) ->
     path = arguments.narsil_torch_model or arguments.narsil_onnx_model
     if path is None:
         with console.status("packaging a DLRM of the default size"):
-            package_dlrm(DlrmConfig(), None, scratch / "dlrm", arguments.device)
+            config = DlrmConfig()
+            package_dlrm(config, random_weights(config), scratch / "dlrm", device=arguments.device)
         path = scratch / "dlrm"
     return open_artifact(path)
 

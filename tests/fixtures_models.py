@@ -15,10 +15,10 @@ from narsil.models.dlrm import DlrmConfig, random_weights
 MakeBatch = Callable[..., Batch]
 
 
-def small(pooling: str = "sum") -> DlrmConfig:
+def small(pooling: str = "sum", rows: int | tuple[int, ...] = (50, 7, 1000, 33)) -> DlrmConfig:
     return DlrmConfig(
         tables=4,
-        rows=(50, 7, 1000, 33),
+        rows=rows,
         dim=16,
         dense_features=5,
         dense_arch=(32, 16),

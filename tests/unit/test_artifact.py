@@ -64,7 +64,7 @@ def test_an_empty_folder_is_no_artifact(tmp_path: Path) -> None:
 
 def test_onnx_without_its_manifest_is_refused(folder: Path) -> None:
     (folder / MANIFEST).unlink()
-    with pytest.raises(ArtifactError, match="has no manifest.json beside it"):
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json beside it"):
         open_artifact(folder / "graph.onnx")
 
 
@@ -77,7 +77,7 @@ def test_one_changed_byte_is_found(folder: Path) -> None:
 
 def test_a_truncated_file_is_found_without_reading_it(folder: Path) -> None:
     (folder / "graph.onnx.data").write_bytes(b"tab")
-    with pytest.raises(ArtifactError, match="has 3 bytes where manifest.json says 6"):
+    with pytest.raises(ArtifactError, match=r"has 3 bytes where manifest\.json says 6"):
         open_artifact(folder, verify=False)
 
 
@@ -166,7 +166,9 @@ def test_what_is_no_torchscript_is_told_apart_before_torch_sees_it(
         open_artifact(file)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["package", "--help"], ["package", "dlrm", "--help"], ["inspect", "."]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["package", "--help"], ["package", "dlrm", "--help"], ["inspect", "."]]
+)
 def test_the_command_line_needs_no_torch(folder: Path, arguments: list[str]) -> None:
     program = (
         "import sys\nfrom narsil.cli import cli\n"

@@ -38,21 +38,21 @@ def load_backend(
 
 def _choose(artifact: Artifact, device: str | None) -> str:
     fits = artifact.torchscript is not None and (device is None or _same(artifact.device, device))
-    if fits and _has_torch():
+    if fits and _torch_problem() is None:
         return "torch"
     if artifact.onnx is not None and device in (None, "cpu") and find_spec("onnxruntime") is not None:
         return "onnx"
-    if artifact.torchscript is not None and not _has_torch():
+    if fits and artifact.onnx is not None:
         raise ConfigError(
-            f"{artifact.path} needs torch and fbgemm: install narsil[cpu] or narsil[cuda]"
-            + (", or narsil[onnx] for its ONNX graph" if artifact.onnx is not None else "")
+            f"{artifact.path} needs torch and fbgemm ({_torch_problem()}), or onnxruntime for its ONNX graph: "
+            "install narsil[cpu], narsil[cuda] or narsil[onnx]"
         )
     return "torch" if artifact.torchscript is not None else "onnx"
 
 
 def _load_torch(artifact: Artifact, device: str, intra_op_threads: int) -> Backend:
-    if not _has_torch():
-        raise ConfigError("the torch backend needs torch and fbgemm: install narsil[cpu] or narsil[cuda]")
+    if problem := _torch_problem():
+        raise ConfigError(f"the torch backend needs torch and fbgemm ({problem}); install narsil[cpu] or narsil[cuda]")
     if artifact.torchscript is None:
         raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
     if not _same(artifact.device, device):
@@ -75,8 +75,14 @@ def _load_torch(artifact: Artifact, device: str, intra_op_threads: int) -> Backe
     return TorchScriptBackend.load(artifact, device, intra_op_threads)
 
 
-def _has_torch() -> bool:
-    return find_spec("torch") is not None and find_spec("fbgemm_gpu") is not None
+def _torch_problem() -> str | None:
+    """Why torch and fbgemm cannot be imported: not installed, or built for libraries that are not here."""
+    try:
+        import fbgemm_gpu  # noqa: F401
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def _same(baked: str, asked: str) -> bool:

@@ -22,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import narsil
 from narsil.errors import ArtifactError
 from narsil.models.schema import ModelSchema
 
@@ -94,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} is not a manifest of Narsil's: it has no format field")
     if manifest["format"] != FORMAT:
         raise ArtifactError(
-            f"{file} is of format {str(manifest['format'])[:64]!r}; this Narsil {narsil.__version__} reads {FORMAT}: "
+            f"{file} is of format {str(manifest['format'])[:64]!r}; this Narsil reads {FORMAT}: "
             "package the model again, or install the Narsil that wrote it"
         )
     missing = sorted(_KEYS - manifest.keys())
@@ -133,7 +132,7 @@ def write_manifest(
         },
         "architecture": dict(architecture),
         "versions": {
-            "narsil": narsil.__version__,
+            "narsil": _installed("narsil"),
             "python": platform.python_version(),
             "torch": _installed("torch"),
             "fbgemm": _installed("fbgemm-gpu-cpu") or _installed("fbgemm-gpu"),

@@ -65,9 +65,13 @@ def _read_safetensors(path: Path) -> dict[str, Floats]:
     except ImportError:
         raise ArtifactError(f"reading {path.name} needs the safetensors package: pip install safetensors") from None
     try:
-        return {name: _float32(name, array) for name, array in load_file(str(path)).items()}
+        tensors = load_file(str(path))
     except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError, struct.error) as error:
         raise ArtifactError(f"{path} cannot be read as safetensors: {_first_line(error)}") from None
+    for name, array in tensors.items():
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ArtifactError(f"{path.name}: {name} is {array.dtype}; weights must be floating point")
+    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
 
 
 def _read_torch(path: Path) -> dict[str, Floats]:
@@ -89,14 +93,14 @@ def _read_torch(path: Path) -> dict[str, Floats]:
             state = state[wrapper]
     if not isinstance(state, Mapping):
         raise ArtifactError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {str(name): _float32(str(name), value.detach().float().numpy()) for name, value in tensors.items()}
-
-
-def _float32(name: str, array: Any) -> Floats:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ArtifactError(f"{name} is {array.dtype}; the checkpoint's weights must be floating point")
-    return np.ascontiguousarray(array, dtype=np.float32)
+    tensors: dict[str, Floats] = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not value.is_floating_point():
+            raise ArtifactError(f"{path.name}: {name} is {value.dtype}; weights must be floating point")
+        tensors[str(name)] = np.ascontiguousarray(value.detach().float().numpy())
+    return tensors
 
 
 def _canonical(tensors: Mapping[str, Floats], path: Path) -> dict[str, Floats]:

@@ -100,15 +100,19 @@ def check_tables(tbe: Any, name: str) -> None:
         raise ArtifactError(f"{name}: tables are pruned (index remapping), which Narsil does not serve")
     if min(dims) < 1 or sum(dims) != tbe.total_D:
         raise ArtifactError(f"{name}: the tables' dims do not add up to {tbe.total_D}; package the model again")
-    for position in range(count):
-        weights = getattr(tbe, _PLACEMENTS.get(places[position], ""), None)
+    for position, (start, place) in enumerate(zip(offsets, places, strict=True)):
+        weights = getattr(tbe, _PLACEMENTS.get(place, ""), None)
         if weights is None:
-            raise ArtifactError(f"{name}: table {position} lies in an unknown place ({places[position]})")
-        end = offsets[position] + rows[position] * _row_bytes(tbe, dims[position], types[position], name)
-        if offsets[position] < 0 or rows[position] < 1 or end > weights.numel():
+            raise ArtifactError(f"{name}: table {position} lies in an unknown place ({place})")
+        end = start + rows[position] * _row_bytes(tbe, dims[position], types[position], name)
+        later = (
+            other for other, its_place in zip(offsets, places, strict=True) if its_place == place and other > start
+        )
+        limit = min(later, default=weights.numel())
+        if start < 0 or rows[position] < 1 or end > min(limit, weights.numel()):
             raise ArtifactError(
-                f"{name}: table {position} ends at byte {end} of {weights.numel()}: rows would be read out of bounds; "
-                "package the model again"
+                f"{name}: table {position} lies from byte {start} to {end} where it may end at {limit}: ids would be "
+                "read out of bounds; package the model again"
             )
 
 

@@ -1,0 +1,61 @@
+# The only entries; CI and people call the same targets. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-complete
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint test bench reports clean system-packages
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(SETUP) ## make .venv with the pinned dependencies and the generated code
+
+demo: setup system-packages ## package a model, serve it four ways, print the table (about five minutes)
+	$(BIN)/python benchmarks/demo.py
+
+lint: setup ## ruff, mypy strict, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: setup ## all tests
+	$(BIN)/pytest
+
+bench: setup system-packages ## measure against the C++ server, write benchmarks/results and render the reports
+	$(BIN)/python benchmarks/demo.py --out benchmarks/results --requests 3000 --rounds 5
+	$(BIN)/python benchmarks/render_reports.py
+
+reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results
+	$(BIN)/python benchmarks/render_reports.py
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build demo models src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/narsil/protos/*_pb2.py
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torchrec is wanted by the tests alone, and without its dependencies: the CUDA build of FBGEMM that it asks for would
+# overwrite the CPU build.
+$(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predictor.proto
+	@$(PYTHON) -c 'import sys; sys.exit("Narsil needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec tensordict torchmetrics \
+	  tqdm pyre-extensions pyvers cloudpickle importlib_metadata orjson typing_inspect
+	@touch $@
+
+# What the C++ baseline is built with. Without it everything else works, and the baseline's row is left out.
+DEBIAN_PACKAGES := g++ cmake make libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
+system-packages:
+	@missing=$$(comm -23 <(printf '%s\n' $(DEBIAN_PACKAGES) | sort) \
+	  <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
+	    | awk '$$1 == "installed" {print $$2}' | sort) | xargs); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing for the C++ baseline: $$missing"; \
+	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing) >/dev/null 2>&1 \
+	    || echo "could not install $$missing: the C++ baseline's row may be left out"; \
+	else echo "missing: $$missing; without them the C++ baseline's row is left out"; fi

@@ -1,0 +1,146 @@
+"""What tests share: a small schema, request builders, replies that can be waited for. No sleeping."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from narsil.backends.fake import FakeBackend, FakeBehaviour, fake_scores
+from narsil.clock import Clock
+from narsil.dataflow import Features, Jagged, OneHot, Request, Result
+from narsil.engine.collate import Collator
+from narsil.engine.engine import Engine
+from narsil.engine.queue import QueueLimits
+from narsil.engine.scheduler import BatchPolicy
+from narsil.models.schema import Feature, ModelSchema
+from narsil.transports.base import ServedModel
+from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
+from narsil.transports.validate import RequestLimits
+
+T = TypeVar("T")
+PATIENCE_S = 30.0  # how long a test waits for what must happen; reached only by a failing test
+
+# Tables of different sizes, so that a feature's limit is its own.
+SCHEMA = ModelSchema(
+    dense_dim=3,
+    features=(
+        Feature("user", "t_user", rows=50, dim=8),
+        Feature("item", "t_item", rows=7, dim=8),
+        Feature("tags", "t_tags", rows=1000, dim=8),
+        Feature("shop", "t_shop", rows=20, dim=8),
+    ),
+)
+
+
+class Reply:
+    """A reply handle that remembers every delivery."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.results: list[Result] = []
+        self._delivered = threading.Event()
+
+    def deliver(self, result: Result) -> None:
+        self.results.append(result)
+        self._delivered.set()
+
+    def wait(self) -> Result:
+        assert self._delivered.wait(PATIENCE_S), "no result was delivered"
+        return self.results[0]
+
+
+def one_hot(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA) -> Features:
+    random = np.random.default_rng(seed)
+    dense = random.random((rows, schema.dense_dim), dtype=np.float32)
+    ids = random.integers(0, schema.rows[:, None], (schema.num_features, rows)).astype(np.int32)
+    return Features(rows, dense, OneHot(ids))
+
+
+def jagged(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA, longest: int = 4) -> Features:
+    """Bags of 0 .. longest ids, key-major."""
+    random = np.random.default_rng(seed)
+    dense = random.random((rows, schema.dense_dim), dtype=np.float32)
+    lengths = random.integers(0, longest + 1, (schema.num_features, rows)).astype(np.int32)
+    values = random.integers(0, np.repeat(schema.rows, lengths.sum(axis=1))).astype(np.int32)
+    starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
+    return Features(rows, dense, Jagged(values, starts, lengths))
+
+
+def request(
+    rows: int = 1, *, arrived: float = 0.0, deadline: float | None = None, features: Features | None = None
+) -> Request:
+    return Request(features or one_hot(rows), Reply(), arrived, deadline)
+
+
+def scores_alone(features: Features, schema: ModelSchema = SCHEMA) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What the fake backend scores for these rows when they run alone."""
+    return fake_scores(Collator(schema).collate([features]))
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """An asyncio test body, bounded in time."""
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE_S))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds; looks again without a fixed sleep."""
+    ended = threading.Event()
+    timer = threading.Timer(PATIENCE_S, ended.set)
+    timer.start()
+    try:
+        while not condition():
+            assert not ended.wait(0.001), "the condition never came true"
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def engine_with(
+    behaviour: FakeBehaviour | None = None,
+    *,
+    lanes: int = 1,
+    policy: BatchPolicy | None = None,
+    limits: QueueLimits | None = None,
+    clock: Clock | None = None,
+    schema: ModelSchema = SCHEMA,
+) -> Iterator[Engine]:
+    """A started engine over fake lanes, drained at the end."""
+    backend = FakeBackend(schema, behaviour)
+    engine = Engine([backend, *(backend.share() for _ in range(lanes - 1))], policy, limits, clock)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        if behaviour is not None and behaviour.hold is not None:
+            behaviour.hold.set()
+        assert engine.drain(PATIENCE_S)
+
+
+@contextmanager
+def grpc_server(engine: Engine, limits: RequestLimits | None = None, **options: Any) -> Iterator[str]:
+    """The engine behind a real gRPC socket on loopback, on an event loop in a thread of its own; yields its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
+
+    async def make() -> tuple[GrpcAioTransport, str]:
+        model = ServedModel("fake", "1", "fake", engine.schema, limits or RequestLimits())
+        transport = GrpcAioTransport(engine, model, GrpcOptions(port=0, **options))
+        return transport, await transport.start()
+
+    transport, address = on_loop(make())
+    try:
+        yield address
+    finally:
+        on_loop(transport.stop(PATIENCE_S))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(PATIENCE_S)
+        loop.close()

@@ -1,0 +1,253 @@
+"""Narsil's own wire: sample-major rows, named or ordered columns, int32 or int64, and a context sent once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narsil.client import Context, build_request, read_model, read_response
+from narsil.dataflow import Features, Jagged, OneHot, StageTimes
+from narsil.engine.collate import Collator
+from narsil.errors import InvalidRequest
+from narsil.models.schema import Feature, ModelSchema
+from narsil.protos import narsil_pb2
+from narsil.transports.codec import narsil_v1
+from narsil.transports.validate import RequestLimits
+from tests.support import SCHEMA, jagged, one_hot
+
+LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)
+WEIGHTED = ModelSchema(1, (Feature("a", "t_a", 10, 8, weighted=True), Feature("b", "t_b", 10, 8, weighted=True)))
+NAMES = [feature.name for feature in SCHEMA.features]
+
+
+def decode(body: bytes, schema: ModelSchema = SCHEMA, limits: RequestLimits = LIMITS) -> Features:
+    return narsil_v1.decode(body, schema, limits).features
+
+
+def rows_of(features: Features) -> list[list[list[int]]]:
+    """[row][feature] -> bag."""
+    batch = Collator(SCHEMA).collate([features])
+    bags = np.split(batch.values, np.cumsum(batch.lengths)[:-1])
+    return [[bags[t * batch.rows + b].tolist() for t in range(SCHEMA.num_features)] for b in range(batch.rows)]
+
+
+def body_of(dense, rows: list[list[list[int]]], dtype=np.int32, **arguments) -> bytes:
+    """The wire form of rows of bags."""
+    lengths = np.array([[len(bag) for bag in row] for row in rows], dtype=np.int32)
+    values = np.array([i for row in rows for bag in row for i in bag], dtype=dtype)
+    return build_request(dense, values, lengths, **arguments)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([one_hot, jagged]), st.integers(1, 12), st.integers(0, 10_000), st.sampled_from(["i4", "i8"]))
+def test_rows_read_as_they_were_written(make, rows, seed, dtype):
+    written = make(rows, seed)
+    found = decode(body_of(written.dense, rows_of(written), dtype))
+    assert rows_of(found) == rows_of(written)
+    np.testing.assert_array_equal(found.dense, written.dense)
+
+
+def test_ids_without_lengths_are_one_a_bag_and_are_not_copied():
+    written = one_hot(6)
+    assert isinstance(written.sparse, OneHot)
+    found = decode(build_request(written.dense, written.sparse.ids.T))
+    assert isinstance(found.sparse, OneHot)
+    assert not found.sparse.ids.flags.owndata
+    assert rows_of(found) == rows_of(written)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([one_hot, jagged]), st.permutations(range(4)), st.integers(0, 1000))
+def test_named_columns_may_come_in_any_order(make, order, seed):
+    written = make(5, seed)
+    shuffled = [[row[t] for t in order] for row in rows_of(written)]
+    found = decode(body_of(written.dense, shuffled, feature_names=[NAMES[t] for t in order]))
+    assert rows_of(found) == rows_of(written)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 3)), st.sets(st.integers(0, 2)), st.integers(1, 8), st.integers(0, 1000))
+def test_a_context_reads_as_if_it_had_been_sent_with_every_row(shared, columns, rows, seed):
+    written = jagged(rows, seed)
+    expected = rows_of(written)
+    dense = written.dense.copy()
+    for row in expected:
+        for t in shared:
+            row[t] = expected[0][t]
+    dense[:, sorted(columns)] = dense[0, sorted(columns)]
+    own = [t for t in range(4) if t not in shared]
+    body = body_of(
+        np.delete(dense, sorted(columns), axis=1),
+        [[row[t] for t in own] for row in expected],
+        context=Context(
+            {NAMES[t]: expected[0][t] for t in sorted(shared, reverse=True)},
+            sorted(columns),
+            dense[0, sorted(columns)].tolist(),
+        ),
+    )
+    found = decode(body)
+    assert rows_of(found) == expected
+    np.testing.assert_array_equal(found.dense, dense)
+
+
+def test_a_context_of_single_ids_becomes_one_hot():
+    body = build_request(np.zeros((3, 3)), [[1, 2, 3]] * 3, context=Context({"user": [4]}))
+    found = decode(body)
+    assert isinstance(found.sparse, OneHot)
+    assert rows_of(found) == [[[4], [1], [2], [3]]] * 3
+
+
+def test_weights_travel_with_their_ids():
+    body = build_request([[0.0]] * 2, [1, 2, 3], [[1, 1], [0, 1]], weights=[0.1, 0.2, 0.3])
+    sparse = decode(body, WEIGHTED).sparse
+    assert isinstance(sparse, Jagged)
+    batch = Collator(WEIGHTED).collate([Features(2, np.zeros((2, 1), np.float32), sparse)])
+    assert batch.values.tolist() == [1, 2, 3]
+    assert batch.lengths.tolist() == [1, 0, 1, 1]
+    np.testing.assert_allclose(batch.weights, [0.1, 0.2, 0.3])
+
+
+def test_weights_follow_reordered_columns():
+    body = build_request(
+        [[0.0]] * 2, [1, 2, 3], [[1, 1], [0, 1]], weights=[0.1, 0.2, 0.3], feature_names=["b", "a"]
+    )
+    batch = Collator(WEIGHTED).collate([decode(body, WEIGHTED)])
+    assert batch.values.tolist() == [2, 3, 1]
+    np.testing.assert_allclose(batch.weights, [0.2, 0.3, 0.1])
+
+
+GOOD = dict(dense=np.zeros((2, 3)), ids=[[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def change(**fields) -> bytes:
+    """A good request with fields of its message (``sparse__x`` for nested ones) set otherwise."""
+    message = narsil_pb2.PredictRequest.FromString(build_request(**GOOD))
+    for path, value in fields.items():
+        *groups, field = path.split("__")
+        target = message
+        for group in groups:
+            target = getattr(target, group)
+        if isinstance(value, list):
+            getattr(target, field).extend(value)
+        else:
+            setattr(target, field, value)
+    return message.SerializeToString()
+
+
+REFUSALS = {
+    "no rows": (change(batch_size=0), "batch_size is 0"),
+    "too many rows": (change(batch_size=5000), r"batch_size is 5000; it must be 1 to 1000 rows \(--max-request-rows\)"),
+    "rows that disagree": (change(batch_size=3), "dense: 24 bytes for 3 rows"),
+    "no dense": (change(dense=b""), "dense: 0 bytes for 2 rows; the model takes 3 float32 a row, 24 bytes"),
+    "dense cut": (change(dense=b"\0" * 23), "dense: 23 bytes are no whole number of float32"),
+    "NaN": (build_request([[0, 0, 0], [0, float("nan"), 0]], GOOD["ids"]), "dense: row 1, column 1 is nan"),
+    "missing feature": (change(sparse__num_features=3), r"num_features is 3; the model takes 4 here \(user, item"),
+    "no sparse": (build_request(GOOD["dense"], np.empty((0, 0), int)), "sparse.num_features is 0"),
+    "wrong dtype": (change(sparse__id_type=0), "sparse.values: 64 bytes for 2 rows x 4 features"),
+    "unknown dtype": (change(sparse__id_type=7), "sparse.id_type is 7; it must be INT32"),
+    "values cut": (change(sparse__values=b"\0" * 63), "63 bytes are no whole number of int64"),
+    "values short": (change(sparse__values=b"\0" * 56), "without lengths each bag holds one int64, 64 bytes in all"),
+    "lengths short": (change(sparse__lengths=b"\0" * 28), "28 bytes for 2 rows x 4 features; expected 32"),
+    "lengths empty": (change(sparse__lengths=b""), None),
+    "lengths that do not add up": (change(sparse__lengths=b"\0" * 32), "lengths add up to 0 ids and values holds 8"),
+    "negative length": (
+        build_request(GOOD["dense"], [1, 2], [[1, 1, 0, 0], [0, 0, -1, 1]]),
+        "feature tags, row 1: length -1 is negative",
+    ),
+    "negative id": (build_request(GOOD["dense"], [[1, 2, 3, 4], [5, 6, -7, 8]]), "feature tags, row 1: id -7"),
+    "id past its table": (
+        build_request(GOOD["dense"], [[1, 7, 3, 4], [5, 6, 7, 8]]),
+        "feature item, row 0: id 7 is outside its table t_item; ids are 0 to 6",
+    ),
+    "an int64 id past int32": (
+        build_request(GOOD["dense"], [[1, 2, 2**32 + 3, 4], [5, 6, 7, 8]]),
+        "feature tags, row 0: id 4294967299",
+    ),
+    "weights on an unweighted model": (
+        change(sparse__weights=b"\0" * 32),
+        "8 weights given, but no table of this model takes weights",
+    ),
+    "unknown name": (change(sparse__feature_names=["user", "item", "tags", "colour"]), "no feature 'colour'"),
+    "name twice": (change(sparse__feature_names=["user", "item", "tags", "user"]), "feature user is given twice"),
+    "name missing": (change(sparse__feature_names=["user", "item", "tags"]), "sparse.feature_names lacks shop"),
+    "context repeats a row feature": (
+        change(
+            context__feature_names=["user"],
+            context__values=b"\0" * 4,
+            sparse__feature_names=["user", "item", "tags", "shop"],
+        ),
+        "sparse.feature_names gives user, which the context gives already",
+    ),
+    "context leaves too many columns": (
+        change(context__feature_names=["user"], context__values=b"\0" * 4),
+        "sparse.num_features is 4; the model takes 3 here",
+    ),
+    "context of an unknown feature": (change(context__feature_names=["colour"]), "context.feature_names: the model has"),
+    "context column too high": (change(context__dense_columns=[3], context__dense=b"\0" * 4), "be below 3"),
+    "context columns unsorted": (change(context__dense_columns=[1, 0], context__dense=b"\0" * 8), "must ascend"),
+    "context dense short": (change(context__dense_columns=[1], context__dense=b""), "0 bytes for 1 columns; expected 4"),
+    "model name not text": (b"\x0a\x02\xff\xfe", "model_name is not UTF-8"),
+    "no message at all": (b"\xff\xff\xff", "not a valid protobuf message"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_broken_request_is_refused_by_name(body, message):
+    if message is None:  # protobuf cannot tell an empty field from an absent one
+        decode(body)
+        return
+    with pytest.raises(InvalidRequest, match=message):
+        decode(body)
+
+
+def test_a_small_message_cannot_claim_a_large_expansion():
+    ids = list(range(50))
+    body = build_request(
+        np.zeros((900, 0)), np.empty((0, 0), int), context=Context({n: ids if n == "tags" else [] for n in NAMES}, [0, 1, 2], [0] * 3)
+    )
+    assert decode(body).rows == 900
+    with pytest.raises(InvalidRequest, match="holds 45000 ids in all; the limit is 44999"):
+        decode(body, limits=RequestLimits(max_ids=44_999))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
+    bodies = [
+        build_request(**GOOD),
+        body_of(np.zeros((3, 3)), rows_of(jagged(3, 1)), feature_names=["shop", "tags", "item", "user"][::-1]),
+        body_of(np.zeros((2, 3)), [[[1], [], [5, 6]]] * 2, context=Context({"user": [1, 2]})),
+    ]
+    body = bytearray(data.draw(st.sampled_from(bodies)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        features = decode(bytes(body))
+    except InvalidRequest:
+        return
+    batch = Collator(SCHEMA).collate([features])
+    assert batch.lengths.min() >= 0
+    assert batch.lengths.sum() == len(batch.values)
+    limits = np.repeat(np.repeat(SCHEMA.rows, batch.rows), batch.lengths)
+    assert ((batch.values >= 0) & (batch.values < limits)).all()
+
+
+def test_a_response_carries_scores_names_and_provenance():
+    call = narsil_v1.decode(build_request(**GOOD, request_id="r-7"), SCHEMA, LIMITS)
+    scores = {"click": np.array([0.25, 0.5], np.float32), "buy": np.array([0.1, 0.2], np.float32)}
+    body = narsil_v1.encode(call, "dlrm", "3", scores, StageTimes(0.0012, 0.0, 0.0034, 2, 17))
+    prediction = read_response(body)
+    assert {task: values.tolist() for task, values in prediction.scores.items()} == {
+        task: values.tolist() for task, values in scores.items()
+    }
+    assert (prediction.model_name, prediction.model_version, prediction.request_id) == ("dlrm", "3", "r-7")
+    assert (prediction.batch_requests, prediction.batch_rows) == (2, 17)
+    assert (prediction.queue_us, prediction.execute_us) == (1200, 3400)
+    assert narsil_pb2.PredictResponse.FromString(body).SerializeToString() == body
+
+
+def test_a_schema_survives_the_wire():
+    info = read_model(narsil_v1.encode_model("dlrm", "3", "torch", WEIGHTED))
+    assert (info.name, info.version, info.backend, info.schema) == ("dlrm", "3", "torch", WEIGHTED)

@@ -1,0 +1,211 @@
+"""TorchRec's wire: what its own message classes write is read exactly, and everything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narsil.dataflow import Features, Jagged, OneHot
+from narsil.engine.collate import Collator
+from narsil.errors import InvalidRequest
+from narsil.protos import predictor_pb2
+from narsil.transports.codec import predictor
+from narsil.transports.validate import RequestLimits
+from tests.support import SCHEMA, jagged, one_hot
+
+LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)
+
+
+def message_of(features: Features) -> predictor_pb2.PredictionRequest:
+    batch = Collator(SCHEMA).collate([features])
+    message = predictor_pb2.PredictionRequest(batch_size=batch.rows)
+    message.float_features.num_features = SCHEMA.dense_dim
+    message.float_features.values = batch.dense.tobytes()
+    message.id_list_features.num_features = SCHEMA.num_features
+    message.id_list_features.lengths = batch.lengths.tobytes()
+    message.id_list_features.values = batch.values.tobytes()
+    # As TorchRec's own client does: the unused groups are there, and empty.
+    message.id_score_list_features.num_features = 0
+    message.embedding_features.SetInParent()
+    message.unary_features.SetInParent()
+    return message
+
+
+def decode(message: predictor_pb2.PredictionRequest) -> Features:
+    return predictor.decode(message.SerializeToString(), SCHEMA, LIMITS)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([one_hot, jagged]), st.integers(1, 20), st.integers(0, 10_000))
+def test_a_request_reads_as_the_rows_that_were_written(make, rows, seed):
+    written = make(rows, seed)
+    collator = Collator(SCHEMA)
+    expected = collator.collate([written])
+    found = Collator(SCHEMA).collate([decode(message_of(written))])
+    np.testing.assert_array_equal(found.dense, expected.dense)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    np.testing.assert_array_equal(found.values, expected.values)
+
+
+def test_bags_of_one_id_each_are_recognized_as_one_hot_and_others_are_not():
+    assert isinstance(decode(message_of(one_hot(5))).sparse, OneHot)
+    assert isinstance(decode(message_of(jagged(5))).sparse, Jagged)
+
+
+def test_nothing_is_copied():
+    body = message_of(one_hot(5)).SerializeToString()
+    features = predictor.decode(body, SCHEMA, LIMITS)
+    assert isinstance(features.sparse, OneHot)
+    for array in (features.dense, features.sparse.ids):
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=300), st.text(min_size=1, max_size=20))
+def test_a_response_is_byte_for_byte_what_the_protobuf_runtime_writes(values, task):
+    message = predictor_pb2.PredictionResponse()
+    message.predictions[task].data.extend(values)
+    assert predictor.encode({task: np.array(values, dtype=np.float32)}) == message.SerializeToString()
+
+
+Change = Callable[[predictor_pb2.PredictionRequest], None]
+
+
+def set_dense(row: int, column: int, value: float) -> Change:
+    def change(message):
+        dense = np.frombuffer(message.float_features.values, np.float32).copy()
+        dense[row * SCHEMA.dense_dim + column] = value
+        message.float_features.values = dense.tobytes()
+
+    return change
+
+
+def set_id(feature: int, row: int, value: int) -> Change:
+    def change(message):
+        lengths = np.frombuffer(message.id_list_features.lengths, np.int32)
+        values = np.frombuffer(message.id_list_features.values, np.int32).copy()
+        bag = feature * message.batch_size + row
+        assert lengths[bag] > 0
+        values[lengths[:bag].sum()] = value
+        message.id_list_features.values = values.tobytes()
+
+    return change
+
+
+def set_length(feature: int, row: int, value: int) -> Change:
+    def change(message):
+        lengths = np.frombuffer(message.id_list_features.lengths, np.int32).copy()
+        lengths[feature * message.batch_size + row] = value
+        message.id_list_features.lengths = lengths.tobytes()
+
+    return change
+
+
+def assign(path: str, value: object) -> Change:
+    def change(message):
+        *groups, field = path.split(".")
+        for group in groups:
+            message = getattr(message, group)
+        setattr(message, field, value)
+
+    return change
+
+
+REFUSALS: dict[str, tuple[Change, str]] = {
+    "no rows": (assign("batch_size", 0), "batch_size is 0; it must be 1 to 1000 rows"),
+    "negative rows": (assign("batch_size", -4), "batch_size is -4"),
+    "too many rows": (assign("batch_size", 1001), "batch_size is 1001"),
+    "no dense": (lambda m: m.ClearField("float_features"), "float_features.num_features is 0; the model takes 3"),
+    "too few dense features": (assign("float_features.num_features", 2), "num_features is 2; the model takes 3"),
+    "dense bytes cut": (assign("float_features.values", b"\0" * 13), "13 bytes are no whole number of float32"),
+    "a dense row missing": (assign("float_features.values", b"\0" * 12), "12 bytes for 4 rows"),
+    "NaN": (set_dense(2, 1, float("nan")), "row 2, column 1 is nan; values must be finite"),
+    "infinity": (set_dense(3, 0, float("-inf")), "row 3, column 0 is -inf"),
+    "no sparse": (lambda m: m.ClearField("id_list_features"), r"num_features is 0; the model takes 4 .*user .. shop"),
+    "missing feature": (assign("id_list_features.num_features", 3), "id_list_features.num_features is 3"),
+    "extra feature": (assign("id_list_features.num_features", 5), "id_list_features.num_features is 5"),
+    "lengths missing": (assign("id_list_features.lengths", b""), "0 bytes for 4 features x 4 rows; expected 64"),
+    "lengths cut": (assign("id_list_features.lengths", b"\0" * 63), "63 bytes are no whole number of int32"),
+    "lengths of a row missing": (assign("id_list_features.lengths", b"\0" * 48), "48 bytes for 4 features x 4 rows"),
+    "values cut": (assign("id_list_features.values", b"\0" * 7), "7 bytes are no whole number of int32"),
+    "values missing": (assign("id_list_features.values", b""), r"lengths add up to \d+ ids and values holds 0"),
+    "values too long": (assign("id_list_features.values", b"\0" * 4000), "and values holds 1000 int32"),
+    "negative length": (set_length(2, 3, -1), "feature tags, row 3: length -1 is negative"),
+    "a length too long": (set_length(1, 0, 100), "lengths add up to"),
+    "lengths that wrap around": (set_length(1, 0, 2**31 - 1), "lengths add up to 21474836"),
+    "negative id": (set_id(2, 1, -1), "feature tags, row 1: id -1 is outside its table t_tags; ids are 0 to 999"),
+    "id past its table": (set_id(1, 2, 7), "feature item, row 2: id 7 is outside its table t_item; ids are 0 to 6"),
+    "weights": (assign("id_list_features.weights", b"\0" * 8), "2 weights given, but no table of this model takes"),
+    "score lists": (assign("id_score_list_features.num_features", 1), "id_score_list_features holds 1 features"),
+    "embeddings": (assign("embedding_features.values", b"\0" * 4), "embedding_features holds 0 features; this model"),
+    "unary": (assign("unary_features.num_features", 2), "unary_features holds 2 features"),
+}
+
+
+def plain(make: Callable[[int, int], Features]) -> predictor_pb2.PredictionRequest:
+    """Four rows in which the bags that the changes touch are not empty."""
+    seed = 0
+    while True:
+        features = make(4, seed)
+        lengths = Collator(SCHEMA).collate([features]).lengths.reshape(4, 4)
+        if lengths[1, 2] and lengths[2, 1]:
+            return message_of(features)
+        seed += 1
+
+
+@pytest.mark.parametrize("make", [one_hot, jagged])
+@pytest.mark.parametrize(("change", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_broken_request_is_refused_by_name(make, change, message):
+    request = plain(make)
+    decode(request)
+    change(request)
+    with pytest.raises(InvalidRequest, match=message):
+        decode(request)
+
+
+def test_ids_sent_as_int64_are_refused_with_a_hint():
+    request = plain(one_hot)
+    values = np.frombuffer(request.id_list_features.values, np.int32)
+    request.id_list_features.values = values.astype(np.int64).tobytes()
+    with pytest.raises(InvalidRequest, match="were the ids sent as int64"):
+        decode(request)
+
+
+def test_more_ids_than_a_request_may_hold_are_refused():
+    body = plain(jagged).SerializeToString()
+    with pytest.raises(InvalidRequest, match=r"the limit is 3 \(--max-request-ids\)"):
+        predictor.decode(body, SCHEMA, RequestLimits(max_ids=3))
+
+
+def test_the_last_of_a_repeated_field_counts_as_protobuf_has_it():
+    body = message_of(one_hot(3)).SerializeToString()
+    again = predictor_pb2.PredictionRequest(batch_size=99).SerializeToString() + body
+    assert predictor.decode(again, SCHEMA, LIMITS).rows == 3
+
+
+def test_unknown_fields_are_ignored_as_protobuf_has_it():
+    body = message_of(one_hot(3)).SerializeToString() + b"\xc2\x3e\x03abc"
+    assert predictor.decode(body, SCHEMA, LIMITS).rows == 3
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
+    body = bytearray(plain(jagged).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 6))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    del body[data.draw(st.integers(0, len(body))) :]
+    try:
+        features = predictor.decode(bytes(body), SCHEMA, LIMITS)
+    except InvalidRequest:
+        return
+    batch = Collator(SCHEMA).collate([features])
+    assert batch.lengths.min() >= 0
+    assert batch.lengths.sum() == len(batch.values)
+    assert np.isfinite(batch.dense).all()
+    limits = np.repeat(np.repeat(SCHEMA.rows, batch.rows), batch.lengths)
+    assert ((batch.values >= 0) & (batch.values < limits)).all()

@@ -1,0 +1,290 @@
+"""The engine ends every request exactly once: answered, rejected, expired, cancelled or failed."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from narsil.backends.fake import FakeBackend, FakeBehaviour
+from narsil.clock import FakeClock
+from narsil.dataflow import Request
+from narsil.engine.engine import Engine
+from narsil.engine.queue import QueueLimits
+from narsil.engine.scheduler import BatchPolicy
+from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, ForwardFailed, QueueFull
+from tests.support import SCHEMA, Reply, engine_with, jagged, one_hot, request, scores_alone, wait_until
+
+WORKER = BatchPolicy(max_requests=1)
+
+
+def submit(engine: Engine, **arguments) -> Request:
+    made = request(**arguments)
+    engine.submit(made)
+    return made
+
+
+def held() -> FakeBehaviour:
+    """Forwards that wait until the test lets them go."""
+    return FakeBehaviour(hold=threading.Event())
+
+
+def occupy(engine: Engine, behaviour: FakeBehaviour) -> Request:
+    """A request that is running, so that what comes after it waits."""
+    running = submit(engine)
+    wait_until(lambda: len(behaviour.forwards) == 1)
+    return running
+
+
+def test_a_request_gets_its_own_rows_scores():
+    with engine_with() as engine:
+        features = jagged(9, seed=3)
+        made = submit(engine, features=features)
+        np.testing.assert_array_equal(made.reply.wait().scores["default"], scores_alone(features))
+
+
+def test_what_waits_while_the_lane_is_busy_becomes_one_forward():
+    behaviour = held()
+    with engine_with(behaviour) as engine:
+        occupy(engine, behaviour)
+        waiting = [submit(engine, features=one_hot(rows, seed=rows)) for rows in (2, 3, 4)]
+        behaviour.hold.set()
+        for made in waiting:
+            result = made.reply.wait()
+            np.testing.assert_array_equal(result.scores["default"], scores_alone(made.features))
+            assert (result.times.batch_requests, result.times.batch_rows) == (3, 9)
+        assert behaviour.forwards == [1, 9]
+
+
+def test_worker_mode_runs_requests_one_by_one():
+    behaviour = held()
+    with engine_with(behaviour, policy=WORKER) as engine:
+        occupy(engine, behaviour)
+        waiting = [submit(engine, rows=rows) for rows in (2, 3, 4)]
+        behaviour.hold.set()
+        for made in waiting:
+            assert made.reply.wait().times.batch_requests == 1
+        assert behaviour.forwards == [1, 2, 3, 4]
+
+
+def test_a_request_larger_than_a_batch_runs_in_pieces_and_comes_back_whole():
+    behaviour = FakeBehaviour()
+    with engine_with(behaviour, policy=BatchPolicy(max_rows=10)) as engine:
+        features = jagged(34, seed=5)
+        result = submit(engine, features=features).reply.wait()
+        np.testing.assert_array_equal(result.scores["default"], scores_alone(features))
+        assert behaviour.forwards == [10, 10, 10, 4]
+
+
+def test_lanes_run_at_the_same_time():
+    behaviour = held()
+    with engine_with(behaviour, lanes=2, policy=WORKER) as engine:
+        submit(engine)
+        submit(engine)
+        wait_until(lambda: len(behaviour.forwards) == 2)
+        assert engine.statistics().running == 2
+
+
+def test_a_batch_waits_for_company_as_long_as_its_timeout_and_no_longer():
+    clock, behaviour = FakeClock(), FakeBehaviour()
+    policy = BatchPolicy(timeout=0.005)
+    with engine_with(behaviour, policy=policy, clock=clock) as engine:
+        first = submit(engine, arrived=0.0)
+        clock.advance(0.003)
+        second = submit(engine, arrived=0.003)
+        assert behaviour.forwards == []
+        wait_until(lambda: clock.advance(0.001) or bool(first.reply.results))
+        assert second.reply.wait().times.batch_requests == 2
+        assert behaviour.forwards == [2]
+
+
+def test_an_expired_request_never_runs():
+    clock, behaviour = FakeClock(), held()
+    with engine_with(behaviour, clock=clock) as engine:
+        occupy(engine, behaviour)
+        late = submit(engine, rows=5, arrived=0.0, deadline=1.0)
+        good = submit(engine, rows=2, arrived=0.0, deadline=9.0)
+        clock.advance(2.0)
+        behaviour.hold.set()
+        assert good.reply.wait().error is None
+        error = late.reply.wait().error
+        assert isinstance(error, DeadlineExceeded)
+        assert "2000.0 ms in the queue" in str(error)
+        assert behaviour.forwards == [1, 2]
+
+
+def test_a_cancelled_request_never_runs_and_gives_its_place_back_at_once():
+    behaviour = held()
+    with engine_with(behaviour, limits=QueueLimits(max_requests=1)) as engine:
+        occupy(engine, behaviour)
+        gone = submit(engine, rows=5)
+        assert engine.cancel(gone)
+        assert not engine.cancel(gone)
+        after = submit(engine, rows=2)
+        behaviour.hold.set()
+        assert after.reply.wait().error is None
+        assert behaviour.forwards == [1, 2]
+        assert gone.reply.results == []
+
+
+def test_a_request_marked_cancelled_by_its_transport_is_not_run():
+    behaviour = held()
+    with engine_with(behaviour) as engine:
+        occupy(engine, behaviour)
+        gone = submit(engine, rows=5)
+        gone.reply.cancelled = True
+        behaviour.hold.set()
+        assert isinstance(gone.reply.wait().error, Cancelled)
+        assert behaviour.forwards == [1]
+
+
+def test_a_running_request_can_no_longer_be_cancelled_and_is_answered():
+    behaviour = held()
+    with engine_with(behaviour) as engine:
+        running = occupy(engine, behaviour)
+        assert not engine.cancel(running)
+        behaviour.hold.set()
+        assert running.reply.wait().error is None
+
+
+def test_a_full_queue_refuses_at_once():
+    behaviour = held()
+    with engine_with(behaviour, limits=QueueLimits(max_requests=2)) as engine:
+        occupy(engine, behaviour)
+        submit(engine)
+        submit(engine)
+        with pytest.raises(QueueFull, match="2 of 2 requests"):
+            submit(engine)
+        assert engine.statistics().rejected == 1
+
+
+def test_the_dead_give_way_before_the_living_are_refused():
+    clock, behaviour = FakeClock(), held()
+    with engine_with(behaviour, limits=QueueLimits(max_requests=2), clock=clock) as engine:
+        occupy(engine, behaviour)
+        late = submit(engine, deadline=1.0)
+        gone = submit(engine)
+        gone.reply.cancelled = True
+        clock.advance(2.0)
+        submit(engine)
+        assert isinstance(late.reply.wait().error, DeadlineExceeded)
+        assert isinstance(gone.reply.wait().error, Cancelled)
+
+
+def test_in_a_failed_batch_only_the_guilty_request_fails():
+    behaviour = held()
+    behaviour.fail_if = lambda batch: bool((batch.dense == 13.0).any())
+    with engine_with(behaviour) as engine:
+        occupy(engine, behaviour)
+        innocent = [submit(engine, features=one_hot(3, seed=seed)) for seed in (1, 2)]
+        poison = one_hot(2, seed=9)
+        poison.dense[1, 0] = 13.0
+        guilty = submit(engine, features=poison)
+        innocent.append(submit(engine, features=jagged(4, seed=3)))
+        behaviour.hold.set()
+        for made in innocent:
+            np.testing.assert_array_equal(made.reply.wait().scores["default"], scores_alone(made.features))
+        error = guilty.reply.wait().error
+        assert isinstance(error, ForwardFailed)
+        assert "RuntimeError: the fake backend was told to fail" in str(error)
+        assert behaviour.forwards == [1, 12, 3, 3, 2, 4]
+
+
+def test_a_request_that_fails_alone_is_not_tried_again_and_the_lane_lives_on():
+    behaviour = FakeBehaviour(fail_if=lambda batch: batch.rows == 5)
+    with engine_with(behaviour) as engine:
+        assert isinstance(submit(engine, rows=5).reply.wait().error, ForwardFailed)
+        assert submit(engine, rows=2).reply.wait().error is None
+        assert behaviour.forwards == [5, 2]
+
+
+def test_scores_of_a_wrong_shape_fail_the_request_instead_of_reaching_the_client():
+    class Short(FakeBackend):
+        def run(self, batch):
+            return {"default": super().run(batch)["default"][:-1]}
+
+    engine = Engine([Short(SCHEMA)])
+    engine.start()
+    made = submit(engine, rows=3)
+    assert "gave (2,) for 3 rows" in str(made.reply.wait().error)
+    assert engine.drain(10)
+
+
+def test_draining_finishes_what_was_admitted_and_admits_nothing_more():
+    behaviour = held()
+    engine = Engine([FakeBackend(SCHEMA, behaviour)])
+    engine.start()
+    running, waiting = occupy(engine, behaviour), submit(engine)
+    assert not engine.drain(timeout=0)
+    with pytest.raises(Draining):
+        submit(engine)
+    behaviour.hold.set()
+    assert engine.drain(30)
+    assert running.reply.wait().error is None
+    assert waiting.reply.wait().error is None
+
+
+def test_a_reply_that_raises_loses_its_own_result_and_nothing_else(caplog):
+    class Broken(Reply):
+        def deliver(self, result):
+            raise OSError("the socket is gone")
+
+    with engine_with() as engine:
+        engine.submit(Request(one_hot(1), Broken(), 0.0))
+        assert submit(engine).reply.wait().error is None
+    assert "failed to take a result" in caplog.text
+
+
+def test_a_warmup_that_fails_fails_the_start():
+    engine = Engine([FakeBackend(SCHEMA, FakeBehaviour(fail_if=lambda batch: True))])
+    with pytest.raises(RuntimeError, match="told to fail"):
+        engine.start([one_hot(1)])
+
+
+def test_an_engine_needs_a_lane():
+    with pytest.raises(ConfigError):
+        Engine([])
+
+
+def test_under_a_storm_of_everything_each_request_ends_exactly_once():
+    random = np.random.default_rng(0)
+    behaviour = FakeBehaviour(fail_if=lambda batch: bool((batch.dense == 13.0).any()))
+    everyone: list[tuple[Request, str]] = []
+    guard = threading.Lock()
+
+    def client(engine: Engine, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for number in range(100):
+            features = jagged(int(random.integers(1, 20)), seed=number)
+            if number % 17 == 0:
+                features.dense[0, 0] = 13.0
+            deadline = engine.now() if number % 13 == 0 else None
+            made = Request(features, Reply(), engine.now(), deadline)
+            try:
+                engine.submit(made)
+            except QueueFull:
+                kind = "rejected"
+            else:
+                kind = "cancelled" if number % 5 == 0 and engine.cancel(made) else "admitted"
+            with guard:
+                everyone.append((made, kind))
+
+    policy, limits = BatchPolicy(max_requests=4, max_rows=30), QueueLimits(max_requests=20)
+    with engine_with(behaviour, lanes=2, policy=policy, limits=limits) as engine:
+        clients = [threading.Thread(target=client, args=(engine, int(random.integers(1 << 30)))) for _ in range(6)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        assert engine.drain(30)
+        stats = engine.statistics()
+
+    for made, kind in everyone:
+        assert len(made.reply.results) == (1 if kind == "admitted" else 0)
+        result = made.reply.results[0] if kind == "admitted" else None
+        if result is not None and result.error is None:
+            np.testing.assert_array_equal(result.scores["default"], scores_alone(made.features))
+    assert stats.submitted == 600
+    assert stats.submitted == stats.answered + stats.rejected + stats.expired + stats.cancelled + stats.failed
+    assert stats.queued == stats.running == 0

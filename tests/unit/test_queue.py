@@ -1,0 +1,60 @@
+"""RequestQueue: bounded in requests, rows and ids."""
+
+from __future__ import annotations
+
+import pytest
+
+from narsil.engine.queue import QueueLimits, RequestQueue
+from narsil.errors import InvalidRequest, QueueFull
+from tests.support import SCHEMA, request
+
+
+def test_requests_leave_in_the_order_in_which_they_came():
+    queue = RequestQueue(QueueLimits())
+    members = [request() for _ in range(5)]
+    for member in members:
+        queue.add(member)
+    assert list(queue) == members
+    assert len(queue) == 5
+
+
+def test_a_member_can_leave_from_the_middle_exactly_once():
+    queue = RequestQueue(QueueLimits())
+    members = [request(rows) for rows in (1, 2, 3)]
+    for member in members:
+        queue.add(member)
+    assert queue.remove(members[1])
+    assert not queue.remove(members[1])
+    assert list(queue) == [members[0], members[2]]
+    assert queue.rows == 4
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [QueueLimits(max_requests=2), QueueLimits(max_rows=11), QueueLimits(max_ids=10 * SCHEMA.num_features + 3)],
+    ids=["requests", "rows", "ids"],
+)
+def test_at_a_limit_the_next_request_is_refused_and_says_what_is_full(limits):
+    queue = RequestQueue(limits)
+    queue.add(request(5))
+    queue.add(request(5))
+    assert not queue.has_room_for(request(5))
+    with pytest.raises(QueueFull, match=r"the queue is full: 2 of \d+ requests, 10 of \d+ rows"):
+        queue.add(request(5))
+    assert len(queue) == 2
+
+
+def test_a_place_that_becomes_free_can_be_taken():
+    queue = RequestQueue(QueueLimits(max_requests=1))
+    first = request()
+    queue.add(first)
+    queue.remove(first)
+    queue.add(request())
+    assert len(queue) == 1
+
+
+def test_a_request_that_no_empty_queue_could_hold_is_invalid_rather_than_unlucky():
+    with pytest.raises(InvalidRequest, match=r"has 12 rows; this server queues at most 11 \(--max-queue-rows\)"):
+        RequestQueue(QueueLimits(max_rows=11)).add(request(12))
+    with pytest.raises(InvalidRequest, match="--max-queue-ids"):
+        RequestQueue(QueueLimits(max_ids=5)).add(request(2))

@@ -1,0 +1,65 @@
+"""The hand-written protobuf reader and writer, held against the protobuf runtime and against hostile bytes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from narsil.errors import InvalidRequest
+from narsil.protos import narsil_pb2
+from narsil.transports.codec.wire import LEN, put_len, put_uint, put_varint, scan, signed32, text, varint
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_varint_reads_back_as_it_was_written(value):
+    data = put_varint(value)
+    assert varint(data, 0, len(data)) == (value, len(data))
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_a_negative_int32_is_read_from_its_ten_bytes(value):
+    assert signed32(value & (2**64 - 1)) == value
+
+
+@given(st.integers(0, 2**32 - 1), st.text(max_size=300), st.binary(max_size=300))
+def test_fields_are_written_as_the_protobuf_runtime_writes_them(number, name, payload):
+    ours = put_len(1, name.encode()) * bool(name) + put_uint(4, number) + put_len(5, payload) * bool(payload)
+    assert narsil_pb2.PredictRequest(model_name=name, batch_size=number, dense=payload).SerializeToString() == ours
+
+
+@given(st.binary(max_size=200))
+@example(b"\x0a")
+@example(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+@example(b"\x00")
+@example(b"\x0b\x0c")
+def test_any_bytes_are_either_fields_inside_their_bounds_or_refused(data):
+    try:
+        fields = scan(data, 0, len(data))
+    except InvalidRequest:
+        return
+    for number, kind, start, stop in fields:
+        assert 0 < number < 2**29
+        if kind == LEN:
+            assert 0 <= start <= stop <= len(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x0a\x05abc", "field 1 claims 5 bytes and 3 are left"),
+        (b"\x08", "a varint does not end"),
+        (b"\x08" + b"\xff" * 11, "a varint does not end"),
+        (b"\x0d\x00\x00", "field 1 is cut off"),
+        (b"\x0b", "field 1 has wire type 3"),
+        (b"\x02\x00", "field number 0"),
+    ],
+)
+def test_what_is_no_message_is_named_with_its_place(data, message):
+    with pytest.raises(InvalidRequest, match=f"not a valid protobuf message: at byte \\d+: {message}"):
+        scan(data, 0, len(data))
+
+
+def test_a_string_that_is_not_utf8_is_named():
+    with pytest.raises(InvalidRequest, match="request_id is not UTF-8"):
+        text(b"\xff\xfe", 0, 2, "request_id")
