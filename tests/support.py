@@ -121,26 +121,43 @@ def engine_with(
         assert engine.drain(PATIENCE_S)
 
 
+OnLoop = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
 @contextmanager
-def grpc_server(engine: Engine, limits: RequestLimits | None = None, **options: Any) -> Iterator[str]:
-    """The engine behind a real gRPC socket on loopback, on an event loop in a thread of its own; yields its address."""
+def grpc_transport(
+    engine: Engine, limits: RequestLimits | None = None, **options: Any
+) -> Iterator[tuple[GrpcAioTransport, str, OnLoop]]:
+    """The engine behind a real gRPC socket on loopback, on an event loop in a thread of its own.
+
+    Yields the transport, its address, and a function that runs a coroutine on that loop.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
-    def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    def on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
     async def make() -> tuple[GrpcAioTransport, str]:
         model = ServedModel("fake", "1", "fake", engine.schema, limits or RequestLimits())
-        transport = GrpcAioTransport(engine, model, GrpcOptions(port=0, **options))
+        transport = GrpcAioTransport(engine, model, GrpcOptions(**{"port": 0, **options}))
         return transport, await transport.start()
 
-    transport, address = on_loop(make())
     try:
-        yield address
+        transport, address = on_loop(make())
+        try:
+            yield transport, address, on_loop
+        finally:
+            on_loop(transport.stop(PATIENCE_S))
     finally:
-        on_loop(transport.stop(PATIENCE_S))
         loop.call_soon_threadsafe(loop.stop)
         thread.join(PATIENCE_S)
         loop.close()
+
+
+@contextmanager
+def grpc_server(engine: Engine, limits: RequestLimits | None = None, **options: Any) -> Iterator[str]:
+    """As grpc_transport; yields the address alone."""
+    with grpc_transport(engine, limits, **options) as (_, address, _):
+        yield address

@@ -1,15 +1,15 @@
-"""The server's whole life: startup, main loop, shutdown."""
+"""The server's whole life: startup, serving until a signal, shutdown."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -33,6 +33,13 @@ log = logging.getLogger(__name__)
 # the event loop waiting for the length of a whole forward.
 SWITCH_INTERVAL_S = 0.0005
 
+# A client whose answer was the last one may send again at once. It is told UNAVAILABLE, which it retries elsewhere,
+# for this long; a connection closed under its request would look like a cancellation to it.
+LINGER_S = 0.2
+
+# How long the last replies may take to leave once the engine has ended every request.
+CLOSE_S = 5.0
+
 
 class Server:
     """One model behind one address."""
@@ -47,8 +54,9 @@ class Server:
     async def serve(self) -> int:
         """Runs until SIGTERM or SIGINT; returns the exit status."""
         address = await self.startup()
+        self._stop_on_signals()
         self.announce(address)
-        await self.main_loop()
+        await self._stop.wait()
         return await self.shutdown()
 
     async def startup(self) -> str:
@@ -87,19 +95,26 @@ class Server:
             flush=True,
         )
 
-    async def main_loop(self) -> None:
-        """Waits for a signal to stop."""
+    def _stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT begin the shutdown. The handlers outlive the event loop, so that a second signal, sent by
+        an impatient supervisor while the process is leaving, does not turn a clean exit into a killed one."""
         loop = asyncio.get_running_loop()
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._stop.set)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        await self._stop.wait()
+            signal.signal(number, handle)
 
     async def shutdown(self) -> int:
-        """Stops accepting, lets what is in flight finish, stops the lanes. 0, or 1 when work had to be abandoned."""
+        """Refuses what is new, finishes what is in flight, then closes. 0, or 1 when work had to be abandoned."""
         grace = self.settings.drain_seconds
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
-        await self._transport.stop(grace)
+        await self._transport.retire()
         drained = await asyncio.to_thread(self._engine.drain, grace)
+        await asyncio.sleep(LINGER_S)
+        await self._transport.stop(CLOSE_S if drained else 0.0)
         log.info("stopped: %s", self._engine.statistics())
         return 0 if drained else 1
 
@@ -160,6 +175,4 @@ def run(settings: ServeSettings) -> int:
     async def main() -> int:
         return await Server(settings).serve()
 
-    with contextlib.suppress(KeyboardInterrupt):
-        return asyncio.run(main())
-    return 1
+    return asyncio.run(main())

@@ -242,6 +242,12 @@ class Model {
   std::counting_semaphore<kUnlimited> free_slots_;
 };
 
+// torch's errors carry a C++ stack, which tells a caller nothing.
+std::string Describe(const std::exception& error) {
+  const auto* from_torch = dynamic_cast<const c10::Error*>(&error);
+  return from_torch != nullptr ? from_torch->what_without_backtrace() : error.what();
+}
+
 grpc::Status InvalidArgument(std::string message) {
   return {grpc::StatusCode::INVALID_ARGUMENT, std::move(message)};
 }
@@ -279,7 +285,7 @@ class PredictorService final : public predictor::Predictor::Service {
         (*response->mutable_predictions())[task].mutable_data()->Add(first, first + scores.numel());
       }
     } catch (const std::exception& error) {
-      return {grpc::StatusCode::INTERNAL, error.what()};
+      return {grpc::StatusCode::INTERNAL, Describe(error)};
     }
     return grpc::Status::OK;
   }
@@ -349,7 +355,7 @@ int main(int argc, char** argv) {
   try {
     Serve(options);
   } catch (const std::exception& error) {
-    std::cerr << error.what() << "\n";
+    std::cerr << Describe(error) << "\n";
     return 1;
   }
   return 0;

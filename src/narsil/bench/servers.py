@@ -83,8 +83,10 @@ class ServerProcess:
                     return self.address
         finally:
             watchdog.cancel()
-        self._process.wait()
-        raise ServerDied(f"{self._argv[0]} did not become ready (exit {self._process.returncode}):\n{self.log_tail()}")
+        status = self._process.wait()
+        log = self.log_tail()
+        self.stop()
+        raise ServerDied(f"{self._argv[0]} did not become ready (exit {status}):\n{log}")
 
     @property
     def pid(self) -> int:
@@ -101,14 +103,24 @@ class ServerProcess:
         """See Watched.peak_mib."""
         return peak_mib(self.pid)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signals the server if it is still alive."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
     def stop(self) -> int:
-        """SIGTERM, then SIGKILL after 40 s; returns the exit status."""
+        """SIGTERM, then waits; returns the exit status."""
         if self._process is None:
             return 0
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self, timeout: float = 40) -> int:
+        """The exit status of a server that is about to leave; SIGKILL when it takes longer than ``timeout`` seconds."""
+        if self._process is None:
+            return 0
         try:
-            status = self._process.wait(40)
+            status = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
@@ -131,9 +143,9 @@ class ServerProcess:
 
 
 def narsil_server(model: Path, **options: object) -> ServerProcess:
-    """``narsil serve`` on a free port, with further options by their setting's name."""
-    argv = [sys.executable, "-m", "narsil", "serve", "--model", str(model), "--port", "0"]
-    for name, value in options.items():
+    """``narsil serve``, on a free port unless told otherwise, with further options by their setting's name."""
+    argv = [sys.executable, "-m", "narsil", "serve", "--model", str(model)]
+    for name, value in {"port": 0, **options}.items():
         argv += [f"--{name.replace('_', '-')}", str(value)]
     return ServerProcess(argv, r"^narsil: serving .* on (\S+) \(")
 

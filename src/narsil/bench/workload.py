@@ -50,11 +50,12 @@ class Workload:
 
     def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:
         """The payloads as request bodies of a wire."""
-        write = _predictor_body if protocol == "predictor" else _narsil_body
+        write = predictor_body if protocol == "predictor" else narsil_body
         return [write(features) for features in self.payloads(count)]
 
 
-def _predictor_body(features: Features) -> bytes:
+def predictor_body(features: Features) -> bytes:
+    """Key-major features as a serialized predictor.PredictionRequest."""
     sparse = features.sparse
     values: Ints
     lengths: Ints
@@ -72,7 +73,8 @@ def _predictor_body(features: Features) -> bytes:
     return body
 
 
-def _narsil_body(features: Features) -> bytes:
+def narsil_body(features: Features) -> bytes:
+    """Features as a serialized narsil.v1.PredictRequest."""
     sparse = features.sparse
     if isinstance(sparse, OneHot):
         return build_request(features.dense, np.ascontiguousarray(sparse.ids.T))

@@ -59,6 +59,10 @@ class Transport(ABC):
         """Begins to accept; returns the address it is bound to, as HOST:PORT."""
 
     @abstractmethod
+    async def retire(self) -> None:
+        """Tells health checkers to send no more. Still accepts: the engine, draining, refuses by itself."""
+
+    @abstractmethod
     async def stop(self, grace: float) -> None:
         """Accepts nothing more, lets what is in flight finish for ``grace`` seconds, then closes."""
 

@@ -122,9 +122,12 @@ class GrpcAioTransport(Transport):
         host = f"[{options.host}]" if ":" in options.host else options.host
         return f"{host}:{port}"
 
+    async def retire(self) -> None:
+        """See Transport.retire."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace: float) -> None:
         """See Transport.stop."""
-        await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace)
 

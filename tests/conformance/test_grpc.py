@@ -1,0 +1,348 @@
+"""What every gRPC transport of Narsil does, seen by real clients over a real socket, with the fake backend behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import narsil
+from narsil.backends.fake import FakeBehaviour
+from narsil.bench.workload import predictor_body
+from narsil.client import Context, build_request
+from narsil.engine.queue import QueueLimits
+from narsil.engine.scheduler import BatchPolicy
+from narsil.errors import DeadlineExceeded, ForwardFailed, InvalidRequest, ModelNotFound, QueueFull
+from narsil.protos import predictor_pb2
+from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.validate import RequestLimits
+from tests.support import PATIENCE_S, SCHEMA, engine_with, grpc_server, grpc_transport, jagged, one_hot, run, scores_alone, wait_until
+
+WORKER = BatchPolicy(max_requests=1)
+
+
+@contextmanager
+def serving(behaviour=None, *, limits=None, message_bytes=16 << 20, **engine) -> Iterator[tuple[str, object]]:
+    with (
+        engine_with(behaviour, **engine) as made,
+        grpc_server(made, limits, max_message_bytes=message_bytes) as address,
+    ):
+        try:
+            yield address, made
+        finally:
+            if behaviour is not None and behaviour.hold is not None:
+                behaviour.hold.set()
+
+
+def predict_torchrec(channel: grpc.Channel, features, timeout: float = PATIENCE_S):
+    """A client that knows predictor.proto alone."""
+    call = channel.unary_unary(
+        "/predictor.Predictor/Predict", response_deserializer=predictor_pb2.PredictionResponse.FromString
+    )
+    reply = call(predictor_body(features), timeout=timeout)
+    return np.array(reply.predictions["default"].data, dtype=np.float32)
+
+
+@pytest.mark.parametrize("make", [one_hot, jagged])
+def test_a_torchrec_client_gets_its_rows_scores(make):
+    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+        for rows in (1, 7, 300):
+            features = make(rows, rows)
+            np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
+
+
+def test_narsil_s_client_gets_its_rows_scores_and_how_they_came_about():
+    with serving() as (address, _), narsil.Client(address) as client:
+        features = one_hot(5)
+        prediction = client.predict(features.dense, features.sparse.ids.T, request_id="r1", model="fake", version="1")
+        np.testing.assert_array_equal(prediction.scores["default"], scores_alone(features))
+        assert (prediction.model_name, prediction.model_version, prediction.request_id) == ("fake", "1", "r1")
+        assert (prediction.batch_requests, prediction.batch_rows) == (1, 5)
+
+
+def test_the_asyncio_client_does_the_same():
+    async def body(address: str) -> None:
+        async with narsil.AsyncClient(address) as client:
+            features = [one_hot(5, seed) for seed in range(20)]
+            found = await asyncio.gather(*(client.predict(f.dense, f.sparse.ids.T) for f in features))
+            for one, prediction in zip(features, found, strict=True):
+                np.testing.assert_array_equal(prediction.scores["default"], scores_alone(one))
+            assert (await client.model()).schema == SCHEMA
+            with pytest.raises(InvalidRequest, match="batch_size is 0"):
+                await client.predict(np.zeros((0, 3)), np.zeros((0, 4), int))
+
+    with serving() as (address, _):
+        run(body(address))
+
+
+def test_a_context_is_sent_once_and_counts_for_every_row():
+    with serving() as (address, _), narsil.Client(address) as client:
+        whole = client.predict(np.ones((3, 3)), [[9, 1, 2, 3], [9, 4, 5, 6], [9, 0, 0, 0]])
+        split = client.predict(
+            np.ones((3, 2)),
+            [[1, 2, 3], [4, 5, 6], [0, 0, 0]],
+            context=Context({"user": [9]}, dense_columns=[1], dense=[1.0]),
+        )
+        np.testing.assert_array_equal(split.scores["default"], whole.scores["default"])
+
+
+def test_the_model_s_schema_can_be_asked_for():
+    with serving() as (address, _), narsil.Client(address) as client:
+        info = client.model()
+        assert (info.name, info.version, info.backend, info.schema) == ("fake", "1", "fake", SCHEMA)
+
+
+def test_requests_in_flight_share_a_forward_and_each_gets_its_own_scores():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(predictor.METHOD)
+        features = [make(rows, rows) for rows in (1, 5, 30) for make in (one_hot, jagged)]
+        first = call.future(predictor_body(one_hot(1)))
+        wait_until(lambda: behaviour.forwards == [1])
+        futures = [call.future(predictor_body(one)) for one in features]
+        wait_until(lambda: engine.statistics().queued == len(features))
+        behaviour.hold.set()
+        for one, future in zip(features, futures, strict=True):
+            reply = predictor_pb2.PredictionResponse.FromString(future.result(PATIENCE_S))
+            np.testing.assert_array_equal(np.float32(reply.predictions["default"].data), scores_alone(one))
+        assert first.result(PATIENCE_S)
+        assert behaviour.forwards == [1, 72]
+
+
+def test_many_channels_and_both_wires_at_once_never_mix_rows_up():
+    def client(address: str, seed: int, wrong: list[int]) -> None:
+        with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel, narsil.Client(
+            address
+        ) as other:
+            for number in range(25):
+                features = (one_hot if number % 2 else jagged)(1 + (seed + number) % 40, seed * 100 + number)
+                expected = scores_alone(features)
+                if not np.array_equal(predict_torchrec(channel, features), expected):
+                    wrong.append(number)
+                if number % 2:
+                    found = other.predict(features.dense, features.sparse.ids.T).scores["default"]
+                    if not np.array_equal(found, expected):
+                        wrong.append(number)
+
+    wrong: list[int] = []
+    with serving(lanes=2) as (address, engine):
+        threads = [threading.Thread(target=client, args=(address, seed, wrong)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert wrong == []
+        assert engine.statistics().answered == 8 * (25 + 12)
+
+
+def test_a_request_beyond_the_largest_batch_is_answered_whole():
+    behaviour = FakeBehaviour()
+    with serving(behaviour, policy=BatchPolicy(max_rows=64)) as (address, _), grpc.insecure_channel(address) as channel:
+        features = jagged(1000, 1)
+        np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
+        assert max(behaviour.forwards) == 64
+
+
+def test_a_broken_payload_is_invalid_argument_and_names_what_is_wrong():
+    with serving() as (address, engine), grpc.insecure_channel(address) as channel:
+        bad = one_hot(3)
+        bad.sparse.ids[1, 2] = 7
+        with pytest.raises(grpc.RpcError) as caught:
+            predict_torchrec(channel, bad)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == (
+            "feature item, row 2: id 7 is outside its table t_item; ids are 0 to 6"
+        )
+        assert engine.statistics().submitted == 0
+
+
+def test_an_unknown_model_or_version_is_not_found():
+    with serving() as (address, _), narsil.Client(address) as client:
+        for names in ({"model": "other"}, {"version": "9"}):
+            with pytest.raises(ModelNotFound, match="is not served here"):
+                client.predict(np.zeros((1, 3)), np.zeros((1, 4), int), **names)
+
+
+def test_an_unknown_method_is_unimplemented():
+    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/predictor.Predictor/Train")(b"", timeout=PATIENCE_S)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_full_queue_is_resource_exhausted_at_once():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with (
+        engine_with(behaviour, policy=WORKER, limits=QueueLimits(max_requests=1)) as engine,
+        grpc_server(engine) as address,
+        narsil.Client(address) as client,
+        grpc.insecure_channel(address) as channel,
+    ):
+        call = channel.unary_unary(predictor.METHOD)
+        running = call.future(predictor_body(one_hot(1)))
+        wait_until(lambda: behaviour.forwards == [1])
+        waiting = call.future(predictor_body(one_hot(1)))
+        wait_until(lambda: engine.statistics().queued == 1)
+        with pytest.raises(QueueFull, match="1 of 1 requests"):
+            client.predict(np.zeros((1, 3)), np.zeros((1, 4), int))
+        behaviour.hold.set()
+        assert running.result(PATIENCE_S)
+        assert waiting.result(PATIENCE_S)
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told_and_the_request_never_runs():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with (
+        serving(behaviour) as (address, engine),
+        narsil.Client(address) as client,
+        grpc.insecure_channel(address) as channel,
+    ):
+        running = channel.unary_unary(predictor.METHOD).future(predictor_body(one_hot(1)))
+        wait_until(lambda: behaviour.forwards == [1])
+        with pytest.raises(DeadlineExceeded):
+            client.predict(np.zeros((5, 3)), np.zeros((5, 4), int), timeout=0.05)
+        wait_until(lambda: engine.statistics().cancelled + engine.statistics().expired == 1)
+        behaviour.hold.set()
+        assert running.result(PATIENCE_S)
+        client.predict(np.zeros((2, 3)), np.zeros((2, 4), int))
+        assert behaviour.forwards == [1, 2]
+
+
+def test_a_cancelled_request_never_runs():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(predictor.METHOD)
+        running = call.future(predictor_body(one_hot(1)))
+        wait_until(lambda: behaviour.forwards == [1])
+        gone = call.future(predictor_body(one_hot(5)))
+        wait_until(lambda: engine.statistics().queued == 1)
+        gone.cancel()
+        wait_until(lambda: engine.statistics().cancelled == 1)
+        behaviour.hold.set()
+        assert running.result(PATIENCE_S)
+        assert call(predictor_body(one_hot(2)), timeout=PATIENCE_S)
+        assert behaviour.forwards == [1, 2]
+
+
+def test_a_client_that_goes_away_while_its_request_runs_harms_nobody():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(predictor.METHOD)
+        gone = call.future(predictor_body(one_hot(1)))
+        wait_until(lambda: behaviour.forwards == [1])
+        gone.cancel()
+        behaviour.hold.set()
+        features = jagged(4, 4)
+        np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
+        assert engine.statistics().answered == 2
+
+
+def test_a_failed_forward_is_internal_for_the_guilty_alone():
+    behaviour = FakeBehaviour(fail_if=lambda batch: bool((batch.dense == 13.0).any()))
+    with serving(behaviour) as (address, _), narsil.Client(address) as client:
+        dense = np.zeros((2, 3))
+        dense[1, 1] = 13.0
+        with pytest.raises(ForwardFailed, match="the fake backend was told to fail"):
+            client.predict(dense, np.zeros((2, 4), int))
+        assert client.predict(np.zeros((2, 3)), np.zeros((2, 4), int)).scores["default"].tolist() == [0.0, 0.0]
+
+
+def test_a_message_beyond_the_limit_is_refused_and_one_just_below_it_is_served():
+    with serving(message_bytes=64 * 1024) as (address, _), grpc.insecure_channel(address) as channel:
+        assert len(predict_torchrec(channel, one_hot(1000))) == 1000
+        with pytest.raises(grpc.RpcError) as caught:
+            predict_torchrec(channel, one_hot(1500))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_request_of_more_rows_than_allowed_is_refused_before_anything_of_its_size_is_made():
+    with serving(limits=RequestLimits(max_rows=10)) as (address, _), narsil.Client(address) as client:
+        nothing = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
+        assert len(client.predict(np.zeros((10, 0)), np.zeros((10, 0), int), context=nothing).scores["default"]) == 10
+        with pytest.raises(InvalidRequest, match="batch_size is 11; it must be 1 to 10 rows"):
+            client.predict(np.zeros((11, 0)), np.zeros((11, 0), int), context=nothing)
+
+
+def test_arbitrary_bytes_never_end_the_server():
+    random = np.random.default_rng(0)
+    good = [predictor_body(jagged(3, 1)), build_request(np.zeros((2, 3)), np.zeros((2, 4), int))]
+    with serving() as (address, engine), grpc.insecure_channel(address) as channel:
+        for number in range(300):
+            body = bytearray(good[number % 2]) if number % 3 else bytearray(random.bytes(int(random.integers(0, 200))))
+            for position in random.integers(0, max(1, len(body)), 3):
+                if body:
+                    body[position] = random.integers(0, 256)
+            for method in (predictor.METHOD, narsil_v1.METHOD, narsil_v1.METHOD_GET_MODEL):
+                try:
+                    channel.unary_unary(method)(bytes(body), timeout=PATIENCE_S)
+                except grpc.RpcError as error:
+                    assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+        features = one_hot(3)
+        np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
+        assert engine.statistics().failed == 0
+
+
+def test_health_says_serving_and_once_retired_not_serving():
+    with engine_with() as engine, grpc_transport(engine) as (transport, address, on_loop):
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+
+            def status(service: str) -> int:
+                return health.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S).status
+
+            services = ("", "predictor.Predictor", "narsil.v1.Inference")
+            assert {status(service) for service in services} == {health_pb2.HealthCheckResponse.SERVING}
+            on_loop(transport.retire())
+            assert {status(service) for service in services} == {health_pb2.HealthCheckResponse.NOT_SERVING}
+
+
+def test_a_draining_engine_is_unavailable_while_the_transport_still_answers():
+    with engine_with() as engine, grpc_server(engine) as address, grpc.insecure_channel(address) as channel:
+        assert engine.drain(PATIENCE_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            predict_torchrec(channel, one_hot(1))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in caught.value.details()
+
+
+def test_reflection_lists_the_services_and_describes_their_messages():
+    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol="predictor.Predictor"),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol="narsil.v1.Inference"),
+        ]
+        listed, *files = stub.ServerReflectionInfo(iter(requests), timeout=PATIENCE_S)
+        names = {service.name for service in listed.list_services_response.service}
+        assert {"predictor.Predictor", "narsil.v1.Inference", "grpc.health.v1.Health"} <= names
+        assert all(reply.file_descriptor_response.file_descriptor_proto for reply in files)
+
+
+def test_stopping_finishes_what_is_in_flight():
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour) as engine:
+        with grpc_server(engine) as address:
+            channel = grpc.insecure_channel(address)
+            call = channel.unary_unary(predictor.METHOD)
+            features = one_hot(3)
+            running = call.future(predictor_body(features))
+            wait_until(lambda: behaviour.forwards == [3])
+            threading.Timer(0.05, behaviour.hold.set).start()
+        reply = predictor_pb2.PredictionResponse.FromString(running.result(PATIENCE_S))
+        np.testing.assert_array_equal(np.float32(reply.predictions["default"].data), scores_alone(features))
+        channel.close()
+
+
+def test_a_port_that_is_taken_is_an_error():
+    with serving() as (address, engine):
+        port = int(address.rpartition(":")[2])
+        with pytest.raises(OSError, match="cannot listen on 127.0.0.1"), grpc_server(engine, port=port):
+            pass
