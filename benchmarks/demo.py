@@ -47,7 +47,7 @@ def main() -> None:
 
     workload = Workload(artifact.schema)
     with console.status("scoring the reference rows with direct calls of the artifact"):
-        backend = load_backend(artifact, "torch", arguments.device)
+        backend = load_backend(artifact, "torch", arguments.device, tune_kernels=False)
         expected = reference_scores(backend, workload, KEEP)
         backend.close()
     plan = Plan(

@@ -104,7 +104,7 @@ def _measure(
 ) -> dict[str, object]:
     workload = Workload(artifact.schema, arguments.batch_size, seed=arguments.seed)
     with console.status("scoring the reference rows with direct calls of the artifact"):
-        expected = reference_scores(load_backend(artifact), workload, KEEP)
+        expected = reference_scores(load_backend(artifact, tune_kernels=False), workload, KEEP)
     rounds = 1 if arguments.skip_torchrec else max(3, arguments.rounds)
     plan = Plan(workload, (arguments.concurrency,), arguments.requests, arguments.warmup, rounds)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)

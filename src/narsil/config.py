@@ -47,6 +47,9 @@ class ServeSettings(BaseSettings):
     )
     lanes: int = Field(0, ge=0, le=1024, description="Threads that run forwards; 0: one per usable core (1 on a GPU).")
     intra_op_threads: int = Field(1, ge=1, le=256, description="Threads inside one forward.")
+    tune_kernels: bool = Field(
+        True, description="torch backend: run linear layers on the kernels that measure fastest here."
+    )
     batch_size: int = Field(16, ge=1, le=65536, description="Requests per batch at most.")
     batch_timeout_ms: float = Field(0.0, ge=0, le=60_000, description="How long a free lane waits for company.")
     max_batch_rows: int = Field(

@@ -105,9 +105,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward takes: the rows of all requests one after the other, sparse ids key-major over all rows."""
+    """What one forward takes: the rows of all requests one after the other, sparse ids key-major over all rows.
 
-    rows: int  # B, of all requests together
+    Padding rows, where a backend asks for some, come last: zeros and the id 0 or empty bags. Their scores mean nothing.
+    """
+
+    rows: int  # B, of all requests together and the padding
     dense: Floats  # (B, D) contiguous
     lengths: Ints  # (T * B,) int32, key-major
     values: Ints  # (N,) int32 or int64, key-major

@@ -29,7 +29,7 @@ class Direct:
     """A direct call of the artifact, one request a forward."""
 
     def __init__(self, artifact: Artifact, backend: str) -> None:
-        self.backend = load_backend(artifact, backend)
+        self.backend = load_backend(artifact, backend, tune_kernels=False)
         self.collator = Collator(self.backend.schema)
 
     def __call__(self, features: Features) -> np.ndarray:

@@ -28,6 +28,11 @@ class Backend(ABC):
     def share(self) -> Backend:
         """Another instance over the same weights, for another lane. Cheap in memory."""
 
+    def bucket(self, rows: int) -> int:
+        """The number of rows, at least ``rows``, that a batch of so many is padded to. For backends that compile or
+        capture something for each size."""
+        return rows
+
     def thread_setup(self) -> None:  # noqa: B027 - optional hook
         """Called once in the lane's thread before its first run: thread-local state such as thread counts."""
 

@@ -15,7 +15,12 @@ BackendName = Literal["auto", "torch", "onnx"]
 
 
 def load_backend(
-    artifact: Artifact, name: str = "auto", device: str | None = None, intra_op_threads: int = 1
+    artifact: Artifact,
+    name: str = "auto",
+    device: str | None = None,
+    intra_op_threads: int = 1,
+    *,
+    tune_kernels: bool = True,
 ) -> Backend:
     """The artifact, loaded on ``device`` (None: the one it was packaged for).
 
@@ -26,7 +31,7 @@ def load_backend(
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
     chosen = _choose(artifact, device) if name == "auto" else name
     if chosen == "torch":
-        return _load_torch(artifact, device or artifact.device, intra_op_threads)
+        return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
     if chosen == "onnx":
         if find_spec("onnxruntime") is None:
             raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
@@ -50,7 +55,7 @@ def _choose(artifact: Artifact, device: str | None) -> str:
     return "torch" if artifact.torchscript is not None else "onnx"
 
 
-def _load_torch(artifact: Artifact, device: str, intra_op_threads: int) -> Backend:
+def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_kernels: bool) -> Backend:
     if problem := _torch_problem():
         raise ConfigError(f"the torch backend needs torch and fbgemm ({problem}); install narsil[cpu] or narsil[cuda]")
     if artifact.torchscript is None:
@@ -72,7 +77,7 @@ def _load_torch(artifact: Artifact, device: str, intra_op_threads: int) -> Backe
             )
     from narsil.backends.torchscript import TorchScriptBackend
 
-    return TorchScriptBackend.load(artifact, device, intra_op_threads)
+    return TorchScriptBackend.load(artifact, device, intra_op_threads, tune=tune_kernels)
 
 
 def _torch_problem() -> str | None:

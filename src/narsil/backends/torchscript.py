@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from narsil.backends.base import Backend
+from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError
 from narsil.models.artifact import Artifact
@@ -28,17 +29,25 @@ class TorchScriptBackend(Backend):
 
     name = "torch"
 
-    def __init__(self, module: Any, schema: ModelSchema, device: str, intra_op_threads: int = 1) -> None:
+    def __init__(
+        self, module: Any, schema: ModelSchema, device: str, intra_op_threads: int = 1, *, tuned: bool = False
+    ) -> None:
         self.schema = schema
         self.device = device
         self._module = module
         self._threads = intra_op_threads
+        self._tuned = tuned
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @classmethod
-    def load(cls, artifact: Artifact, device: str, intra_op_threads: int = 1) -> TorchScriptBackend:
-        """Loads the artifact's module. Raises ArtifactError where it differs from the artifact's schema."""
+    def load(
+        cls, artifact: Artifact, device: str, intra_op_threads: int = 1, *, tune: bool = True
+    ) -> TorchScriptBackend:
+        """Loads the artifact's module. Raises ArtifactError where it differs from the artifact's schema.
+
+        ``tune`` lets linear layers run on the kernels that measure fastest here; False runs the module as it was saved.
+        """
         if artifact.torchscript is None:
             raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
         module = load_torchscript(artifact.torchscript, device)
@@ -49,7 +58,12 @@ class TorchScriptBackend(Backend):
                 f"{artifact.torchscript} and its manifest describe different models: "
                 f"{_difference(schema, artifact.schema)}; package the model again"
             )
-        return cls(module, artifact.schema, device, intra_op_threads)
+        tuned = tune and torch.device(device).type == "cpu" and tune_linear_layers(module)
+        return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned)
+
+    def bucket(self, rows: int) -> int:
+        """See Backend.bucket."""
+        return bucket(rows) if self._tuned else rows
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; the inputs' memory is lent to torch, not copied."""
@@ -83,7 +97,7 @@ class TorchScriptBackend(Backend):
 
     def share(self) -> TorchScriptBackend:
         """Another instance over the same module."""
-        return TorchScriptBackend(self._module, self.schema, self.device, self._threads)
+        return TorchScriptBackend(self._module, self.schema, self.device, self._threads, tuned=self._tuned)
 
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""

@@ -73,7 +73,7 @@ def command(
         from narsil.backends.registry import load_backend
         from narsil.models.artifact import open_artifact
 
-        expected = reference_scores(load_backend(open_artifact(verify)), workload, KEEP)
+        expected = reference_scores(load_backend(open_artifact(verify), tune_kernels=False), workload, KEEP)
     load = Load(
         target, workload, protocol, requests, warmup, concurrency, rate, arrivals, timeout, KEEP if expected else 0
     )

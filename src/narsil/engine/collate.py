@@ -6,7 +6,7 @@ buffers it fills, which are used again by the next batch of the same lane.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,16 @@ from narsil.models.schema import ModelSchema
 class Collator:
     """One lane's collation buffers. A Batch it returns is valid until its next ``collate``."""
 
-    def __init__(self, schema: ModelSchema) -> None:
+    def __init__(self, schema: ModelSchema, bucket: Callable[[int], int] = lambda rows: rows) -> None:
         self._schema = schema
+        self._bucket = bucket
         self._dense = np.empty(0, dtype=np.float32)
         self._values: Ints = np.empty(0, dtype=schema.id_dtype)
         self._ones = np.ones(0, dtype=np.int32)
 
     def collate(self, parts: Sequence[Features]) -> Batch:
-        """Fuses parts in the given order: row i of part p becomes row ``sum of rows before p`` + i."""
-        rows = sum(part.rows for part in parts)
+        """Fuses parts in the given order: row i of part p becomes row ``sum of rows before p`` + i. Padding follows."""
+        rows = self._bucket(sum(part.rows for part in parts))
         dense = self._fuse_dense(parts, rows)
         one_hot = [part.sparse for part in parts if isinstance(part.sparse, OneHot)]
         if len(one_hot) == len(parts):
@@ -42,6 +43,7 @@ class Collator:
         for part in parts:
             dense[start : start + part.rows] = part.dense
             start += part.rows
+        dense[start:] = 0
         return dense
 
     def _one_hot_batch(self, parts: Sequence[OneHot], rows: int, dense: Floats) -> Batch:
@@ -53,11 +55,16 @@ class Collator:
             stop = start + part.ids.shape[1]
             values[:, start:stop] = part.ids
             start = stop
+        values[:, start:] = 0
         if len(self._ones) < count:
             self._ones = np.ones(2 * count, dtype=np.int32)
         return Batch(rows, dense, self._ones[:count], values.reshape(count), one_hot=True)
 
     def _jagged_batch(self, parts: Sequence[Jagged], rows: int, dense: Floats) -> Batch:
+        padding = rows - sum(part.lengths.shape[1] for part in parts)
+        if padding:
+            nothing = np.zeros((self._schema.num_features, padding), dtype=np.int32)
+            parts = [*parts, Jagged(np.empty(0, dtype=np.int32), nothing, nothing)]
         bases = np.cumsum([0, *(len(part.values) for part in parts[:-1])])
         # Over all rows, key-major: where each bag begins in the parts' values laid end to end, and how long it is.
         starts = np.concatenate([part.starts + base for part, base in zip(parts, bases, strict=True)], axis=1).ravel()

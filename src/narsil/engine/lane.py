@@ -43,7 +43,7 @@ class Lane(threading.Thread):
         self._take = take
         self._settle = settle
         self._now = now
-        self._collator = Collator(backend.schema)
+        self._collator = Collator(backend.schema, backend.bucket)
         self._warm: Future[None] = Future()
         self.warmup: Sequence[Features] = ()  # payloads to run before the first request
 
