@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 import sys
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 # the event loop waiting for the length of a whole forward.
 SWITCH_INTERVAL_S = 0.0005
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 # A client whose answer was the last one may send again at once. It is told UNAVAILABLE, which it retries elsewhere,
 # for this long; a connection closed under its request would look like a cancellation to it.
 LINGER_S = 0.2
@@ -62,12 +65,15 @@ class Server:
     async def startup(self) -> str:
         """Loads the model, warms every lane, then listens. Returns the bound address."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        keep_freed_memory()
         settings = self.settings
         artifact, backend = await asyncio.to_thread(self._load)
         backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
         self._engine = Engine(
             backends,
-            BatchPolicy(settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3),
+            BatchPolicy(
+                settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3, settings.lane_count
+            ),
             QueueLimits(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids),
         )
         began = time.monotonic()
@@ -124,6 +130,15 @@ class Server:
         backend = load_backend(artifact, settings.backend, settings.device, settings.intra_op_threads, tune_kernels=settings.tune_kernels)
         log.info("loaded %s with the %s backend", settings.model, backend.name)
         return artifact, backend
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed blocks instead of handing their pages back to the kernel after every forward, which would
+    fault them in again in the next one. Where the C library is another, nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:

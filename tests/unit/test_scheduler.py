@@ -24,6 +24,20 @@ def test_a_free_lane_takes_everything_that_waits():
     assert schedule(queue, AT_ONCE, now=0.0).take == tuple(queue)
 
 
+def test_a_free_lane_takes_its_share_where_several_lanes_serve_the_queue():
+    queue = [request() for _ in range(7)]
+    assert schedule(queue, BatchPolicy(lanes=2), now=0.0).take == tuple(queue[:4])
+    assert schedule(queue[:1], BatchPolicy(lanes=2), now=0.0).take == (queue[0],)
+    assert schedule(queue * 10, BatchPolicy(max_requests=16, lanes=2), now=0.0).take == tuple((queue * 10)[:16])
+
+
+def test_lanes_that_share_wait_for_company_all_the_same():
+    queue = [request(arrived=5.0)]
+    shared = BatchPolicy(max_requests=4, timeout=0.010, lanes=2)
+    assert schedule(queue, shared, now=5.0).take == ()
+    assert schedule(queue, shared, now=5.010).take == tuple(queue)
+
+
 def test_a_batch_holds_at_most_max_requests():
     queue = [request() for _ in range(9)]
     assert schedule(queue, AT_ONCE, now=0.0).take == tuple(queue[:4])
@@ -101,7 +115,7 @@ requests = st.builds(
 
 @given(
     st.lists(requests, max_size=20),
-    st.builds(BatchPolicy, st.integers(1, 6), st.integers(1, 200), st.floats(0, 5)),
+    st.builds(BatchPolicy, st.integers(1, 6), st.integers(1, 200), st.floats(0, 5), st.integers(1, 4)),
     st.floats(0, 20),
 )
 def test_any_decision_keeps_the_limits_and_the_order(queue, policy, now):

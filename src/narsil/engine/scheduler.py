@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from narsil.dataflow import Request
@@ -15,6 +15,7 @@ class BatchPolicy:
     max_requests: int = 16
     max_rows: int = 4096
     timeout: float = 0.0  # seconds a free lane lets the oldest request wait for company
+    lanes: int = 1  # lanes that serve the queue, and so share what waits in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,12 @@ class Decision:
     wake_at: float | None = None  # nothing to take before this time unless the queue changes; None: wait for ever
 
 
-def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decision:
+def schedule(queue: Collection[Request], policy: BatchPolicy, now: float) -> Decision:
     """What a lane that is free at ``now`` takes from the queue, oldest first.
 
-    It takes everything that waits up to the policy's limits, first come first served: a request that does not
-    fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a
+    It takes its share of what waits, one lane's part of it, up to the policy's limits: everything, where there is one
+    lane. (A lane that took all would leave the others idle now and everybody waiting for one long forward.) First come
+    first served: a request that does not fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a
     batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on
     the way are sorted out and never taken.
     """
@@ -59,4 +61,5 @@ def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decis
         deadlines = [request.deadline for request in take if request.deadline is not None]
         wake_at = min([take[0].arrived + policy.timeout, *deadlines])
         take = []
-    return Decision(tuple(take), tuple(expired), tuple(cancelled), wake_at)
+    share = -(-len(queue) // policy.lanes)
+    return Decision(tuple(take[:share]), tuple(expired), tuple(cancelled), wake_at)
