@@ -62,7 +62,7 @@ def fake_scores(batch: Batch) -> Floats:
     terms = batch.values.astype(np.float64) * factor
     if batch.weights is not None:
         terms *= batch.weights
-    per_bag = np.bincount(bags, weights=terms, minlength=len(batch.lengths))
+    per_bag = np.bincount(bags, weights=terms, minlength=len(batch.lengths)).astype(np.float64)
     per_bag += 0.5 * (batch.lengths == 0)
     total = per_bag.reshape(features, batch.rows).sum(axis=0) + batch.dense.astype(np.float64).sum(axis=1)
     return np.asarray(total, dtype=np.float32)
