@@ -27,6 +27,8 @@ test: setup ## all tests
 
 bench: setup system-packages ## measure against the C++ server, write benchmarks/results and render the reports
 	$(BIN)/python benchmarks/demo.py --out benchmarks/results --requests 3000 --rounds 5
+	$(BIN)/python benchmarks/torchrec_dlrm_compare.py --narsil-torch-model models/demo --narsil-no-tune-kernels \
+	  --requests 3000 --json benchmarks/results/module_as_saved.json
 	$(BIN)/python benchmarks/render_reports.py
 
 reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results
@@ -48,7 +50,7 @@ $(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predi
 	@touch $@
 
 # What the C++ baseline is built with. Without it everything else works, and the baseline's row is left out.
-DEBIAN_PACKAGES := g++ cmake make libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
+DEBIAN_PACKAGES := g++ cmake ninja-build pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
 system-packages:
 	@missing=$$(comm -23 <(printf '%s\n' $(DEBIAN_PACKAGES) | sort) \
 	  <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(DEBIAN_PACKAGES) 2>/dev/null \

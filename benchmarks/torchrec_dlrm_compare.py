@@ -59,6 +59,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--narsil-batch-size", type=int, default=16, help="requests a batch")
     parser.add_argument("--narsil-batch-timeout-ms", type=float, default=0.0)
     parser.add_argument("--narsil-lanes", type=int, help="default: one per core in batch mode, one in worker mode")
+    parser.add_argument("--narsil-no-tune-kernels", action="store_true", help="run the module as it was saved")
     parser.add_argument("--skip-torchrec", action="store_true", help="measure Narsil alone")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--warmup", type=int, default=50)
@@ -88,7 +89,9 @@ def _narsil(arguments: argparse.Namespace, artifact: Artifact) -> Contender:
     if arguments.narsil_backend == "onnx" and arguments.narsil_onnx_model is not None:
         model = arguments.narsil_onnx_model
     return narsil(
-        f"Narsil {arguments.narsil_backend} backend, {mode} mode" + (f" ({lanes} lanes)" if lanes else ""),
+        f"Narsil {arguments.narsil_backend} backend, {mode} mode"
+        + (", 1 lane" if lanes == 1 else f", {lanes} lanes" if lanes else "")
+        + (", module as saved" if arguments.narsil_no_tune_kernels else ""),
         model,
         backend=arguments.narsil_backend,
         execution_mode=mode,
@@ -96,6 +99,7 @@ def _narsil(arguments: argparse.Namespace, artifact: Artifact) -> Contender:
         batch_size=arguments.narsil_batch_size,
         batch_timeout_ms=arguments.narsil_batch_timeout_ms,
         device=arguments.device,
+        tune_kernels=not arguments.narsil_no_tune_kernels,
     )
 
 

@@ -127,7 +127,9 @@ class Server:
     def _load(self) -> tuple[Artifact, Backend]:
         settings = self.settings
         artifact = open_artifact(settings.model, verify=settings.verify_checksums)
-        backend = load_backend(artifact, settings.backend, settings.device, settings.intra_op_threads, tune_kernels=settings.tune_kernels)
+        backend = load_backend(
+            artifact, settings.backend, settings.device, settings.intra_op_threads, tune_kernels=settings.tune_kernels
+        )
         log.info("loaded %s with the %s backend", settings.model, backend.name)
         return artifact, backend
 

@@ -61,7 +61,11 @@ def test_kernels_whose_results_differ_are_never_taken(small_artifact, monkeypatc
     monkeypatch.setattr(kernels, "TOLERANCE", -1.0)
     from narsil.models.torchrec import load_torchscript
 
-    layers = [(m.weight, m.bias) for m in load_torchscript(small_artifact.torchscript, "cpu").modules() if kernels._is_linear(m)]
+    layers = [
+        (m.weight, m.bias)
+        for m in load_torchscript(small_artifact.torchscript, "cpu").modules()
+        if kernels._is_linear(m)
+    ]
     assert kernels._gain(layers) == 0.0
 
 

@@ -152,7 +152,7 @@ def test_a_damaged_artifact_is_refused_at_start_in_one_sentence(small_artifact, 
     model = bytearray((copy / "model_default.pt").read_bytes())
     model[len(model) // 2] ^= 1
     (copy / "model_default.pt").write_bytes(model)
-    with pytest.raises(ServerDied, match="narsil: .*model_default.pt"):
+    with pytest.raises(ServerDied, match=r"narsil: .*model_default\.pt"):
         narsil_server(copy).start()
 
 
@@ -160,5 +160,5 @@ def test_a_device_that_is_not_here_is_refused_at_start(small_artifact):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ServerDied, match="narsil: .*cuda"):
+    with pytest.raises(ServerDied, match=r"narsil: .*cuda"):
         narsil_server(small_artifact.path, device="cuda").start()

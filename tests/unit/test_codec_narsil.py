@@ -110,15 +110,13 @@ def test_weights_travel_with_their_ids():
 
 
 def test_weights_follow_reordered_columns():
-    body = build_request(
-        [[0.0]] * 2, [1, 2, 3], [[1, 1], [0, 1]], weights=[0.1, 0.2, 0.3], feature_names=["b", "a"]
-    )
+    body = build_request([[0.0]] * 2, [1, 2, 3], [[1, 1], [0, 1]], weights=[0.1, 0.2, 0.3], feature_names=["b", "a"])
     batch = Collator(WEIGHTED).collate([decode(body, WEIGHTED)])
     assert batch.values.tolist() == [2, 3, 1]
     np.testing.assert_allclose(batch.weights, [0.2, 0.3, 0.1])
 
 
-GOOD = dict(dense=np.zeros((2, 3)), ids=[[1, 2, 3, 4], [5, 6, 7, 8]])
+GOOD = {"dense": np.zeros((2, 3)), "ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}
 
 
 def change(**fields) -> bytes:
@@ -184,10 +182,16 @@ REFUSALS = {
         change(context__feature_names=["user"], context__values=b"\0" * 4),
         "sparse.num_features is 4; the model takes 3 here",
     ),
-    "context of an unknown feature": (change(context__feature_names=["colour"]), "context.feature_names: the model has"),
+    "context of an unknown feature": (
+        change(context__feature_names=["colour"]),
+        "context.feature_names: the model has",
+    ),
     "context column too high": (change(context__dense_columns=[3], context__dense=b"\0" * 4), "be below 3"),
     "context columns unsorted": (change(context__dense_columns=[1, 0], context__dense=b"\0" * 8), "must ascend"),
-    "context dense short": (change(context__dense_columns=[1], context__dense=b""), "0 bytes for 1 columns; expected 4"),
+    "context dense short": (
+        change(context__dense_columns=[1], context__dense=b""),
+        "0 bytes for 1 columns; expected 4",
+    ),
     "model name not text": (b"\x0a\x02\xff\xfe", "model_name is not UTF-8"),
     "no message at all": (b"\xff\xff\xff", "not a valid protobuf message"),
 }
@@ -205,7 +209,9 @@ def test_a_broken_request_is_refused_by_name(body, message):
 def test_a_small_message_cannot_claim_a_large_expansion():
     ids = list(range(50))
     body = build_request(
-        np.zeros((900, 0)), np.empty((0, 0), int), context=Context({n: ids if n == "tags" else [] for n in NAMES}, [0, 1, 2], [0] * 3)
+        np.zeros((900, 0)),
+        np.empty((0, 0), int),
+        context=Context({n: ids if n == "tags" else [] for n in NAMES}, [0, 1, 2], [0] * 3),
     )
     assert decode(body).rows == 900
     with pytest.raises(InvalidRequest, match="holds 45000 ids in all; the limit is 44999"):

@@ -76,9 +76,7 @@ def test_every_part_gets_the_scores_it_would_get_alone(group):
 @given(st.sampled_from([one_hot, jagged]), st.integers(1, 30), st.integers(1, 30), st.integers(0, 100))
 def test_a_request_run_in_slices_and_joined_scores_as_if_whole(make, rows, step, seed):
     whole = make(rows, seed)
-    pieces = [
-        {"default": scores_alone(whole.slice(start, min(start + step, rows)))} for start in range(0, rows, step)
-    ]
+    pieces = [{"default": scores_alone(whole.slice(start, min(start + step, rows)))} for start in range(0, rows, step)]
     np.testing.assert_array_equal(join(pieces)["default"], scores_alone(whole))
 
 

@@ -146,7 +146,8 @@ def narsil_server(model: Path, **options: object) -> ServerProcess:
     """``narsil serve``, on a free port unless told otherwise, with further options by their setting's name."""
     argv = [sys.executable, "-m", "narsil", "serve", "--model", str(model)]
     for name, value in {"port": 0, **options}.items():
-        argv += [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.replace("_", "-")
+        argv += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return ServerProcess(argv, r"^narsil: serving .* on (\S+) \(")
 
 

@@ -35,6 +35,9 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __contains__(self, request: object) -> bool:
+        return id(request) in self._requests
+
     def __iter__(self) -> Iterator[Request]:
         return (request for request, _ in self._requests.values())
 

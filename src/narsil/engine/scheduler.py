@@ -31,11 +31,11 @@ class Decision:
 def schedule(queue: Collection[Request], policy: BatchPolicy, now: float) -> Decision:
     """What a lane that is free at ``now`` takes from the queue, oldest first.
 
-    It takes its share of what waits, one lane's part of it, up to the policy's limits: everything, where there is one
-    lane. (A lane that took all would leave the others idle now and everybody waiting for one long forward.) First come
-    first served: a request that does not fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a
-    batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on
-    the way are sorted out and never taken.
+    It takes its share of what waits, up to the policy's limits: everything, where there is one lane. A lane that took
+    all of it would leave the others idle now, and everybody waiting for one long forward. First come, first served: a
+    request that does not fit any more closes the batch and nobody overtakes it, so none starves. A request with
+    more rows than a batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests
+    met on the way are sorted out and never taken.
     """
     take: list[Request] = []
     expired: list[Request] = []

@@ -182,8 +182,7 @@ class _RawHandlers(grpc.GenericRpcHandler):
 
     def __init__(self, handlers: dict[str, _Handler]) -> None:
         self._handlers: dict[str, _MethodHandler] = {
-            method: grpc.unary_unary_rpc_method_handler(handler)
-            for method, handler in handlers.items()
+            method: grpc.unary_unary_rpc_method_handler(handler) for method, handler in handlers.items()
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> _MethodHandler | None:

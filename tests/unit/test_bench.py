@@ -1,0 +1,152 @@
+"""The benchmark's own parts: seeded workloads, schedules, summaries, ratios and what is rendered from them."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from narsil.backends.fake import FakeBackend, FakeBehaviour
+from narsil.bench.load import Load, LoadError, Outcome, _schedule, run_load
+from narsil.bench.measure import BUCKET_EDGES_S, Measurement, deviation, measure, ratio, reference_scores, summarize
+from narsil.bench.pictures import draw
+from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.workload import Workload
+from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.validate import RequestLimits
+from tests.support import SCHEMA, engine_with, grpc_server
+
+WORKLOAD = Workload(SCHEMA, rows=5, bodies=30)
+
+
+@pytest.mark.parametrize("max_ids", [1, 3])
+def test_the_same_seed_gives_the_same_bodies_all_distinct_and_valid(max_ids):
+    workload = Workload(SCHEMA, rows=5, bodies=30, max_ids=max_ids, seed=4)
+    for wire, decode in (("predictor", predictor.decode), ("narsil", narsil_v1.decode)):
+        bodies = workload.serialized(wire)
+        assert bodies == workload.serialized(wire)
+        assert bodies[:7] == workload.serialized(wire, 7)
+        assert len(set(bodies)) == 30
+        for body in bodies:
+            decode(body, SCHEMA, RequestLimits())
+
+
+def test_another_seed_gives_other_bodies():
+    assert Workload(SCHEMA, seed=1, bodies=1).serialized("narsil") != Workload(SCHEMA, seed=2, bodies=1).serialized("narsil")
+
+
+def test_poisson_arrivals_keep_their_rate_on_average_and_uniform_ones_exactly():
+    load = Load("", WORKLOAD, requests=20_000, rate=100.0)
+    times = np.array(list(_schedule(load, 100.0)))
+    assert (np.diff(times) >= 0).all()
+    assert times[-1] == pytest.approx(200.0, rel=0.05)
+    assert np.diff(times).std() == pytest.approx(0.01, rel=0.05)  # exponential gaps: deviation equals the mean
+    even = np.array(list(_schedule(Load("", WORKLOAD, requests=5, rate=10.0, arrivals="uniform"), 10.0)))
+    np.testing.assert_allclose(even, [0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("protocol", ["predictor", "narsil"])
+@pytest.mark.parametrize("rate", [None, 400.0])
+def test_a_load_counts_checks_and_compares_every_reply(protocol, rate):
+    expected = reference_scores(FakeBackend(SCHEMA), WORKLOAD, 8)
+    with engine_with(lanes=2) as engine, grpc_server(engine) as address:
+        load = Load(address, WORKLOAD, protocol, requests=50, warmup=3, concurrency=4, rate=rate, keep=8)
+        found = measure("fake", load, expected=expected)
+        assert engine.statistics().answered == 53
+    assert found.errors == {}
+    assert found.max_abs_deviation == 0.0
+    assert sum(found.histogram) == 50
+    assert found.p50_ms <= found.p90_ms <= found.p99_ms <= found.p999_ms
+
+
+def test_an_open_loop_charges_the_server_for_the_time_a_request_was_due():
+    """One forward holds everybody up: requests due meanwhile wait, and their latency says so."""
+    behaviour = FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour) as engine, grpc_server(engine) as address:
+        load = Load(address, WORKLOAD, requests=40, warmup=0, rate=200.0, arrivals="uniform")
+        threading.Timer(0.5, behaviour.hold.set).start()
+        outcome = run_load(load)
+    assert len(outcome.latencies) == 40
+    assert outcome.latencies.max() > 0.15
+    assert np.median(outcome.latencies) > 0.05
+
+
+def test_failures_are_counted_by_kind_and_have_no_latency():
+    behaviour = FakeBehaviour(fail_if=lambda batch: bool(batch.values[0] % 2))
+    with engine_with(behaviour) as engine, grpc_server(engine) as address:
+        outcome = run_load(Load(address, WORKLOAD, requests=30, warmup=0, concurrency=1))
+    assert set(outcome.errors) == {"INTERNAL"}
+    assert len(outcome.latencies) == 30 - outcome.errors["INTERNAL"] > 0
+
+
+def test_a_server_that_answers_nothing_rightly_is_an_error_at_once():
+    with (
+        engine_with(FakeBehaviour(fail_if=lambda batch: True)) as engine,
+        grpc_server(engine) as address,
+        pytest.raises(LoadError, match="every warmup request failed: {'INTERNAL': 5}"),
+    ):
+        run_load(Load(address, WORKLOAD, requests=5, warmup=5))
+
+
+def made(name: str, samples: float, deviation: float | None = 0.0, **changes) -> Measurement:
+    values = {
+        "name": name, "concurrency": 16, "batch_size": 100, "req_per_s": samples / 100, "samples_per_s": samples,
+        "p50_ms": 10.0, "p90_ms": 11.0, "p99_ms": 12.0, "p999_ms": 13.0, "errors": {}, "peak_mib": 100.0,
+        "server_cpu_us_per_req": 500.0, "client_cpu_us_per_req": 100.0, "client_busy": 0.1,
+        "max_abs_deviation": deviation, "histogram": tuple(np.eye(1, len(BUCKET_EDGES_S) - 1, 60, dtype=int)[0]),
+    }  # fmt: skip
+    return Measurement(**{**values, **changes})
+
+
+def test_a_row_is_the_median_of_its_rounds_with_the_worst_memory_and_deviation():
+    runs = [
+        made("a", 100, 1e-7, peak_mib=90.0),
+        made("a", 300, 3e-7, peak_mib=120.0, errors={"INTERNAL": 2}),
+        made("a", 200, None),
+    ]
+    row = summarize(runs)
+    assert (row.samples_per_s, row.peak_mib, row.max_abs_deviation, row.errors) == (200, 120.0, 3e-7, {"INTERNAL": 2})
+    assert sum(row.histogram) == 3
+
+
+def test_a_ratio_is_taken_round_by_round():
+    found = ratio([made("a", 200), made("a", 90)], [made("b", 100), made("b", 100)], "samples_per_s")
+    assert (found.median, found.min, found.max) == pytest.approx((1.45, 0.9, 2.0))
+
+
+def test_deviation_is_the_largest_difference_of_any_score():
+    outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2]), 1: np.float32([0.5, 0.9])})
+    assert deviation(outcome, [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]) == pytest.approx(0.4)
+    assert deviation(outcome, []) is None
+
+
+def test_a_busy_client_is_called_client_bound():
+    assert made("a", 1, client_busy=0.95).client_bound
+    assert not made("a", 1, client_busy=0.3).client_bound
+
+
+def test_a_report_is_plain_json_and_everything_is_rendered_from_it(tmp_path):
+    runs = [[made("C++ (baseline)", 100), made("C++ (baseline)", 110)], [made("ours", 220), made("ours", 250, None)]]
+    report = make_report(runs, [ratio(runs[1], runs[0], "samples_per_s")], {"seed": 0})
+    write_report(report, tmp_path / "out" / "report.json")
+    read = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert read == json.loads(json.dumps(report))
+    assert [row["name"] for row in read["rows"]] == ["C++ (baseline)", "ours"]
+    assert len(read["runs"]) == 4
+    assert read["machine"]["cores"] >= 1
+    assert render_table(read, "title").row_count == 3
+    assert ratio_lines(read) == [
+        "ours: 2.24x the throughput of C++ (baseline) at concurrency 16 (2.20 to 2.27)"
+    ]
+    for picture in draw(read, tmp_path / "pictures", "title"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_which_every_request_failed_is_still_a_valid_report(tmp_path):
+    nothing = made("ours", 0.0, None, p50_ms=float("nan"), p99_ms=float("nan"), errors={"INTERNAL": 9})
+    report = make_report([[nothing]])
+    write_report(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["p50_ms"] is None
+    assert render_table(report, "title").row_count == 2
