@@ -72,9 +72,14 @@ def jagged(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA, longest: int 
 
 
 def request(
-    rows: int = 1, *, arrived: float = 0.0, deadline: float | None = None, features: Features | None = None
+    rows: int = 1,
+    *,
+    arrived: float = 0.0,
+    deadline: float | None = None,
+    features: Features | None = None,
+    size: int = 0,
 ) -> Request:
-    return Request(features or one_hot(rows), Reply(), arrived, deadline)
+    return Request(features or one_hot(rows), Reply(), arrived, deadline, size)
 
 
 def scores_alone(features: Features, schema: ModelSchema = SCHEMA) -> np.ndarray[Any, np.dtype[np.float32]]:

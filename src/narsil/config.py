@@ -60,6 +60,7 @@ class ServeSettings(BaseSettings):
     max_queue_requests: int = Field(1024, ge=1, description="Requests that may wait; more are refused at once.")
     max_queue_rows: int = Field(131_072, ge=1, description="Rows that may wait.")
     max_queue_ids: int = Field(1 << 24, ge=1, description="Sparse ids that may wait.")
+    max_queue_bytes: int = Field(1 << 29, ge=1, description="Bytes of messages that may wait.")
     max_request_rows: int = Field(131_072, ge=1, description="Rows of one request at most.")
     max_request_ids: int = Field(1 << 22, ge=1, description="Sparse ids of one request at most.")
     max_message_bytes: int = Field(16 << 20, ge=1024, le=1 << 31, description="Bytes of one request at most.")

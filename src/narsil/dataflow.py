@@ -95,6 +95,7 @@ class Request:
     reply: Reply
     arrived: float  # seconds on the engine's clock
     deadline: float | None = None  # seconds on the engine's clock
+    size: int = 0  # bytes that the request keeps alive: its message, which the features are views of
     priority: int = 0  # reserved for priority scheduling; 0 is normal
 
     @property

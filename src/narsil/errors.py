@@ -7,7 +7,6 @@
     └── RequestError           one request ends with this, and only that one
         ├── InvalidRequest     the payload breaks the model's schema
         ├── ModelNotFound      names a model or version that is not served
-        ├── Unsupported        asks for something this server does not do
         ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
         ├── DeadlineExceeded   its deadline passed while it waited; it never ran
         ├── Cancelled          the client went away while it waited; it never ran
@@ -33,7 +32,6 @@ __all__ = [
     "NarsilError",
     "QueueFull",
     "RequestError",
-    "Unsupported",
     "status_of",
 ]
 
@@ -66,10 +64,6 @@ class ModelNotFound(RequestError):
     """The request names a model or a version that is not served."""
 
 
-class Unsupported(RequestError):
-    """The request asks for something that this server does not do."""
-
-
 class QueueFull(RequestError):
     """Admitted work is at its limit."""
 
@@ -94,7 +88,6 @@ class ForwardFailed(RequestError):
 STATUS: dict[type[RequestError], tuple[int, int]] = {
     InvalidRequest: (3, 400),
     ModelNotFound: (5, 404),
-    Unsupported: (12, 501),
     QueueFull: (8, 429),
     DeadlineExceeded: (4, 504),
     Cancelled: (1, 499),

@@ -41,7 +41,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LINGER_S = 0.2
 
 # How long the last replies may take to leave once the engine has ended every request.
-CLOSE_S = 5.0
+CLOSE_S = 1.0
 
 
 class Server:
@@ -74,7 +74,9 @@ class Server:
             BatchPolicy(
                 settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3, settings.lane_count
             ),
-            QueueLimits(settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids),
+            QueueLimits(
+                settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids, settings.max_queue_bytes
+            ),
         )
         began = time.monotonic()
         await asyncio.to_thread(self._engine.start, list(warmup_payloads(backend.schema, settings.max_batch_rows)))
@@ -175,6 +177,8 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
         settings.host,
         settings.port,
         settings.max_message_bytes,
+        # Enough for a full queue, full lanes and the refusals in between; more are refused before they are read.
+        2 * settings.max_queue_requests + settings.lane_count * settings.batch_size,
         read(settings.tls_certificate),
         read(settings.tls_key),
         read(settings.tls_client_ca),

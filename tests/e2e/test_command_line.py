@@ -67,7 +67,10 @@ def test_inspect_reads_the_schema_from_the_manifest_or_the_artifact_itself(model
 def test_inspect_of_something_else_is_one_clear_sentence(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"not a model")
     done = subprocess.run(
-        [sys.executable, "-m", "narsil", "inspect", str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "narsil", "inspect", str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("narsil: ")

@@ -11,9 +11,6 @@ import grpc
 import numpy as np
 import pytest
 
-pytest.importorskip("torchrec")
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 from narsil.backends.registry import load_backend
 from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.bench.workload import predictor_body
@@ -22,8 +19,10 @@ from narsil.engine.collate import Collator
 from narsil.models.artifact import Artifact, open_artifact
 from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
-from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm
+from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm  # skips this module without torchrec
 from tests.support import PATIENCE_S, jagged, one_hot
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOLERANCE = 1e-5
 T = len(NAMES)

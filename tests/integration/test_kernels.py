@@ -45,7 +45,7 @@ def test_every_hidden_layer_is_rewritten_and_the_weights_stay_where_they_are(sma
 
     module = load_torchscript(small_artifact.torchscript, "cpu")
     before = {name: tensor.data_ptr() for name, tensor in module.named_parameters()}
-    assert kernels.tune_linear_layers(module)
+    assert kernels.tune_linear_layers(module, 1)
     assert str(module.forward.graph).count("mkldnn::_linear_pointwise") == 4
     assert {name: tensor.data_ptr() for name, tensor in module.named_parameters()} == before
 

@@ -31,16 +31,21 @@ def test_a_member_can_leave_from_the_middle_exactly_once():
 
 @pytest.mark.parametrize(
     "limits",
-    [QueueLimits(max_requests=2), QueueLimits(max_rows=11), QueueLimits(max_ids=10 * SCHEMA.num_features + 3)],
-    ids=["requests", "rows", "ids"],
+    [
+        QueueLimits(max_requests=2),
+        QueueLimits(max_rows=11),
+        QueueLimits(max_ids=10 * SCHEMA.num_features + 3),
+        QueueLimits(max_bytes=250),
+    ],
+    ids=["requests", "rows", "ids", "bytes"],
 )
 def test_at_a_limit_the_next_request_is_refused_and_says_what_is_full(limits):
     queue = RequestQueue(limits)
-    queue.add(request(5))
-    queue.add(request(5))
-    assert not queue.has_room_for(request(5))
+    queue.add(request(5, size=100))
+    queue.add(request(5, size=100))
+    assert not queue.has_room_for(request(5, size=100))
     with pytest.raises(QueueFull, match=r"the queue is full: 2 of \d+ requests, 10 of \d+ rows"):
-        queue.add(request(5))
+        queue.add(request(5, size=100))
     assert len(queue) == 2
 
 
@@ -56,5 +61,7 @@ def test_a_place_that_becomes_free_can_be_taken():
 def test_a_request_that_no_empty_queue_could_hold_is_invalid_rather_than_unlucky():
     with pytest.raises(InvalidRequest, match=r"has 12 rows; this server queues at most 11 \(--max-queue-rows\)"):
         RequestQueue(QueueLimits(max_rows=11)).add(request(12))
+    with pytest.raises(InvalidRequest, match="--max-queue-bytes"):
+        RequestQueue(QueueLimits(max_bytes=5)).add(request(2, size=6))
     with pytest.raises(InvalidRequest, match="--max-queue-ids"):
         RequestQueue(QueueLimits(max_ids=5)).add(request(2))

@@ -28,7 +28,17 @@ def test_a_free_lane_takes_its_share_where_several_lanes_serve_the_queue():
     queue = [request() for _ in range(7)]
     assert schedule(queue, BatchPolicy(lanes=2), now=0.0).take == tuple(queue[:4])
     assert schedule(queue[:1], BatchPolicy(lanes=2), now=0.0).take == (queue[0],)
-    assert schedule(queue * 10, BatchPolicy(max_requests=16, lanes=2), now=0.0).take == tuple((queue * 10)[:16])
+
+
+def test_a_full_batch_is_not_shared_out():
+    queue = [request() for _ in range(5)]
+    assert schedule(queue, BatchPolicy(max_requests=4, lanes=2), now=0.0).take == tuple(queue[:4])
+    assert schedule(queue[:4], BatchPolicy(max_requests=4, lanes=2), now=0.0).take == tuple(queue[:4])
+
+
+def test_the_dead_count_for_nobody_s_share():
+    dead, alive = [request(deadline=1.0) for _ in range(4)], [request() for _ in range(4)]
+    assert schedule(dead + alive, BatchPolicy(lanes=2), now=5.0).take == tuple(alive[:2])
 
 
 def test_lanes_that_share_wait_for_company_all_the_same():

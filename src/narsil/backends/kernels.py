@@ -37,16 +37,22 @@ GAIN = 1.1  # how much faster oneDNN must be to be taken
 TOLERANCE = 1e-5  # relative to a layer's largest output; another order of the same FP32 sums
 
 
-def tune_linear_layers(module: Any) -> bool:
+def tune_linear_layers(module: Any, threads: int) -> bool:
     """Rewrites the module's linear + relu pairs to oneDNN if they are equal and measure faster here.
 
-    Returns whether it did. Must be called before the module's first run: the executor keeps the graph it saw then.
+    ``threads`` is the intra-op thread count of the lanes. Returns whether it did. Must be called before the module's
+    first run: the executor keeps the graph it saw then.
     """
     layers = [(layer.weight, layer.bias) for layer in module.modules() if _is_linear(layer)]
     if not layers or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    with torch.inference_mode():
-        gain = _gain(layers)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            gain = _gain(layers)
+    finally:
+        torch.set_num_threads(before)
     if gain < GAIN:
         log.info("linear layers stay with torch's own kernels (oneDNN would be x%.2f)", gain)
         return False

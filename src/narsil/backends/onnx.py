@@ -6,6 +6,7 @@ releases the GIL and, with one intra-op thread, computes in the caller's thread.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnxruntime
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, DeviceUnavailable
-from narsil.models.artifact import Artifact
+from narsil.models.artifact import ONNX_SCHEMA, Artifact
 from narsil.models.schema import ModelSchema
 
 __all__ = ["OnnxBackend"]
@@ -86,9 +87,10 @@ def _check_interface(session: Any, artifact: Artifact) -> None:
             f"{artifact.onnx} takes {', '.join(sorted(inputs))} and returns {', '.join(sorted(outputs))}, which does "
             "not fit its manifest; package the model again"
         )
-    width = inputs["float_features"].shape[1]
-    if width != artifact.schema.dense_dim:
+    # The graph adds a table's first row to each id: with row counts other than its own, ids of one table would read
+    # another's rows.
+    built_for = session.get_modelmeta().custom_metadata_map.get(ONNX_SCHEMA)
+    if built_for is None or json.loads(built_for) != artifact.schema.to_dict():
         raise ArtifactError(
-            f"{artifact.onnx} takes {width} dense columns, its manifest says {artifact.schema.dense_dim}; "
-            "package the model again"
+            f"{artifact.onnx} was built for another schema than its manifest's; package the model again"
         )

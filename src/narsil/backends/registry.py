@@ -29,6 +29,8 @@ def load_backend(
     """
     if intra_op_threads < 1:
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
+    if artifact.schema.weighted:
+        raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
     chosen = _choose(artifact, device) if name == "auto" else name
     if chosen == "torch":
         return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)

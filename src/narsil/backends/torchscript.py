@@ -58,7 +58,7 @@ class TorchScriptBackend(Backend):
                 f"{artifact.torchscript} and its manifest describe different models: "
                 f"{_difference(schema, artifact.schema)}; package the model again"
             )
-        tuned = tune and torch.device(device).type == "cpu" and tune_linear_layers(module)
+        tuned = tune and torch.device(device).type == "cpu" and tune_linear_layers(module, intra_op_threads)
         return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned)
 
     def bucket(self, rows: int) -> int:

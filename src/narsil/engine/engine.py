@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from narsil.backends.base import Backend
 from narsil.clock import Clock, MonotonicClock
@@ -58,13 +59,15 @@ class Engine:
         self._policy = policy or BatchPolicy()
         self._clock = clock or MonotonicClock()
         self._queue = RequestQueue(limits or QueueLimits())
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # lanes wait here for work
-        self._idle = threading.Condition(lock)  # drain waits here for the last request to end
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)  # drain waits here for the last request to end
+        # Lanes that wait for work, each on its own condition. The one that ran last is woken first: its core's caches
+        # still hold the weights, and under light load the others sleep on.
+        self._sleeping: list[threading.Condition] = []
         self._draining = False
         self._stats = EngineStatistics()
         self._lanes = [
-            Lane(f"lane-{i}", backend, self._policy.max_rows, self._take, self._settle, self._clock.now)
+            Lane(f"lane-{i}", backend, self._policy.max_rows, self._source(), self._settle, self._clock.now)
             for i, backend in enumerate(backends)
         ]
 
@@ -88,7 +91,7 @@ class Engine:
         """
         ended: list[tuple[Request, Result]] = []
         try:
-            with self._changed:
+            with self._lock:
                 self._stats.submitted += 1
                 try:
                     if self._draining:
@@ -99,13 +102,13 @@ class Engine:
                 except RequestError:
                     self._stats.rejected += 1
                     raise
-                self._changed.notify()
+                self._wake(1)
         finally:
             _deliver(ended)
 
     def cancel(self, request: Request) -> bool:
         """Takes a request back: it frees its place at once and never runs. False when it runs already or has ended."""
-        with self._changed:
+        with self._lock:
             if not self._queue.remove(request):
                 return False
             self._stats.cancelled += 1
@@ -117,9 +120,9 @@ class Engine:
 
         Returns False when work was still running after ``timeout`` seconds of real time.
         """
-        with self._changed:
+        with self._lock:
             self._draining = True
-            self._changed.notify_all()
+            self._wake(len(self._sleeping))
             done = self._idle.wait_for(self._is_idle, timeout)
         if done:
             for lane in self._lanes:
@@ -129,13 +132,17 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """A consistent snapshot of the counts."""
-        with self._changed:
+        with self._lock:
             return replace(self._stats, queued=len(self._queue))
 
-    def _take(self) -> Sequence[Request] | None:
-        """What the calling lane runs next; waits for it. None ends the lane."""
+    def _source(self) -> Callable[[], Sequence[Request] | None]:
+        """A ``take`` for one lane, with the condition on which it sleeps."""
+        return partial(self._take, threading.Condition(self._lock))
+
+    def _take(self, woken: threading.Condition) -> Sequence[Request] | None:
+        """What the calling lane runs next; waits for it on ``woken``. None ends the lane."""
         while True:
-            with self._changed:
+            with self._lock:
                 decision = schedule(self._queue, self._policy, self._clock.now())
                 ended = self._end_unrun(decision.expired, decision.cancelled)
                 for request in decision.take:
@@ -147,7 +154,10 @@ class Engine:
                 elif not ended:
                     if self._draining and not len(self._queue):
                         return None
-                    self._clock.wait(self._changed, decision.wake_at)
+                    self._sleeping.append(woken)
+                    self._clock.wait(woken, decision.wake_at)
+                    if woken in self._sleeping:  # its time came, rather than work
+                        self._sleeping.remove(woken)
                     continue
                 self._signal_if_idle()
             _deliver(ended)
@@ -156,7 +166,7 @@ class Engine:
 
     def _settle(self, results: Sequence[tuple[Request, Result]]) -> None:
         failed = sum(result.error is not None for _, result in results)
-        with self._changed:
+        with self._lock:
             self._stats.running -= len(results)
             self._stats.failed += failed
             self._stats.answered += len(results) - failed
@@ -189,13 +199,18 @@ class Engine:
             ended.append((request, Result(error=Cancelled("the client cancelled the request; it was not run"))))
         return ended
 
+    def _wake(self, lanes: int) -> None:
+        """Wakes so many sleeping lanes, the last to sleep first."""
+        for _ in range(min(lanes, len(self._sleeping))):
+            self._sleeping.pop().notify()
+
     def _is_idle(self) -> bool:
         return not len(self._queue) and not self._stats.running
 
     def _signal_if_idle(self) -> None:
         if self._draining and self._is_idle():
             self._idle.notify_all()
-            self._changed.notify_all()
+            self._wake(len(self._sleeping))
 
 
 def _deliver(results: Iterable[tuple[Request, Result]]) -> None:

@@ -16,6 +16,39 @@ class QueueLimits:
     max_requests: int = 1024
     max_rows: int = 131072
     max_ids: int = 1 << 24
+    max_bytes: int = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What one request, or all of them together, put on the queue."""
+
+    requests: int = 0
+    rows: int = 0
+    ids: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: _Load) -> _Load:
+        return _Load(
+            self.requests + other.requests, self.rows + other.rows, self.ids + other.ids, self.bytes + other.bytes
+        )
+
+    def __sub__(self, other: _Load) -> _Load:
+        return _Load(
+            self.requests - other.requests, self.rows - other.rows, self.ids - other.ids, self.bytes - other.bytes
+        )
+
+    def fits(self, limits: QueueLimits) -> bool:
+        return (
+            self.requests <= limits.max_requests
+            and self.rows <= limits.max_rows
+            and self.ids <= limits.max_ids
+            and self.bytes <= limits.max_bytes
+        )
+
+    @staticmethod
+    def of(request: Request) -> _Load:
+        return _Load(1, request.rows, request.features.sparse.count, request.size)
 
 
 class RequestQueue:
@@ -23,31 +56,23 @@ class RequestQueue:
 
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
-        self._requests: dict[int, tuple[Request, int]] = {}  # by identity, in order; with its count of ids
-        self._rows = 0
-        self._ids = 0
+        self._requests: dict[int, tuple[Request, _Load]] = {}  # by identity, in the order of arrival
+        self._load = _Load()
 
     @property
     def rows(self) -> int:
         """Rows of all waiting requests."""
-        return self._rows
+        return self._load.rows
 
     def __len__(self) -> int:
         return len(self._requests)
-
-    def __contains__(self, request: object) -> bool:
-        return id(request) in self._requests
 
     def __iter__(self) -> Iterator[Request]:
         return (request for request, _ in self._requests.values())
 
     def has_room_for(self, request: Request) -> bool:
         """Whether ``add`` would take it."""
-        return (
-            len(self._requests) < self._limits.max_requests
-            and self._rows + request.rows <= self._limits.max_rows
-            and self._ids + request.features.sparse.count <= self._limits.max_ids
-        )
+        return (self._load + _Load.of(request)).fits(self._limits)
 
     def add(self, request: Request) -> None:
         """Appends the request.
@@ -55,27 +80,29 @@ class RequestQueue:
         Raises QueueFull when the queue is at a limit, and InvalidRequest for a request that would not fit even
         into the empty queue.
         """
-        limits, ids = self._limits, request.features.sparse.count
-        for what, count, limit in (("rows", request.rows, limits.max_rows), ("ids", ids, limits.max_ids)):
-            if count > limit:
-                raise InvalidRequest(
-                    f"the request has {count} {what}; this server queues at most {limit} (--max-queue-{what}). "
-                    "Send it in several requests"
-                )
-        if not self.has_room_for(request):
+        limits, own = self._limits, _Load.of(request)
+        after = self._load + own
+        if not after.fits(limits):
+            for what in ("rows", "ids", "bytes"):
+                count, limit = getattr(own, what), getattr(limits, f"max_{what}")
+                if count > limit:
+                    raise InvalidRequest(
+                        f"the request has {count} {what}; this server queues at most {limit} (--max-queue-{what}). "
+                        "Send it in several requests"
+                    )
+            now = self._load
             raise QueueFull(
-                f"the queue is full: {len(self)} of {limits.max_requests} requests, {self._rows} of {limits.max_rows} "
-                f"rows, {self._ids} of {limits.max_ids} ids; this request has {request.rows} rows. Retry with backoff"
+                f"the queue is full: {now.requests} of {limits.max_requests} requests, {now.rows} of {limits.max_rows} "
+                f"rows, {now.ids} of {limits.max_ids} ids, {now.bytes} of {limits.max_bytes} bytes; this request has "
+                f"{own.rows} rows. Retry with backoff"
             )
-        self._requests[id(request)] = (request, ids)
-        self._rows += request.rows
-        self._ids += ids
+        self._requests[id(request)] = (request, own)
+        self._load = after
 
     def remove(self, request: Request) -> bool:
         """Takes the request out wherever it stands. False when it is not (any more) in the queue."""
         found = self._requests.pop(id(request), None)
         if found is None:
             return False
-        self._rows -= request.rows
-        self._ids -= found[1]
+        self._load -= found[1]
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from narsil.dataflow import Request
@@ -28,12 +28,13 @@ class Decision:
     wake_at: float | None = None  # nothing to take before this time unless the queue changes; None: wait for ever
 
 
-def schedule(queue: Collection[Request], policy: BatchPolicy, now: float) -> Decision:
+def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decision:
     """What a lane that is free at ``now`` takes from the queue, oldest first.
 
-    It takes its share of what waits, up to the policy's limits: everything, where there is one lane. A lane that took
-    all of it would leave the others idle now, and everybody waiting for one long forward. First come, first served: a
-    request that does not fit any more closes the batch and nobody overtakes it, so none starves. A request with
+    Where more waits than a batch may hold, it takes a full batch. Else it takes its share, one lane's part: everything,
+    where there is one lane. A lane that took all of it would leave the others idle now, and everybody waiting for one
+    long forward. First come, first served: a request that does not fit any more closes the batch and nobody
+    overtakes it, so none starves. A request with
     more rows than a batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests
     met on the way are sorted out and never taken.
     """
@@ -61,5 +62,6 @@ def schedule(queue: Collection[Request], policy: BatchPolicy, now: float) -> Dec
         deadlines = [request.deadline for request in take if request.deadline is not None]
         wake_at = min([take[0].arrived + policy.timeout, *deadlines])
         take = []
-    share = -(-len(queue) // policy.lanes)
-    return Decision(tuple(take[:share]), tuple(expired), tuple(cancelled), wake_at)
+    if not closed:  # this is all that waits and lives; the other lanes are here for their part of it
+        take = take[: -(-len(take) // policy.lanes)]
+    return Decision(tuple(take), tuple(expired), tuple(cancelled), wake_at)

@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 TORCHSCRIPT_FILE = "model_default.pt"  # the name that TorchRec's packager and servers use
 ONNX_FILE = "narsil_dlrm_default.onnx"
 ONNX_DATA_FILE = ONNX_FILE + ".data"
+ONNX_SCHEMA = "narsil.schema"  # the graph's metadata entry that holds the schema it was built for
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _ROLES = frozenset({"torchscript", "onnx", "onnx_data"})

@@ -11,6 +11,7 @@ is added there. Ids are transposed, never embeddings: they are dim times smaller
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def export_onnx(
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="narsil"
     )
+    helper.set_model_props(model, {artifacts.ONNX_SCHEMA: json.dumps(config.schema.to_dict())})
     graph_path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(graph_path))  # by path, so that it finds the external data
     return {"onnx": graph_path, "onnx_data": data_path}

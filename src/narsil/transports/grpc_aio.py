@@ -40,6 +40,7 @@ class GrpcOptions:
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free one
     max_message_bytes: int = 16 << 20
+    max_concurrent_rpcs: int | None = None  # more are refused by grpc itself, RESOURCE_EXHAUSTED
     tls_certificate: bytes | None = None  # PEM; with it goes the key
     tls_key: bytes | None = None
     tls_client_ca: bytes | None = None  # PEM; given: clients must present a certificate it signed
@@ -98,11 +99,12 @@ class GrpcAioTransport(Transport):
         loop = asyncio.get_running_loop()
         outbox = _Outbox(loop)
         server = grpc.aio.server(
+            maximum_concurrent_rpcs=options.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a second server on this port is a mistake, not a second listener
-            ]
+            ],
         )
         handlers: dict[str, _Handler] = {
             wire.method: self._scoring_handler(wire, outbox, loop) for wire in wires(self._model)
@@ -153,7 +155,8 @@ class GrpcAioTransport(Transport):
                 now = engine.now()
                 remaining = context.time_remaining()
                 reply = _Reply(outbox, loop)
-                request = Request(features, reply, now, None if remaining is None else now + remaining)
+                deadline = None if remaining is None else now + remaining
+                request = Request(features, reply, now, deadline, len(body))
                 engine.submit(request)
                 try:
                     result = await reply.future
