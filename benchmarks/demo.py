@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from narsil.backends.registry import load_backend
 from narsil.bench.measure import reference_scores
 from narsil.bench.pictures import draw
-from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.models.artifact import Artifact, open_artifact
@@ -25,7 +25,7 @@ TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
 
 def main() -> None:
     arguments = _parse()
-    console = Console(width=max(Console().width, 130))
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     began = time.monotonic()
     artifact = _package(arguments.model, arguments.device, console)
     contenders = [

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from narsil.backends.registry import load_backend
 from narsil.bench.measure import reference_scores
-from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import KEEP, Contender, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.errors import NarsilError
@@ -28,7 +28,7 @@ from narsil.models.packager import package_dlrm
 
 def main() -> int:
     arguments = _parse()
-    console = Console(width=max(Console().width, 130))
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     with tempfile.TemporaryDirectory() as scratch:
         artifact = _artifact(arguments, Path(scratch), console)
         contenders = [_narsil(arguments, artifact)]

@@ -139,7 +139,7 @@ def test_a_report_is_plain_json_and_everything_is_rendered_from_it(tmp_path):
     assert len(read["runs"]) == 4
     assert read["machine"]["cores"] >= 1
     assert render_table(read, "title").row_count == 3
-    assert ratio_lines(read) == ["ours: 2.24x the throughput of C++ (baseline) at concurrency 16 (2.20 to 2.27)"]
+    assert ratio_lines(read) == ["concurrency 16: ours: 2.24x the throughput (2.20 to 2.27) of C++ (baseline)"]
     for picture in draw(read, tmp_path / "pictures", "title"):
         assert picture.read_bytes().startswith(b"\x89PNG")
 

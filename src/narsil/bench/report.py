@@ -66,6 +66,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 # column title -> (row key, format)
+TABLE_WIDTH = 114  # the narrowest terminal in which no figure is cut
 COLUMNS = {
     "req/s": ("req_per_s", ",.0f"),
     "samples/s": ("samples_per_s", ",.0f"),
@@ -111,7 +112,7 @@ def by_concurrency(report: Report) -> dict[int, list[Mapping[str, Any]]]:
 def render_table(report: Report, title: str) -> Table:
     """The report as a table for the terminal."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("", no_wrap=True)
+    table.add_column("", min_width=30)  # the one that wraps where the terminal is narrow
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     for concurrency, rows in by_concurrency(report).items():
@@ -135,12 +136,15 @@ def render_one(row: Mapping[str, Any]) -> Table:
 
 
 def ratio_lines(report: Report) -> list[str]:
-    """The report's ratios in words."""
+    """The report's ratios in words, a line per contender and concurrency."""
     words = {"samples_per_s": "throughput", "p50_ms": "median latency"}
+    lines: dict[tuple[int, str, str], list[str]] = {}
+    for one in report["ratios"]:
+        figure = f"{one['median']:.2f}x the {words[one['metric']]} ({one['min']:.2f} to {one['max']:.2f})"
+        lines.setdefault((one["concurrency"], one["name"], one["over"]), []).append(figure)
     return [
-        f"{one['name']}: {one['median']:.2f}x the {words[one['metric']]} of {one['over']} at concurrency "
-        f"{one['concurrency']} ({one['min']:.2f} to {one['max']:.2f})"
-        for one in report["ratios"]
+        f"concurrency {concurrency}: {name}: {', '.join(figures)} of {over}"
+        for (concurrency, name, over), figures in sorted(lines.items(), key=lambda line: -line[0][0])
     ]
 
 
