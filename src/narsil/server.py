@@ -187,8 +187,9 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
 
 def run(settings: ServeSettings) -> int:
     """Blocks until the server has stopped; returns its exit status. Raises NarsilError when it cannot start."""
+    logging.getLogger("narsil").setLevel(settings.log_level.upper())
     logging.basicConfig(
-        level=settings.log_level.upper(),
+        level=logging.WARNING,
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
