@@ -41,9 +41,9 @@ class FakeClock:
 
     def wait(self, condition: threading.Condition, until: float | None) -> None:
         """See Clock.wait."""
-        if until is not None and until <= self._now:
-            return
         with self._lock:
+            if until is not None and until <= self._now:
+                return
             self._waiting[condition] = self._waiting.get(condition, 0) + 1
         try:
             condition.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -32,6 +33,9 @@ else:
 
 ENV_PREFIX = "NARSIL_"
 
+# What Kubernetes puts into every container beside a Service named narsil; none of it is meant for Narsil.
+_SERVICE_LINK = re.compile(r"NARSIL_(SERVICE|PORT_\d+)_\w+")
+
 
 class ServeSettings(BaseSettings):
     """Everything ``narsil serve`` can be told."""
@@ -51,7 +55,9 @@ class ServeSettings(BaseSettings):
         True, description="torch backend: run linear layers on the kernels that measure fastest here."
     )
     batch_size: int = Field(16, ge=1, le=65536, description="Requests per batch at most.")
-    batch_timeout_ms: float = Field(0.0, ge=0, le=60_000, description="How long a free lane waits for company.")
+    batch_timeout_ms: float = Field(
+        0.0, ge=0, le=60_000, allow_inf_nan=False, description="How long a free lane waits for company."
+    )
     max_batch_rows: int = Field(
         4096, ge=1, le=1 << 24, description="Rows per forward at most; larger requests are split."
     )
@@ -59,12 +65,14 @@ class ServeSettings(BaseSettings):
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_queue_requests: int = Field(1024, ge=1, description="Requests that may wait; more are refused at once.")
     max_queue_rows: int = Field(131_072, ge=1, description="Rows that may wait.")
-    max_queue_ids: int = Field(1 << 24, ge=1, description="Sparse ids that may wait.")
+    max_queue_ids: int = Field(1 << 24, ge=1, le=(1 << 31) - 1, description="Sparse ids that may wait.")
     max_queue_bytes: int = Field(1 << 29, ge=1, description="Bytes of messages that may wait.")
     max_request_rows: int = Field(131_072, ge=1, description="Rows of one request at most.")
-    max_request_ids: int = Field(1 << 22, ge=1, description="Sparse ids of one request at most.")
-    max_message_bytes: int = Field(16 << 20, ge=1024, le=1 << 31, description="Bytes of one request at most.")
-    drain_seconds: float = Field(30.0, ge=0, description="How long SIGTERM lets requests in flight finish.")
+    max_request_ids: int = Field(1 << 22, ge=1, le=(1 << 31) - 1, description="Sparse ids of one request at most.")
+    max_message_bytes: int = Field(16 << 20, ge=1024, le=(1 << 31) - 1, description="Bytes of one request at most.")
+    drain_seconds: float = Field(
+        30.0, ge=0, le=86_400, allow_inf_nan=False, description="How long SIGTERM lets requests in flight finish."
+    )
     tls_certificate: Path | None = Field(None, description="PEM certificate chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate.")
     tls_client_ca: Path | None = Field(None, description="PEM authority; clients must show a certificate it signed.")
@@ -107,7 +115,11 @@ def load_settings(given: Mapping[str, Any], config: Path | None = None) -> Serve
     Raises ConfigError on an unknown key, a wrong value, or a file that cannot be read.
     """
     known = {f"{ENV_PREFIX}{name}".upper() for name in ServeSettings.model_fields}
-    unknown = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name)
+    )
     if unknown:
         raise ConfigError(f"unknown environment variable {unknown[0]}; see `narsil serve --help` for the settings")
     if config is not None and not config.is_file():
@@ -165,4 +177,8 @@ def _explain(detail: Any) -> str:
         return f"unknown setting {name!r}; see `narsil serve --help`"
     if detail["type"] == "missing":
         return f"{name} is not set: give --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()} or {name} in --config"
+    if name == "port" and str(detail["input"]).startswith("tcp://"):
+        return (
+            "NARSIL_PORT is set by Kubernetes for a Service named narsil: give --port, or set enableServiceLinks: false"
+        )
     return f"{name}: {detail['msg']} (got {detail['input']!r})" if name else str(detail["msg"])

@@ -71,6 +71,14 @@ class Features:
     dense: Floats  # (B, D)
     sparse: OneHot | Jagged
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays hold, shared or not."""
+        sparse = self.sparse
+        if isinstance(sparse, OneHot):
+            return int(self.dense.nbytes + sparse.ids.nbytes)
+        return int(self.dense.nbytes + sparse.values.nbytes + sparse.starts.nbytes + sparse.lengths.nbytes)
+
     def slice(self, start: int, stop: int) -> Features:
         """Rows start .. stop - 1, as views."""
         return Features(stop - start, self.dense[start:stop], self.sparse.slice(start, stop))
@@ -95,7 +103,7 @@ class Request:
     reply: Reply
     arrived: float  # seconds on the engine's clock
     deadline: float | None = None  # seconds on the engine's clock
-    size: int = 0  # bytes that the request keeps alive: its message, which the features are views of
+    size: int = 0  # bytes that the request keeps alive: its message, or what its context expanded to
     priority: int = 0  # reserved for priority scheduling; 0 is normal
 
     @property

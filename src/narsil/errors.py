@@ -32,6 +32,7 @@ __all__ = [
     "NarsilError",
     "QueueFull",
     "RequestError",
+    "first_line",
     "status_of",
 ]
 
@@ -94,6 +95,11 @@ STATUS: dict[type[RequestError], tuple[int, int]] = {
     Draining: (14, 503),
     ForwardFailed: (13, 500),
 }
+
+
+def first_line(error: BaseException) -> str:
+    """A foreign error's text cut to its first line, for an error of Narsil's that quotes it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def status_of(error: RequestError) -> tuple[int, int]:

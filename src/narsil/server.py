@@ -49,6 +49,7 @@ class Server:
 
     _engine: Engine  # from startup on
     _transport: Transport  # from startup on
+    _backends: list[Backend]  # from startup on; one per lane
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
@@ -68,7 +69,7 @@ class Server:
         keep_freed_memory()
         settings = self.settings
         artifact, backend = await asyncio.to_thread(self._load)
-        backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
+        self._backends = backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
         self._engine = Engine(
             backends,
             BatchPolicy(
@@ -109,6 +110,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C means now
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._stop.set)
 
@@ -119,10 +121,12 @@ class Server:
         """Refuses what is new, finishes what is in flight, then closes. 0, or 1 when work had to be abandoned."""
         grace = self.settings.drain_seconds
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
-        await self._transport.retire()
+        self._transport.retire()
         drained = await asyncio.to_thread(self._engine.drain, grace)
         await asyncio.sleep(LINGER_S)
         await self._transport.stop(CLOSE_S if drained else 0.0)
+        for backend in self._backends:
+            backend.close()
         log.info("stopped: %s", self._engine.statistics())
         return 0 if drained else 1
 
@@ -151,7 +155,7 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
     Each size comes twice, since a profiling executor optimizes after its first runs.
     """
     features = schema.num_features
-    for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)} | {1}):
+    for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)}):
         dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
         ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
         lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
@@ -177,8 +181,6 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
         settings.host,
         settings.port,
         settings.max_message_bytes,
-        # Enough for a full queue, full lanes and the refusals in between; more are refused before they are read.
-        2 * settings.max_queue_requests + settings.lane_count * settings.batch_size,
         read(settings.tls_certificate),
         read(settings.tls_key),
         read(settings.tls_client_ca),

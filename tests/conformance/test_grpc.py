@@ -259,7 +259,7 @@ def test_a_failed_forward_is_internal_for_the_guilty_alone():
     with serving(behaviour) as (address, _), narsil.Client(address) as client:
         dense = np.zeros((2, 3))
         dense[1, 1] = 13.0
-        with pytest.raises(ForwardFailed, match="the fake backend was told to fail"):
+        with pytest.raises(ForwardFailed, match=r"failed on this request \(RuntimeError\)"):
             client.predict(dense, np.zeros((2, 4), int))
         assert client.predict(np.zeros((2, 3)), np.zeros((2, 4), int)).scores["default"].tolist() == [0.0, 0.0]
 
@@ -306,13 +306,63 @@ def test_health_says_serving_and_once_retired_not_serving():
     ):
         health = health_pb2_grpc.HealthStub(channel)
 
+        async def retire() -> None:
+            transport.retire()
+
         def status(service: str) -> int:
             return health.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S).status
 
         services = ("", "predictor.Predictor", "narsil.v1.Inference")
         assert {status(service) for service in services} == {health_pb2.HealthCheckResponse.SERVING}
-        on_loop(transport.retire())
+        on_loop(retire())
         assert {status(service) for service in services} == {health_pb2.HealthCheckResponse.NOT_SERVING}
+
+
+def test_a_health_watcher_is_told_of_the_change_and_its_call_ends():
+    async def retire() -> None:
+        transport.retire()
+
+    with (
+        engine_with() as engine,
+        grpc_transport(engine) as (transport, address, on_loop),
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="predictor.Predictor"), timeout=PATIENCE_S)
+        unknown = stub.Watch(health_pb2.HealthCheckRequest(service="nothing"), timeout=PATIENCE_S)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        on_loop(retire())
+        assert [reply.status for reply in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        assert list(unknown) == []
+
+
+def test_health_watchers_are_bounded(monkeypatch):
+    monkeypatch.setattr("narsil.transports.health.MAX_WATCHERS", 2)
+    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S) for _ in range(2)]
+        for watch in watches:
+            next(watch)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(predict_torchrec(channel, one_hot(1))) == 1
+        for watch in watches:
+            watch.cancel()
+
+
+def test_what_should_not_happen_is_internal_and_tells_the_client_nothing(monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise ValueError("/a/path/of/the/server")
+
+    monkeypatch.setattr(predictor, "decode", broken)
+    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            predict_torchrec(channel, one_hot(1))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "/a/path" not in caught.value.details()
+    assert "/a/path/of/the/server" in caplog.text
 
 
 def test_a_draining_engine_is_unavailable_while_the_transport_still_answers():

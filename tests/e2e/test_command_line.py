@@ -100,15 +100,33 @@ def test_predict_sends_a_file_s_rows_and_prints_their_scores(server, model, tmp_
     np.testing.assert_allclose(found["scores"]["default"], direct, atol=1e-5)
 
 
-def test_predict_names_the_line_that_is_wrong(server, tmp_path):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [1]}}', "line 1: no 'cat_2'"),
+        ('{"dense": [0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [1], "cat_2": [1]}}', "line 1: "),
+        ('{"dense": [0, 0, 0, 0], "sprase": {}}', "unknown key 'sprase'"),
+        (
+            '{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1.7], "cat_1": [1], "cat_2": [1]}}',
+            "feature cat_0: [1.7] is not",
+        ),
+        (
+            '{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [true], "cat_2": [1]}}',
+            "feature cat_1: [True] is not",
+        ),
+        ("nonsense", "line 1: "),
+    ],
+)
+def test_predict_names_the_line_that_is_wrong(server, tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [1]}}\n')
+    path.write_text(row + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "narsil", "predict", "--target", server.address, "--file", str(path)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "line 1: no 'cat_2'" in done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("protocol", ["predictor", "narsil"])

@@ -124,6 +124,13 @@ def test_links_within_the_folder_are_how_volumes_are_mounted(folder: Path) -> No
         (lambda m: m["files"].pop("onnx"), "lists no model_default.pt and no ONNX graph"),
         (lambda m: m["schema"].update(dense_dim=-1), "dense_dim must be an integer of at least 0"),
         (lambda m: m["schema"]["features"][0].update(rows=0), "rows must be a positive integer"),
+        (lambda m: m["schema"]["features"][0].update(rows=10**30), "rows must be a positive integer"),
+        (lambda m: m["schema"]["features"][0].update(weighted="no"), "weighted must be true or false"),
+        (lambda m: m["schema"].update(tasks=["click", "click"]), "tasks must be names"),
+        (lambda m: m["schema"].update(tasks="default"), "tasks must be names"),
+        (lambda m: m.update(name="\x1b[31m"), "name is not made of"),
+        (lambda m: m.update(version="\ud800"), "version is not made of"),
+        (lambda m: m.update(versions=[1]), "versions is not an object"),
     ],
 )
 def test_a_damaged_manifest_names_the_fault(

@@ -193,6 +193,20 @@ REFUSALS = {
         "0 bytes for 1 columns; expected 4",
     ),
     "model name not text": (b"\x0a\x02\xff\xfe", "model_name is not UTF-8"),
+    "a message in very many parts": (build_request(**GOOD) + b"\x32\x00" * 20, "given in more than 16 parts"),
+    "more context columns than there are": (
+        change(context__dense_columns=[0] * 31, context__dense=b"\0" * 124),
+        "context.dense_columns holds more than the model's 3 columns",
+    ),
+    "a context without lengths and with too few ids": (
+        change(
+            context__feature_names=["user", "item"],
+            context__values=b"\0" * 4,
+            sparse__num_features=2,
+            sparse__values=b"\0" * 32,
+        ),
+        "context.values: 4 bytes for 1 rows x 2 features",
+    ),
     "no message at all": (b"\xff\xff\xff", "not a valid protobuf message"),
 }
 
@@ -216,6 +230,14 @@ def test_a_small_message_cannot_claim_a_large_expansion():
     assert decode(body).rows == 900
     with pytest.raises(InvalidRequest, match="holds 45000 ids in all; the limit is 44999"):
         decode(body, limits=RequestLimits(max_ids=44_999))
+
+
+def test_empty_bags_and_shared_columns_count_towards_what_a_context_expands_to():
+    nothing = Context({name: [] for name in NAMES}, [0, 1, 2], [0] * 3)
+    body = build_request(np.zeros((1000, 0)), np.empty((0, 0), int), context=nothing)
+    assert decode(body, limits=RequestLimits(max_rows=1000, max_ids=7000)).rows == 1000
+    with pytest.raises(InvalidRequest, match="holds 7000 ids in all; the limit is 6999"):
+        decode(body, limits=RequestLimits(max_rows=1000, max_ids=6999))
 
 
 @settings(deadline=None, max_examples=300)

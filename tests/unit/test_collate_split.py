@@ -61,7 +61,7 @@ def test_a_batch_holds_every_part_s_bags_in_order_for_every_feature(group):
     expected = [[bag for part in group for bag in bags_of(part)[t]] for t in range(SCHEMA.num_features)]
     assert bags_of_batch(batch) == expected
     np.testing.assert_array_equal(batch.dense, np.concatenate([part.dense for part in group]))
-    assert batch.one_hot == all(n == 1 for n in batch.lengths) or not batch.one_hot
+    assert not batch.one_hot or (batch.lengths == 1).all()
 
 
 @settings(deadline=None)

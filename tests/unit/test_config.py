@@ -58,6 +58,8 @@ def test_worker_mode_from_anywhere_is_a_batch_limit_of_one(source, tmp_path, mon
         (GIVEN, "batch_size = 0", "batch_size: .*greater than or equal to 1"),
         (GIVEN, 'lanes = "many"', "lanes: .*integer"),
         (GIVEN, "lanes = = 3", "is not valid TOML"),
+        ({**GIVEN, "drain_seconds": float("inf")}, "", "drain_seconds: "),
+        ({**GIVEN, "max_message_bytes": 1 << 31}, "", "max_message_bytes: "),
         ({**GIVEN, "device": "gpu"}, "", "device: "),
         ({**GIVEN, "backend": "tf"}, "", "backend: "),
         ({**GIVEN, "tls_key": Path("k")}, "", "tls_certificate and tls_key go together"),
@@ -72,6 +74,16 @@ def test_a_wrong_setting_is_fatal_and_named(tmp_path, given, text, message):
 def test_an_unknown_environment_variable_is_fatal(monkeypatch):
     monkeypatch.setenv("NARSIL_BATCHSIZE", "3")
     with pytest.raises(ConfigError, match="unknown environment variable NARSIL_BATCHSIZE"):
+        load_settings(GIVEN)
+
+
+def test_what_kubernetes_sets_for_a_service_of_this_name_is_not_taken_for_settings(monkeypatch):
+    monkeypatch.setenv("NARSIL_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("NARSIL_PORT_50051_TCP_ADDR", "10.0.0.1")
+    assert load_settings(GIVEN).port == 50051
+    monkeypatch.setenv("NARSIL_PORT", "tcp://10.0.0.1:50051")
+    assert load_settings({**GIVEN, "port": 1234}).port == 1234
+    with pytest.raises(ConfigError, match="enableServiceLinks: false"):
         load_settings(GIVEN)
 
 

@@ -93,10 +93,61 @@ def test_a_batch_waits_for_company_as_long_as_its_timeout_and_no_longer():
         first = submit(engine, arrived=0.0)
         clock.advance(0.003)
         second = submit(engine, arrived=0.003)
-        assert behaviour.forwards == []
         wait_until(lambda: clock.advance(0.001) or bool(first.reply.results))
         assert second.reply.wait().times.batch_requests == 2
         assert behaviour.forwards == [2]
+
+
+def test_after_a_timeout_the_other_lanes_take_their_shares_at_once():
+    clock, behaviour = FakeClock(), held()
+    policy = BatchPolicy(timeout=0.005, lanes=2)
+    with engine_with(behaviour, lanes=2, policy=policy, clock=clock) as engine:
+        for _ in range(4):
+            submit(engine, arrived=0.0)
+        wait_until(lambda: clock.advance(0.001) or len(behaviour.forwards) == 2)
+        assert behaviour.forwards[0] == 2
+
+
+def test_what_a_full_batch_leaves_over_is_taken_by_an_idle_lane_at_once():
+    clock, behaviour = FakeClock(), held()
+    policy = BatchPolicy(max_rows=4, timeout=0.005, lanes=2)
+    with engine_with(behaviour, lanes=2, policy=policy, clock=clock) as engine:
+        submit(engine, rows=2, arrived=0.0)
+        submit(engine, rows=4, arrived=0.0)  # does not fit beside the first, and is a full batch by itself
+        wait_until(lambda: sorted(behaviour.forwards) == [2, 4])
+
+
+def test_draining_waits_for_no_company():
+    clock, behaviour = FakeClock(), FakeBehaviour()
+    engine = Engine([FakeBackend(SCHEMA, behaviour)], BatchPolicy(timeout=60.0), clock=clock)
+    engine.start()
+    waiting = submit(engine, arrived=0.0)
+    assert engine.drain(30)
+    assert waiting.reply.wait().error is None
+
+
+def test_a_request_in_pieces_is_given_up_when_its_client_goes_away():
+    behaviour = held()
+    with engine_with(behaviour, policy=BatchPolicy(max_rows=10)) as engine:
+        large = submit(engine, rows=100)
+        wait_until(lambda: behaviour.forwards == [10])
+        large.reply.cancelled = True
+        behaviour.hold.set()
+        assert isinstance(large.reply.wait().error, Cancelled)
+        assert behaviour.forwards == [10]
+        assert engine.statistics().cancelled == 1
+
+
+def test_a_request_in_pieces_is_given_up_when_its_deadline_passes():
+    clock, behaviour = FakeClock(), held()
+    with engine_with(behaviour, policy=BatchPolicy(max_rows=10), clock=clock) as engine:
+        large = submit(engine, rows=100, arrived=0.0, deadline=1.0)
+        wait_until(lambda: behaviour.forwards == [10])
+        clock.advance(2.0)
+        behaviour.hold.set()
+        assert isinstance(large.reply.wait().error, DeadlineExceeded)
+        assert behaviour.forwards == [10]
+        assert engine.statistics().expired == 1
 
 
 def test_an_expired_request_never_runs():
@@ -187,7 +238,7 @@ def test_in_a_failed_batch_only_the_guilty_request_fails():
             np.testing.assert_array_equal(made.reply.wait().scores["default"], scores_alone(made.features))
         error = guilty.reply.wait().error
         assert isinstance(error, ForwardFailed)
-        assert "RuntimeError: the fake backend was told to fail" in str(error)
+        assert "failed on this request (RuntimeError)" in str(error)
         assert behaviour.forwards == [1, 12, 3, 3, 2, 4]
 
 

@@ -63,3 +63,8 @@ def test_what_is_no_message_is_named_with_its_place(data, message):
 def test_a_string_that_is_not_utf8_is_named():
     with pytest.raises(InvalidRequest, match="request_id is not UTF-8"):
         text(b"\xff\xfe", 0, 2, "request_id")
+
+
+def test_a_message_of_nothing_but_fields_is_refused_before_it_costs_anything():
+    with pytest.raises(InvalidRequest, match="more than 10000 fields"):
+        scan(b"\x7a\x00" * 1_000_000, 0, 2_000_000)

@@ -14,7 +14,7 @@ import onnxruntime
 
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
-from narsil.errors import ArtifactError, DeviceUnavailable
+from narsil.errors import ArtifactError, DeviceUnavailable, first_line
 from narsil.models.artifact import ONNX_SCHEMA, Artifact
 from narsil.models.schema import ModelSchema
 
@@ -52,8 +52,7 @@ class OnnxBackend(Backend):
         try:
             session = onnxruntime.InferenceSession(str(artifact.onnx), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"{artifact.onnx} cannot be loaded: {first}") from None
+            raise ArtifactError(f"{artifact.onnx} cannot be loaded: {first_line(error)}") from None
         _check_interface(session, artifact)
         return cls(session, artifact.schema)
 
@@ -89,8 +88,11 @@ def _check_interface(session: Any, artifact: Artifact) -> None:
         )
     # The graph adds a table's first row to each id: with row counts other than its own, ids of one table would read
     # another's rows.
-    built_for = session.get_modelmeta().custom_metadata_map.get(ONNX_SCHEMA)
-    if built_for is None or json.loads(built_for) != artifact.schema.to_dict():
+    try:
+        built_for = json.loads(session.get_modelmeta().custom_metadata_map.get(ONNX_SCHEMA, "null"))
+    except (ValueError, RecursionError):
+        built_for = None
+    if built_for != artifact.schema.to_dict():
         raise ArtifactError(
             f"{artifact.onnx} was built for another schema than its manifest's; package the model again"
         )

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from narsil.backends.base import Backend
-from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, first_line
 from narsil.models.artifact import Artifact
 
 __all__ = ["BackendName", "load_backend"]
@@ -88,7 +88,7 @@ def _torch_problem() -> str | None:
         import fbgemm_gpu  # noqa: F401
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

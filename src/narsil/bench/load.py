@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ def run_load(
 
 
 def _child(pipe: Connection, load: Load) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; this process ends with it
     try:
         pipe.send(("outcome", _Generator(load, pipe).run()))
     except Exception as error:  # the parent reports it: this process has no console of its own

@@ -159,12 +159,19 @@ def torchrec_cpp_server(binary: Path, model_file: Path, threads: int) -> ServerP
 
 def cpu_seconds(pid: int) -> float:
     """User and system seconds of a process, from /proc."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = _proc(pid, "stat").rpartition(")")[2].split()
     return sum(int(field) for field in fields[11:15]) / _TICKS
 
 
 def peak_mib(pid: int) -> float:
     """High-water mark of a process's resident set, MiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = _proc(pid, "status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(found.group(1)) / 1024 if found else 0.0
+
+
+def _proc(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        raise ServerDied(f"there is no process {pid} to read the CPU and memory of") from None

@@ -24,13 +24,21 @@ from narsil.cli.targets import schema_for, target_option
 @click.option("--requests", type=click.IntRange(1), default=1000, show_default=True, help="Requests to measure.")
 @click.option("--warmup", type=click.IntRange(0), default=50, show_default=True, help="Requests sent before.")
 @click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True, help="Rows a request.")
-@click.option("--rate", type=float, help="Requests per second: an open loop instead of a closed one.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    help="Requests per second: an open loop instead of a closed one.",
+)
 @click.option("--arrivals", type=click.Choice(["poisson", "uniform"]), default="poisson", show_default=True)
 @click.option("--max-ids", type=click.IntRange(1), default=1, show_default=True, help="1: one id a bag; N: 0 to N ids.")
 @click.option("--bodies", type=click.IntRange(1), default=2000, show_default=True, help="Distinct requests.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--timeout", type=float, default=30.0, show_default=True, help="Seconds until a request counts as failed."
+    "--timeout",
+    type=click.FloatRange(0, 86_400, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds until a request counts as failed.",
 )
 @click.option("--verify", type=click.Path(path_type=Path), help="Artifact to hold the scores against (a direct call).")
 @click.option("--server-pid", type=int, help="Process id of the server, to report its CPU and memory.")

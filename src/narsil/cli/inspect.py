@@ -56,8 +56,8 @@ def _print(artifact: Artifact, described: dict[str, Any]) -> None:
     from rich.table import Table
 
     schema = artifact.schema
-    console = Console()
-    console.print(f"[bold]{artifact.name}[/bold] version {artifact.version} for {artifact.device}", highlight=False)
+    console = Console(markup=False)
+    console.print(f"{artifact.name} version {artifact.version} for {artifact.device}", highlight=False)
     console.print(
         f"float_features (B, {schema.dense_dim}) float32; {schema.num_features} sparse features, key-major, in this "
         f"order; ids {schema.id_dtype}; scores: {', '.join(schema.tasks)}",

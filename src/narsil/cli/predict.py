@@ -62,23 +62,42 @@ def _read_rows(path: Path, schema: Any) -> tuple[Any, Any, Any]:
     import numpy as np
 
     dense, ids, lengths = [], [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            bags = [row["sparse"][feature.name] for feature in schema.features]
-            extra = set(row["sparse"]) - {feature.name for feature in schema.features}
-            if extra:
-                raise ConfigError(f"{path}, line {number}: the model has no feature {sorted(extra)[0]!r}")
+            _refuse_extra(row, {"dense", "sparse"}, "key")
+            _refuse_extra(row["sparse"], {feature.name for feature in schema.features}, "feature")
             dense.append(np.array(row["dense"], dtype=np.float32).reshape(schema.dense_dim))
-            bags = [np.array(bag, dtype=np.int64).reshape(-1) for bag in bags]
+            bags = [_bag(row["sparse"][feature.name], feature.name) for feature in schema.features]
         except KeyError as error:
             raise ConfigError(f"{path}, line {number}: no {error.args[0]!r}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
         ids += bags
         lengths.append([len(bag) for bag in bags])
     if not dense:
         raise ConfigError(f"{path} holds no rows")
     return np.stack(dense), np.concatenate(ids), np.array(lengths, dtype=np.int32)
+
+
+def _refuse_extra(found: Any, known: set[str], what: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError("a row is an object with dense and sparse, and sparse an object of features")
+    extra = sorted(set(found) - known)
+    if extra:
+        raise ValueError(f"unknown {what} {extra[0]!r}")
+
+
+def _bag(ids: Any, name: str) -> Any:
+    """One feature's ids as an array. A number that is no whole one would be another id, silently."""
+    import numpy as np
+
+    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        raise ValueError(f"feature {name}: {ids!r} is not a list of whole numbers")
+    return np.array(ids, dtype=np.int64)

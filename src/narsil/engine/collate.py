@@ -73,7 +73,11 @@ class Collator:
         # Value i of the batch comes from position i + (its bag's start there - its bag's start here).
         source = np.repeat(starts - (ends - lengths), lengths)
         source += np.arange(len(source))
-        values = np.concatenate([part.values for part in parts], dtype=self._schema.id_dtype)[source]
+        # A lone part, or a slice of one, is gathered from where it lies: its values may be many more than its rows
+        # need.
+        pools = [part.values for part in parts if len(part.values)]
+        pool = pools[0] if len(pools) == 1 else np.concatenate([part.values for part in parts])
+        values = pool[source].astype(self._schema.id_dtype, copy=False)
         weights = None
         if any(part.weights is not None for part in parts):
             weights = np.concatenate([_weights(part) for part in parts])[source]

@@ -31,7 +31,7 @@ class EngineStatistics:
     answered: int = 0
     rejected: int = 0  # never admitted: queue full or draining
     expired: int = 0
-    cancelled: int = 0  # while queued; one that was cancelled while it ran counts as answered or failed
+    cancelled: int = 0  # while it waited, or between two forwards of its own
     failed: int = 0
     batches: int = 0
     rows: int = 0  # of all batches
@@ -143,7 +143,9 @@ class Engine:
         """What the calling lane runs next; waits for it on ``woken``. None ends the lane."""
         while True:
             with self._lock:
-                decision = schedule(self._queue, self._policy, self._clock.now())
+                # While draining no company can come: nobody waits for it.
+                policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
+                decision = schedule(self._queue, policy, self._clock.now())
                 ended = self._end_unrun(decision.expired, decision.cancelled)
                 for request in decision.take:
                     self._queue.remove(request)
@@ -151,6 +153,8 @@ class Engine:
                     self._stats.batches += 1
                     self._stats.rows += sum(request.rows for request in decision.take)
                     self._stats.running += len(decision.take)
+                    if len(self._queue):  # what is left is another lane's share, or its time has come too
+                        self._wake(1)
                 elif not ended:
                     if self._draining and not len(self._queue):
                         return None
@@ -165,11 +169,18 @@ class Engine:
                 return decision.take
 
     def _settle(self, results: Sequence[tuple[Request, Result]]) -> None:
-        failed = sum(result.error is not None for _, result in results)
         with self._lock:
-            self._stats.running -= len(results)
-            self._stats.failed += failed
-            self._stats.answered += len(results) - failed
+            stats = self._stats
+            stats.running -= len(results)
+            for _, result in results:
+                if result.error is None:
+                    stats.answered += 1
+                elif isinstance(result.error, Cancelled):
+                    stats.cancelled += 1
+                elif isinstance(result.error, DeadlineExceeded):
+                    stats.expired += 1
+                else:
+                    stats.failed += 1
             self._signal_if_idle()
         _deliver(results)
 

@@ -16,7 +16,7 @@ from narsil.backends.base import Backend
 from narsil.dataflow import Features, Request, Result, Scores, StageTimes
 from narsil.engine.collate import Collator
 from narsil.engine.split import join, split
-from narsil.errors import ForwardFailed
+from narsil.errors import Cancelled, DeadlineExceeded, ForwardFailed, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Lane(threading.Thread):
 
     def _serve_alone(self, request: Request) -> None:
         try:
+            self._check_wanted(request)
             self._forward([request])
         except Exception as error:
             self._fail(request, error)
@@ -87,7 +88,7 @@ class Lane(threading.Thread):
         parts = [request.features for request in requests]
         rows = [part.rows for part in parts]
         if len(parts) == 1 and rows[0] > self._max_batch_rows:
-            scores, collate, execute = self._run_in_pieces(parts[0])
+            scores, collate, execute = self._run_in_pieces(requests[0])
         else:
             scores, collate, execute = self._run(parts)
         total = sum(rows)
@@ -113,17 +114,26 @@ class Lane(threading.Thread):
                 raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
         return scores, collated - begin, perf_counter() - collated
 
-    def _run_in_pieces(self, features: Features) -> tuple[Scores, float, float]:
-        step = self._max_batch_rows
-        pieces = [
-            self._run([features.slice(start, min(start + step, features.rows))])
-            for start in range(0, features.rows, step)
-        ]
+    def _run_in_pieces(self, request: Request) -> tuple[Scores, float, float]:
+        """Several forwards for one request, given up between two of them when nobody waits for it any more."""
+        features, step = request.features, self._max_batch_rows
+        pieces = []
+        for start in range(0, features.rows, step):
+            self._check_wanted(request)
+            pieces.append(self._run([features.slice(start, min(start + step, features.rows))]))
         return join([piece[0] for piece in pieces]), sum(p[1] for p in pieces), sum(p[2] for p in pieces)
 
+    def _check_wanted(self, request: Request) -> None:
+        """Raises Cancelled or DeadlineExceeded for a request whose client is gone or has given up."""
+        if request.reply.cancelled:
+            raise Cancelled("the client cancelled the request; its forwards were given up")
+        if request.deadline is not None and request.deadline <= self._now():
+            raise DeadlineExceeded("the deadline passed between the request's forwards; the others were given up")
+
     def _fail(self, request: Request, error: Exception) -> None:
-        log.error("the forward of one request of %d rows failed", request.rows, exc_info=error)
-        if not isinstance(error, ForwardFailed):
-            reason = (str(error).strip().splitlines() or [""])[-1][:200]
-            error = ForwardFailed(f"the model's forward failed on this request: {type(error).__name__}: {reason}")
+        if not isinstance(error, RequestError):
+            log.error("the forward of one request of %d rows failed", request.rows, exc_info=error)
+            kind = type(error).__name__
+            # The text may hold paths and other things of this machine; it stays in the log.
+            error = ForwardFailed(f"the model's forward failed on this request ({kind}); the server's log says why")
         self._settle([(request, Result(error=error))])

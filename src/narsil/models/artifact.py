@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from narsil.errors import ArtifactError
-from narsil.models.schema import ModelSchema
+from narsil.models.schema import ModelSchema, is_name
 
 __all__ = ["FORMAT", "MANIFEST", "ONNX_FILE", "TORCHSCRIPT_FILE", "Artifact", "open_artifact", "write_manifest"]
 
@@ -103,6 +103,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in (("name", str), ("version", str), ("device", str), ("schema", dict), ("files", dict)):
         if not isinstance(manifest[key], kind):
             raise ArtifactError(f"{file}: {key} is a {type(manifest[key]).__name__}, not a {kind.__name__}")
+    for key in ("name", "version"):
+        if not is_name(manifest[key]):
+            raise ArtifactError(f"{file}: {key} is not made of 1 to 256 letters, digits and _.-/:")
+    if not isinstance(manifest.get("versions", {}), dict):
+        raise ArtifactError(f"{file}: versions is not an object; package the model again")
     if not manifest["files"]:
         raise ArtifactError(f"{file} lists no file; package the model again")
     for role, entry in manifest["files"].items():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from narsil.dataflow import Floats
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 from narsil.models.dlrm import DlrmConfig, check_weights, table_key
 from narsil.models.schema import Pooling
 
@@ -67,7 +67,7 @@ def _read_safetensors(path: Path) -> dict[str, Floats]:
     try:
         tensors = load_file(str(path))
     except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError, struct.error) as error:
-        raise ArtifactError(f"{path} cannot be read as safetensors: {_first_line(error)}") from None
+        raise ArtifactError(f"{path} cannot be read as safetensors: {first_line(error)}") from None
     for name, array in tensors.items():
         if not np.issubdtype(array.dtype, np.floating):
             raise ArtifactError(f"{path.name}: {name} is {array.dtype}; weights must be floating point")
@@ -85,7 +85,7 @@ def _read_torch(path: Path) -> dict[str, Floats]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, pickle's and zip's errors for damaged files
         raise ArtifactError(
-            f"{path} is not a torch file of plain tensors: {_first_line(error)}; "
+            f"{path} is not a torch file of plain tensors: {first_line(error)}; "
             "save it with torch.save(model.state_dict(), FILE)"
         ) from None
     for wrapper in _WRAPPERS:
@@ -180,7 +180,3 @@ def _outputs(named: Mapping[str, Floats], pattern: str, path: Path) -> tuple[int
 def _feature_of(table: str) -> str:
     """TorchRec's convention: table t_NAME serves feature NAME."""
     return table.removeprefix("t_")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

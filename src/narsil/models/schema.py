@@ -20,6 +20,12 @@ from narsil.errors import ArtifactError
 Pooling = Literal["sum", "mean"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-/:]{1,256}")
+_MOST = 2**63 - 1  # rows and dims are int64
+
+
+def is_name(value: object) -> bool:
+    """Whether a value may name a model, a version, a feature, a table or a task: it goes to logs and terminals."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,15 @@ class Feature:
 
     def __post_init__(self) -> None:
         for value in (self.name, self.table):
-            if not isinstance(value, str) or not _NAME.fullmatch(value):
+            if not is_name(value):
                 raise ArtifactError(f"feature or table name {value!r} is not made of letters, digits and _.-/:")
         for label, number in (("rows", self.rows), ("dim", self.dim)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST:
                 raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {number!r}")
         if self.pooling not in ("sum", "mean"):
             raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {self.pooling!r}")
+        if not isinstance(self.weighted, bool):
+            raise ArtifactError(f"feature {self.name}: weighted must be true or false, not {self.weighted!r}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class ModelSchema:
         names = [feature.name for feature in self.features]
         if len(set(names)) != len(names):
             raise ArtifactError("two sparse features share one name")
-        if not self.tasks:
-            raise ArtifactError("the model scores no task")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(map(is_name, self.tasks)):
+            raise ArtifactError("tasks must be names, at least one and no two alike")
 
     @property
     def num_features(self) -> int:
@@ -110,7 +118,7 @@ class ModelSchema:
             return cls(
                 dense_dim=data["dense_dim"],
                 features=tuple(Feature(**feature) for feature in data["features"]),
-                tasks=tuple(str(task) for task in data["tasks"]),
+                tasks=tuple(data["tasks"]) if isinstance(data["tasks"], list) else (),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"the schema is damaged: {error}") from None

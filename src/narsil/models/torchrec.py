@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 from narsil.models.schema import Feature, ModelSchema, Pooling
 
 __all__ = ["check_tables", "derive_schema", "load_torchscript", "schema_of"]
@@ -56,12 +56,18 @@ def load_torchscript(path: Path, device: str) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is TorchRec's format all the same
             return torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # torch raises RuntimeError, ValueError and its own kinds for damaged archives
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} is a TorchScript archive that torch cannot load: {first}") from None
+        raise ArtifactError(f"{path} is a TorchScript archive that torch cannot load: {first_line(error)}") from None
 
 
 def schema_of(module: Any, name: str = "the module") -> tuple[ModelSchema, str]:
     """The schema and the device of a loaded ScriptModule. Raises ArtifactError."""
+    try:
+        return _read_schema(module, name)
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:  # built as no TorchRec builds it
+        raise ArtifactError(f"{name} is not built as TorchRec's packager builds it: {first_line(error)}") from None
+
+
+def _read_schema(module: Any, name: str) -> tuple[ModelSchema, str]:
     tbes = [part for _, part in module.named_modules() if getattr(part, "original_name", "") == _TBE]
     if not tbes:
         raise ArtifactError(

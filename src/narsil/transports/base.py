@@ -59,7 +59,7 @@ class Transport(ABC):
         """Begins to accept; returns the address it is bound to, as HOST:PORT."""
 
     @abstractmethod
-    async def retire(self) -> None:
+    def retire(self) -> None:
         """Tells health checkers to send no more. Still accepts: the engine, draining, refuses by itself."""
 
     @abstractmethod

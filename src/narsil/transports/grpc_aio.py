@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
 from narsil.transports.base import EngineLike, ServedModel, Transport, Wire, describe, wires
 from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.health import Health
 
 log = logging.getLogger(__name__)
+
+MAX_STREAMS = 1024  # calls in flight on one connection; clients queue more on their side
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _SERVICES = tuple(method.split("/")[1] for method in (predictor.METHOD, narsil_v1.METHOD))
@@ -40,7 +43,6 @@ class GrpcOptions:
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free one
     max_message_bytes: int = 16 << 20
-    max_concurrent_rpcs: int | None = None  # more are refused by grpc itself, RESOURCE_EXHAUSTED
     tls_certificate: bytes | None = None  # PEM; with it goes the key
     tls_key: bytes | None = None
     tls_client_ca: bytes | None = None  # PEM; given: clients must present a certificate it signed
@@ -90,8 +92,8 @@ class GrpcAioTransport(Transport):
         self._engine = engine
         self._model = model
         self._options = options
-        self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
+        self._health: Health | None = None
 
     async def start(self) -> str:
         """See Transport.start. Raises OSError when the address cannot be bound."""
@@ -99,10 +101,13 @@ class GrpcAioTransport(Transport):
         loop = asyncio.get_running_loop()
         outbox = _Outbox(loop)
         server = grpc.aio.server(
-            maximum_concurrent_rpcs=options.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
+                # A peer that is gone without a word is noticed, and its calls and memory are freed.
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
                 ("grpc.so_reuseport", 0),  # a second server on this port is a mistake, not a second listener
             ],
         )
@@ -111,22 +116,23 @@ class GrpcAioTransport(Transport):
         }
         handlers[narsil_v1.METHOD_GET_MODEL] = self._get_model
         server.add_generic_rpc_handlers((_RawHandlers(handlers),))
+        self._health = Health(("", *_SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         _enable_reflection(server)
         try:
             port = self._bind(server)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {options.host}:{options.port}: {error}") from None
+            hint = " (or the TLS files are not what they should be)" if options.tls_certificate else ""
+            raise OSError(f"cannot listen on {options.host}:{options.port}{hint}: {error}") from None
         await server.start()
         self._server = server
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        return f"{host}:{port}"
+        self._health.serve()
+        return f"{_bracketed(options.host)}:{port}"
 
-    async def retire(self) -> None:
+    def retire(self) -> None:
         """See Transport.retire."""
-        await self._health.enter_graceful_shutdown()
+        if self._health is not None:
+            self._health.retire()
 
     async def stop(self, grace: float) -> None:
         """See Transport.stop."""
@@ -135,8 +141,7 @@ class GrpcAioTransport(Transport):
 
     def _bind(self, server: grpc.aio.Server) -> int:
         options = self._options
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        address = f"{host}:{options.port}"
+        address = f"{_bracketed(options.host)}:{options.port}"
         if options.tls_certificate is None or options.tls_key is None:
             return int(server.add_insecure_port(address))
         credentials = grpc.ssl_server_credentials(
@@ -156,7 +161,7 @@ class GrpcAioTransport(Transport):
                 remaining = context.time_remaining()
                 reply = _Reply(outbox, loop)
                 deadline = None if remaining is None else now + remaining
-                request = Request(features, reply, now, deadline, len(body))
+                request = Request(features, reply, now, deadline, max(len(body), features.nbytes))
                 engine.submit(request)
                 try:
                     result = await reply.future
@@ -170,6 +175,8 @@ class GrpcAioTransport(Transport):
                 return encode(call, result)
             except RequestError as error:
                 return await _abort(context, error)
+            except Exception:
+                return await _abort_unexpected(context)
 
         return score
 
@@ -178,6 +185,8 @@ class GrpcAioTransport(Transport):
             return describe(self._model, body)
         except RequestError as error:
             return await _abort(context, error)
+        except Exception:
+            return await _abort_unexpected(context)
 
 
 class _RawHandlers(grpc.GenericRpcHandler):
@@ -196,6 +205,18 @@ async def _abort(context: _Context, error: RequestError) -> bytes:
     code, _ = status_of(error)
     await context.abort(_CODES[code], str(error))
     raise AssertionError("abort raises")
+
+
+async def _abort_unexpected(context: _Context) -> bytes:
+    """For what should not happen: the log gets the traceback, and the client no detail of this machine."""
+    log.exception("a handler failed")
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says why")
+    raise AssertionError("abort raises")
+
+
+def _bracketed(host: str) -> str:
+    """An IPv6 address in brackets, as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _enable_reflection(server: grpc.aio.Server) -> None:

@@ -27,7 +27,9 @@ class RequestLimits:
     """What one request may hold, checked before anything of that size is allocated."""
 
     max_rows: int = 131072
-    max_ids: int = 1 << 22  # in all bags together, a context's ids counted once per row
+    max_ids: int = (
+        1 << 22
+    )  # in all bags together; with a context, what it expands to: its ids, bags and columns per row
 
 
 def batch_size(rows: int, limits: RequestLimits) -> int:

@@ -19,6 +19,8 @@ from narsil.transports.codec.wire import LEN, VARINT, Field, expect, put_len, pu
 METHOD = "/narsil.v1.Inference/Predict"
 METHOD_GET_MODEL = "/narsil.v1.Inference/GetModel"
 
+_MAX_SPANS = 16  # protobuf merges a message that comes in parts; no client sends many
+
 _ID_TYPES: dict[int, np.dtype[Any]] = {0: validate.INT32, 1: validate.INT64}
 
 
@@ -77,11 +79,13 @@ def decode(body: bytes, schema: ModelSchema, limits: validate.RequestLimits) -> 
             expect(found, LEN, "context")
             context_spans.append((start, stop))
     validate.batch_size(rows, limits)
+    if max(len(sparse_spans), len(context_spans)) > _MAX_SPANS:
+        raise InvalidRequest(f"sparse or context is given in more than {_MAX_SPANS} parts; send it once")
     values = validate.array(body, *dense, validate.FLOAT32, "dense")
     sparse = _read_sparse(body, sparse_spans)
     validate.id_count(len(sparse.values), limits)
     if context_spans:
-        features = _with_context(rows, values, sparse, _read_context(body, context_spans), schema, limits)
+        features = _with_context(rows, values, sparse, _read_context(body, context_spans, schema), schema, limits)
     else:
         features = Features(
             rows, validate.dense(values, rows, schema.dense_dim, "dense"), _sparse(rows, sparse, schema)
@@ -149,12 +153,12 @@ def _read_sparse(body: bytes, spans: Sequence[tuple[int, int]]) -> _Sparse:
     return out
 
 
-def _read_context(body: bytes, spans: Sequence[tuple[int, int]]) -> _Context:
+def _read_context(body: bytes, spans: Sequence[tuple[int, int]], schema: ModelSchema) -> _Context:
     fields = [found for span in spans for found in scan(body, *span)]
     out = _Context()
     for found in fields:
         if found[0] == 1:
-            out.columns += _packed_uints(body, found, "context.dense_columns")
+            out.columns += _packed_uints(body, found, "context.dense_columns", schema.dense_dim)
         elif found[0] == 2:
             expect(found, LEN, "context.dense")
             out.dense = validate.array(body, found[2], found[3], validate.FLOAT32, "context.dense")
@@ -185,11 +189,13 @@ def _read_tensors(body: bytes, fields: Sequence[Field], base: int, name: str, ou
         out.weights = validate.array(body, *spans[4], validate.FLOAT32, f"{name}.weights")
 
 
-def _packed_uints(body: bytes, found: Field, name: str) -> list[int]:
-    """A repeated uint32: packed, or one by one, as protobuf allows both."""
+def _packed_uints(body: bytes, found: Field, name: str, most: int) -> list[int]:
+    """A repeated uint32 of at most ``most`` numbers: packed, or one by one, as protobuf allows both."""
     if found[1] == VARINT:
         return [found[2]]
     expect(found, LEN, name)
+    if found[3] - found[2] > 10 * most:  # a varint has at most ten bytes
+        raise InvalidRequest(f"{name} holds more than the model's {most} columns")
     values, at = [], found[2]
     while at < found[3]:
         value, at = varint(body, at, found[3])
@@ -201,7 +207,7 @@ def _sparse(rows: int, sparse: _Sparse, schema: ModelSchema) -> OneHot | Jagged:
     """Sparse features without a context: T columns in the schema's order, or in the order that names give."""
     order = _columns(sparse, range(schema.num_features), schema)
     if order is None and sparse.lengths is None and sparse.weights is None:
-        return validate.one_hot(_ids(rows, sparse, schema.num_features).T, schema)
+        return validate.one_hot(_ids(rows, sparse, schema.num_features, "sparse").T, schema)
     values, lengths = sparse.values, _lengths(rows, sparse, schema.num_features, "sparse")
     weights = sparse.weights
     if order is not None:
@@ -209,11 +215,11 @@ def _sparse(rows: int, sparse: _Sparse, schema: ModelSchema) -> OneHot | Jagged:
     return validate.jagged(values, lengths, schema, "sparse", key_major=False, weights=weights)
 
 
-def _ids(rows: int, sparse: _Sparse, columns: int) -> NDArray[Any]:
+def _ids(rows: int, sparse: _Sparse, columns: int, name: str) -> NDArray[Any]:
     """(B, columns) ids of a payload without lengths."""
     if len(sparse.values) != rows * columns:
         raise InvalidRequest(
-            f"sparse.values: {sparse.values.nbytes} bytes for {rows} rows x {columns} features; without lengths each "
+            f"{name}.values: {sparse.values.nbytes} bytes for {rows} rows x {columns} features; without lengths each "
             f"bag holds one {sparse.dtype.name}, {rows * columns * sparse.dtype.itemsize} bytes in all"
         )
     return sparse.values.reshape(rows, columns)
@@ -222,7 +228,7 @@ def _ids(rows: int, sparse: _Sparse, columns: int) -> NDArray[Any]:
 def _lengths(rows: int, sparse: _Sparse, columns: int, name: str) -> NDArray[np.int32]:
     """(B, columns) lengths, given or implied."""
     if sparse.lengths is None:
-        _ids(rows, sparse, columns)
+        _ids(rows, sparse, columns, name)
         return np.ones((rows, columns), dtype=np.int32)
     if len(sparse.lengths) != rows * columns:
         raise InvalidRequest(
@@ -236,8 +242,8 @@ def _columns(sparse: _Sparse, allowed: Sequence[int], schema: ModelSchema) -> ND
     """Where each of the ``allowed`` schema positions stands in the payload; None when it is in that order already."""
     positions = _positions(sparse.names, "sparse", schema)
     if positions:
-        missing = [schema.features[p].name for p in allowed if p not in positions]
-        extra = [schema.features[p].name for p in positions if p not in allowed]
+        missing = [schema.features[p].name for p in sorted(set(allowed) - set(positions))]
+        extra = [schema.features[p].name for p in sorted(set(positions) - set(allowed))]
         if missing:
             raise InvalidRequest(f"sparse.feature_names lacks {_some(missing)}")
         if extra:
@@ -248,7 +254,8 @@ def _columns(sparse: _Sparse, allowed: Sequence[int], schema: ModelSchema) -> ND
         raise InvalidRequest(f"sparse.num_features is {count}; the model takes {len(allowed)} here ({names})")
     if not positions or positions == list(allowed):
         return None
-    return np.array([positions.index(position) for position in allowed], dtype=np.int64)
+    place = {position: column for column, position in enumerate(positions)}
+    return np.array([place[position] for position in allowed], dtype=np.int64)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -257,15 +264,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _positions(names: Sequence[str], name: str, schema: ModelSchema) -> list[int]:
-    positions = []
+    positions: dict[int, None] = {}  # in order, and quick to ask
     for feature in names:
         position = schema.index.get(feature)
         if position is None:
             raise InvalidRequest(f"{name}.feature_names: the model has no feature {feature[:80]!r}")
         if position in positions:
             raise InvalidRequest(f"{name}.feature_names: feature {feature} is given twice")
-        positions.append(position)
-    return positions
+        positions[position] = None
+    return list(positions)
 
 
 def _reorder(
@@ -303,7 +310,9 @@ def _with_context(
         raise InvalidRequest(
             f"context.dense: {context.dense.nbytes} bytes for {len(columns)} columns; expected {4 * len(columns)}"
         )
-    own = [column for column in range(schema.dense_dim) if column not in set(columns)]
+    validate.id_count(rows * (schema.dense_dim + schema.num_features), limits)
+    given = set(columns)
+    own = [column for column in range(schema.dense_dim) if column not in given]
     matrix = np.empty((rows, schema.dense_dim), dtype=np.float32)
     if len(dense) != rows * len(own):
         raise InvalidRequest(
@@ -325,7 +334,8 @@ def _expand_sparse(
     _refuse_weights(sparse, shared)
     validate.id_count(rows * len(shared.values) + len(sparse.values), limits)
     theirs = _positions(shared.names, "context", schema)
-    own = [position for position in range(schema.num_features) if position not in set(theirs)]
+    given = set(theirs)
+    own = [position for position in range(schema.num_features) if position not in given]
     if sparse.num_features is None and not sparse.names:
         sparse.num_features = 0
     order = _columns(sparse, own, schema)

@@ -10,6 +10,10 @@ from narsil.errors import InvalidRequest
 
 VARINT, FIXED64, LEN, FIXED32 = 0, 1, 2, 5
 
+# More fields than any honest message has: a model's features named one by one, and some to spare. Without a limit, a
+# message of empty fields would cost a thousand times its size in time and memory.
+MAX_FIELDS = 10_000
+
 # (field number, wire type, a, b): LEN fields span data[a:b]; for a VARINT a is the value; fixed fields span data[a:b].
 Field = tuple[int, int, int, int]
 
@@ -19,9 +23,11 @@ def scan(data: bytes, start: int, stop: int) -> list[Field]:
 
     Raises InvalidRequest where the bytes are not a protobuf message.
     """
-    fields = []
+    fields: list[Field] = []
     at = start
     while at < stop:
+        if len(fields) == MAX_FIELDS:
+            raise malformed(at, f"more than {MAX_FIELDS} fields")
         byte = data[at]
         if byte < 0x80:
             key, at = byte, at + 1
