@@ -10,7 +10,7 @@ Letters in shapes: B rows, D dense columns, T sparse features, N ids in all bags
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,8 +91,12 @@ class Reply(Protocol):
     def cancelled(self) -> bool:
         """Whether the client has gone away: such a request need not run."""
 
-    def deliver(self, result: Result) -> None:
-        """Takes the result. Called exactly once for each request the engine admitted and did not hand back."""
+    def deliver(self, result: Result) -> Callable[[], None] | None:
+        """Takes the result. Called exactly once for each request the engine admitted and did not hand back.
+
+        May return what wakes the transport. The engine calls it after it has delivered all results at hand, once if
+        several return the same: a transport woken by the first of a batch would contend with the lane for the rest.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -225,9 +225,16 @@ class Engine:
 
 
 def _deliver(results: Iterable[tuple[Request, Result]]) -> None:
-    """Hands results over. A transport that raises loses its own result and nothing else."""
+    """Hands results over, then wakes their transports. A transport that raises loses its own results and no others."""
+    wakes = set()
     for request, result in results:
         try:
-            request.reply.deliver(result)
+            wakes.add(request.reply.deliver(result))
         except Exception:
             log.exception("a transport failed to take a result")
+    for wake in wakes:
+        try:
+            if wake is not None:
+                wake()
+        except Exception:
+            log.exception("a transport could not be woken")

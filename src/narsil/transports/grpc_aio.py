@@ -49,23 +49,29 @@ class GrpcOptions:
 
 
 class _Outbox:
-    """Carries results from lane threads to the event loop, waking the loop once for many."""
+    """Carries results from lane threads to the event loop, and wakes the loop once for many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
         self._results: list[tuple[asyncio.Future[Result], Result]] = []
+        self._woken = False
 
     def post(self, future: asyncio.Future[Result], result: Result) -> None:
         with self._lock:
             self._results.append((future, result))
-            if len(self._results) > 1:
+
+    def wake(self) -> None:
+        with self._lock:
+            if self._woken or not self._results:
                 return
+            self._woken = True
         self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
         with self._lock:
             results, self._results = self._results, []
+            self._woken = False
         for future, result in results:
             if not future.done():
                 future.set_result(result)
@@ -81,8 +87,9 @@ class _Reply:
         self.future: asyncio.Future[Result] = loop.create_future()
         self.cancelled = False
 
-    def deliver(self, result: Result) -> None:
+    def deliver(self, result: Result) -> Callable[[], None]:
         self._outbox.post(self.future, result)
+        return self._outbox.wake
 
 
 class GrpcAioTransport(Transport):
