@@ -44,12 +44,13 @@ class ServeSettings(BaseSettings):
 
     model: Path = Field(description="Artifact folder, model_default.pt or .onnx file to serve.")
     model_name: str = Field("", description="Name that clients may ask for; empty: the artifact's own.")
-    backend: Literal["auto", "torch", "onnx"] = Field("auto", description="What runs the model.")
+    backend: Literal["auto", "torch", "onnx", "compiled"] = Field("auto", description="What runs the model.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     execution_mode: Literal["batch", "worker"] = Field(
         "batch", description="batch: requests in flight become one fused forward. worker: one by one."
     )
     lanes: int = Field(0, ge=0, le=1024, description="Threads that run forwards; 0: one per usable core (1 on a GPU).")
+    pin_lanes: bool = Field(False, description="Bind each lane to processors of its own (CPU only).")
     intra_op_threads: int = Field(1, ge=1, le=256, description="Threads inside one forward.")
     tune_kernels: bool = Field(
         True, description="torch backend: run linear layers on the kernels that measure fastest here."

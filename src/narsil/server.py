@@ -15,6 +15,7 @@ from types import FrameType
 import numpy as np
 
 from narsil.backends.base import Backend
+from narsil.backends.pinning import pin
 from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
@@ -70,6 +71,8 @@ class Server:
         settings = self.settings
         artifact, backend = await asyncio.to_thread(self._load)
         self._backends = backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
+        if settings.pin_lanes and settings.device == "cpu":
+            self._backends = backends = pin(backends, settings.intra_op_threads)
         self._engine = Engine(
             backends,
             BatchPolicy(

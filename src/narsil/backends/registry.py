@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Literal
 
@@ -11,7 +12,9 @@ from narsil.models.artifact import Artifact
 
 __all__ = ["BackendName", "load_backend"]
 
-BackendName = Literal["auto", "torch", "onnx"]
+log = logging.getLogger(__name__)
+
+BackendName = Literal["auto", "torch", "onnx", "compiled"]
 
 
 def load_backend(
@@ -24,14 +27,17 @@ def load_backend(
 ) -> Backend:
     """The artifact, loaded on ``device`` (None: the one it was packaged for).
 
-    ``auto`` takes torch where the artifact has TorchScript for that device and torch and fbgemm are installed, else
-    onnx. Raises ArtifactError, ConfigError or DeviceUnavailable, saying what to do.
+    ``auto`` takes compiled where the artifact holds a compiled model that can run here, else torch where it has
+    TorchScript for that device and torch and fbgemm are installed, else onnx. Raises ArtifactError, ConfigError or
+    DeviceUnavailable, saying what to do.
     """
     if intra_op_threads < 1:
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
     if artifact.schema.weighted:
         raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
     chosen = _choose(artifact, device) if name == "auto" else name
+    if chosen == "compiled":
+        return _load_compiled(artifact, device, intra_op_threads)
     if chosen == "torch":
         return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
     if chosen == "onnx":
@@ -40,10 +46,17 @@ def load_backend(
         from narsil.backends.onnx import OnnxBackend
 
         return OnnxBackend.load(artifact, device or "cpu", intra_op_threads)
-    raise ConfigError(f"backend must be auto, torch or onnx, not {chosen!r}")
+    raise ConfigError(f"backend must be auto, torch, onnx or compiled, not {chosen!r}")
 
 
 def _choose(artifact: Artifact, device: str | None) -> str:
+    if artifact.compiled is not None and device in (None, "cpu") and _torch_problem() is None:
+        from narsil.backends.compiled import why_not
+
+        problem = why_not(artifact)
+        if problem is None or artifact.torchscript is None:
+            return "compiled"
+        log.warning("%s cannot run compiled: %s. Falling back to the torch backend", artifact.path, problem)
     fits = artifact.torchscript is not None and (device is None or _same(artifact.device, device))
     if fits and _torch_problem() is None:
         return "torch"
@@ -55,6 +68,16 @@ def _choose(artifact: Artifact, device: str | None) -> str:
             "install narsil[cpu], narsil[cuda] or narsil[onnx]"
         )
     return "torch" if artifact.torchscript is not None else "onnx"
+
+
+def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int) -> Backend:
+    if problem := _torch_problem():
+        raise ConfigError(f"the compiled backend needs torch and fbgemm ({problem}); install narsil[cpu]")
+    if device not in (None, "cpu"):
+        raise ConfigError(f"{artifact.path} is compiled for the CPU and cannot run on {device}; use --device cpu")
+    from narsil.backends.compiled import CompiledBackend
+
+    return CompiledBackend.load(artifact, intra_op_threads)
 
 
 def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_kernels: bool) -> Backend:

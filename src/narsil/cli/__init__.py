@@ -1,4 +1,4 @@
-"""The command line: ``narsil package | inspect | serve | predict | bench``.
+"""The command line: ``narsil package | compile | inspect | serve | predict | verify | bench``.
 
 Each command lives in a module of its own, imported only when it is called, so that ``narsil --help`` needs neither
 torch nor onnxruntime.
@@ -17,9 +17,11 @@ from narsil.errors import NarsilError
 # name -> one line for `narsil --help`; narsil.cli.NAME holds the click command `command`.
 COMMANDS = {
     "package": "Build a servable artifact from options or trained weights.",
+    "compile": "Compile an artifact for this machine's processor.",
     "inspect": "Print the schema that an artifact expects.",
     "serve": "Serve an artifact over gRPC.",
     "predict": "Send rows to a running server and print their scores.",
+    "verify": "Hold a running server's scores against the artifact's own.",
     "bench": "Measure a running server: throughput, latency, CPU and errors.",
 }
 

@@ -17,7 +17,7 @@ from narsil.models.schema import Pooling
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["command"]
+__all__ = ["command", "show_progress"]
 
 _DEFAULT = DlrmConfig()
 
@@ -113,7 +113,7 @@ def dlrm(
     }
     options = {key: value for key, value in given.items() if value is not None}
     pool: Pooling = "mean" if pooling == "mean" else "sum"
-    with _progress() as report:
+    with show_progress() as report:
         report("weights", 0, 1)
         if checkpoint is None:
             config = _config(options, features, pool)
@@ -161,7 +161,7 @@ def _check_device(device: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     """Shows one bar per stage on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -8,6 +8,8 @@ packager. Produces an Artifact. Owns manifest.json and its format. Imports no to
     DIR/narsil_dlrm_default.onnx       ONNX graph, FP32                                         role onnx
     DIR/narsil_dlrm_default.onnx.data  its tables                                               role onnx_data
 
+A folder that ``narsil compile`` wrote has a format of its own and two more roles: see compiled.py.
+
 A manifest is read as hostile input: its files are plain names that stay in the folder.
 """
 
@@ -25,17 +27,31 @@ from typing import Any
 from narsil.errors import ArtifactError
 from narsil.models.schema import ModelSchema, is_name
 
-__all__ = ["FORMAT", "MANIFEST", "ONNX_FILE", "TORCHSCRIPT_FILE", "Artifact", "open_artifact", "write_manifest"]
+__all__ = [
+    "COMPILED_FILE",
+    "COMPILED_FORMAT",
+    "FORMAT",
+    "MANIFEST",
+    "ONNX_FILE",
+    "TABLES_FILE",
+    "TORCHSCRIPT_FILE",
+    "Artifact",
+    "open_artifact",
+    "write_manifest",
+]
 
 FORMAT = "narsil.artifact/1"
+COMPILED_FORMAT = "narsil.compiled/1"
 MANIFEST = "manifest.json"
 TORCHSCRIPT_FILE = "model_default.pt"  # the name that TorchRec's packager and servers use
 ONNX_FILE = "narsil_dlrm_default.onnx"
 ONNX_DATA_FILE = ONNX_FILE + ".data"
+COMPILED_FILE = "model.pt2"
+TABLES_FILE = "tables.bin"
 ONNX_SCHEMA = "narsil.schema"  # the graph's metadata entry that holds the schema it was built for
 
 _MAX_MANIFEST_BYTES = 16 << 20
-_ROLES = frozenset({"torchscript", "onnx", "onnx_data"})
+_ROLES = frozenset({"torchscript", "onnx", "onnx_data", "compiled", "tables"})
 _KEYS = frozenset({"format", "name", "version", "schema", "device", "files"})
 _CHUNK = 4 << 20
 
@@ -51,6 +67,8 @@ class Artifact:
     device: str  # the device baked in the TorchScript: cpu, cuda or cuda:N
     torchscript: Path | None = None
     onnx: Path | None = None
+    compiled: Path | None = None  # with its tables
+    tables: Path | None = None
     manifest: Mapping[str, Any] | None = None
 
 
@@ -92,9 +110,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} cannot be read as JSON: {error}; package the model again") from None
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ArtifactError(f"{file} is not a manifest of Narsil's: it has no format field")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in (FORMAT, COMPILED_FORMAT):
         raise ArtifactError(
-            f"{file} is of format {str(manifest['format'])[:64]!r}; this Narsil reads {FORMAT}: "
+            f"{file} is of format {str(manifest['format'])[:64]!r}; this Narsil reads {FORMAT} and {COMPILED_FORMAT}: "
             "package the model again, or install the Narsil that wrote it"
         )
     missing = sorted(_KEYS - manifest.keys())
@@ -124,10 +142,14 @@ def write_manifest(
     device: str,
     files: Mapping[str, Path],
     architecture: Mapping[str, Any],
+    compiled: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes manifest.json over files (role -> path) that already lie in the folder."""
+    """Writes manifest.json over files (role -> path) that already lie in the folder.
+
+    ``compiled`` is CompiledInfo.to_dict's, for a compiled artifact.
+    """
     manifest = {
-        "format": FORMAT,
+        "format": FORMAT if compiled is None else COMPILED_FORMAT,
         "name": name,
         "version": version,
         "device": device,
@@ -145,6 +167,8 @@ def write_manifest(
             "onnx": _installed("onnx"),
         },
     }
+    if compiled is not None:
+        manifest["compiled"] = dict(compiled)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -159,12 +183,15 @@ def sha256(path: Path) -> str:
 
 def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool) -> Artifact:
     files = {role: _checked_file(folder, entry, verify) for role, entry in manifest["files"].items()}
-    torchscript, onnx = files.get("torchscript"), files.get("onnx")
+    torchscript, onnx, compiled = files.get("torchscript"), files.get("onnx"), files.get("compiled")
     if only is not None:  # one file was named, so only its backend may run
         torchscript = torchscript if torchscript and torchscript.name == only else None
         onnx = onnx if onnx and (onnx.name == only or files.get("onnx_data", onnx).name == only) else None
-    if torchscript is None and onnx is None:
+        compiled = compiled if compiled and only in (compiled.name, files.get("tables", compiled).name) else None
+    if torchscript is None and onnx is None and compiled is None:
         raise ArtifactError(f"{folder / MANIFEST} lists no model_default.pt and no ONNX graph; package the model again")
+    if (compiled is not None) and "tables" not in files:
+        raise ArtifactError(f"{folder / MANIFEST} lists {COMPILED_FILE} without its tables; compile the model again")
     return Artifact(
         path=folder,
         name=manifest["name"],
@@ -173,6 +200,8 @@ def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, ver
         device=manifest["device"],
         torchscript=torchscript,
         onnx=onnx,
+        compiled=compiled,
+        tables=files.get("tables"),
         manifest=manifest,
     )
 

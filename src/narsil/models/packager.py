@@ -22,7 +22,7 @@ from narsil.models import artifact as artifacts
 from narsil.models.artifact import Artifact
 from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
-__all__ = ["Progress", "check_device", "package_dlrm", "quantized_module"]
+__all__ = ["Progress", "check_device", "check_out", "package_dlrm", "quantized_module", "replace_folder"]
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -53,7 +53,7 @@ def package_dlrm(
     check_device(device)
     if onnx and find_spec("onnx") is None:
         raise ConfigError("writing ONNX needs the onnx package: install narsil[onnx] or pass --no-onnx")
-    _check_out(out)
+    check_out(out)
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -75,7 +75,7 @@ def package_dlrm(
             architecture={"kind": "dlrm", **config.to_dict(), "origin": origin or f"random, seed {config.seed}"},
         )
         report("manifest", 1, 1)
-        _replace(staging, out)
+        replace_folder(staging, out)
     except OSError as error:
         raise ArtifactError(f"{out} cannot be written: {error}") from None
     finally:
@@ -164,7 +164,7 @@ def _save_torchscript(module: Any, path: Path, report: Progress) -> None:
     report("torchscript", 1, 1)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """OUT may be absent, empty or an earlier artifact: nothing that Narsil did not write is ever deleted."""
     if not out.exists():
         return
@@ -183,7 +183,7 @@ def _check_out(out: Path) -> None:
         raise ArtifactError(f"{out} holds {foreign[0]}, which is no part of an earlier artifact; give an empty folder")
 
 
-def _replace(staging: Path, out: Path) -> None:
+def replace_folder(staging: Path, out: Path) -> None:
     """Puts the new folder in the place of the old one by renames alone."""
     retired = staging.with_suffix(".retired")
     shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Runs a folder that ``narsil compile`` wrote (backend name "compiled").
+
+Receives an Artifact with model.pt2 and tables.bin; owns a container of the compiled core per instance. The code and the
+tables are one for all instances from ``share``: tables are mapped, so that their pages are the system's own and are
+shared by processes as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fbgemm_gpu  # noqa: F401 - registers the lookup
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from narsil.backends.aoti import Container, Library
+from narsil.backends.base import Backend
+from narsil.backends.kernels import bucket
+from narsil.dataflow import Batch, Scores
+from narsil.errors import ArtifactError
+from narsil.models.artifact import Artifact
+from narsil.models.compiled import CompiledInfo, machine_problem
+from narsil.models.schema import ModelSchema
+
+__all__ = ["CompiledBackend", "why_not"]
+
+_INT8, _HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
+_FP32 = 0  # FBGEMM's SparseType of what the lookup gives
+_POOLING = {"sum": 0, "mean": 1}
+_LEAST_ROWS = 2  # the compiled code's; a single row is scored beside a row of padding
+
+
+def why_not(artifact: Artifact) -> str | None:
+    """Why the compiled model cannot run here; None where it can. Raises ArtifactError where the folder is damaged."""
+    return machine_problem(_info(artifact), str(torch.__version__))
+
+
+def _info(artifact: Artifact) -> CompiledInfo:
+    if artifact.compiled is None or artifact.tables is None:
+        raise ArtifactError(f"{artifact.path} holds no compiled model; make one with `narsil compile {artifact.path}`")
+    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, artifact.tables.stat().st_size)
+
+
+class Lookup:
+    """FBGEMM's pooled lookup in INT8 tables."""
+
+    def __init__(self, weights: torch.Tensor, info: CompiledInfo) -> None:
+        tables = info.tables
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self.width = tables * info.dim
+        self._operator: Callable[..., torch.Tensor] = (
+            torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
+        )
+        self._before = (
+            *(weights, nothing, torch.full((tables,), _HOST, dtype=torch.int32)),
+            *(torch.tensor(info.offsets), torch.full((tables,), _INT8, dtype=torch.uint8)),
+            *(torch.arange(0, self.width + 1, info.dim, dtype=torch.int32), self.width),
+            *(0, 0, info.dim, 0, 0),  # the largest dim among the tables of each type
+        )
+        self._after = (_POOLING[info.pooling], None, _FP32, None, None, info.row_alignment)
+
+    def __call__(self, values: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """(N,) ids, (T * B + 1,) where each bag begins, of the same type -> (B, T * dim). Drops the GIL."""
+        return self._operator(*self._before, values, ends, *self._after)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all instances use together."""
+
+    library: Library
+    lookup: Lookup
+    info: CompiledInfo
+
+
+class CompiledBackend(Backend):
+    """FBGEMM's lookup, then the core as AOTInductor compiled it."""
+
+    name = "compiled"
+
+    def __init__(self, shared: _Shared, schema: ModelSchema, intra_op_threads: int = 1) -> None:
+        self.schema = schema
+        self.device = "cpu"
+        self._shared = shared
+        self._threads = intra_op_threads
+        self._container = Container(shared.library)
+        self._ones: NDArray[Any] = np.arange(1, dtype=schema.id_dtype)
+
+    @classmethod
+    def load(cls, artifact: Artifact, intra_op_threads: int = 1) -> CompiledBackend:
+        """Loads the code and maps the tables. Raises ArtifactError where the folder is damaged, or was compiled for
+        another processor or torch."""
+        info = _info(artifact)
+        if problem := machine_problem(info, str(torch.__version__)):
+            raise ArtifactError(f"{artifact.path} cannot run here: {problem}")
+        assert artifact.compiled is not None and artifact.tables is not None  # noqa: PT018, S101 - _info has looked
+        # Copy on write: nothing ever writes, and torch warns of memory that it may not.
+        weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c"))
+        shared = _Shared(Library(artifact.compiled, info.signature), Lookup(weights, info), info)
+        return cls(shared, artifact.schema, intra_op_threads)
+
+    def bucket(self, rows: int) -> int:
+        """See Backend.bucket: oneDNN compiles for every number of rows."""
+        return max(bucket(rows), _LEAST_ROWS)
+
+    def run(self, batch: Batch) -> Scores:
+        """As Backend.run; dense features are lent to the compiled code, not copied."""
+        with torch.inference_mode():
+            pooled = self._shared.lookup(_tensor(batch.values), _tensor(self._ends(batch)))
+        dense = np.ascontiguousarray(batch.dense)
+        if batch.rows < _LEAST_ROWS:
+            dense, pooled = np.repeat(dense, _LEAST_ROWS, axis=0), pooled.repeat(_LEAST_ROWS, 1)
+        scores = self._container.run(dense, pooled)
+        return {self.schema.tasks[0]: scores[: batch.rows]}
+
+    def _ends(self, batch: Batch) -> NDArray[Any]:
+        """(T * B + 1,) where each bag begins in values, in their type."""
+        bags = len(batch.lengths)
+        if batch.one_hot:
+            if len(self._ones) <= bags or self._ones.dtype != batch.values.dtype:
+                self._ones = np.arange(2 * bags + 1, dtype=batch.values.dtype)
+            return self._ones[: bags + 1]
+        ends = np.zeros(bags + 1, dtype=batch.values.dtype)
+        np.cumsum(batch.lengths, out=ends[1:])
+        return ends
+
+    def share(self) -> CompiledBackend:
+        """Another container over the same code and tables."""
+        return CompiledBackend(self._shared, self.schema, self._threads)
+
+    def thread_setup(self) -> None:
+        """Sets this thread's intra-op thread count: torch keeps it per thread."""
+        torch.set_num_threads(self._threads)
+
+    def close(self) -> None:
+        """Frees the container."""
+        self._container.close()
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,0 +1,135 @@
+"""Holds one model's scores against another's: the check that every compile must pass.
+
+Receives two artifacts of one schema and, where there is one, a calibration file's rows; produces a Deviation. Rows
+are drawn with a fixed seed: ids uniform over each table, one a bag or up to four with empty bags among them; dense
+features from the calibration rows, else uniform in [0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.dataflow import Batch, Floats
+from narsil.models.artifact import Artifact
+from narsil.models.calibration import Calibration
+from narsil.models.compiled import Deviation
+from narsil.models.schema import ModelSchema
+
+__all__ = ["RANDOM_ROWS", "auc", "compare", "deviation_of", "rank_correlation", "replay"]
+
+RANDOM_ROWS = 10_000  # at least; half of them one-hot
+_BATCH_ROWS = 500
+_ODD_BATCHES = (1, 2, 7)  # rows of the batches that come first, where code for whole vectors may slip
+_LONGEST_BAG = 4
+
+Scorer = Callable[[Batch], Floats]  # (B,) scores
+
+
+def replay(source: Artifact, compiled: Artifact, calibration: Calibration | None = None) -> Deviation:
+    """Runs both artifacts over the same rows. Raises whatever loading or running them raises."""
+    from narsil.backends.compiled import CompiledBackend
+    from narsil.backends.torchscript import TorchScriptBackend
+
+    task = source.schema.tasks[0]
+    reference = TorchScriptBackend.load(source, source.device, tune=False)
+    subject = CompiledBackend.load(compiled)
+    try:
+        return compare(
+            source.schema,
+            lambda batch: reference.run(batch)[task],
+            lambda batch: subject.run(batch)[task],
+            calibration,
+        )
+    finally:
+        subject.close()
+
+
+def compare(
+    schema: ModelSchema, reference: Scorer, subject: Scorer, calibration: Calibration | None = None
+) -> Deviation:
+    """The deviation of ``subject`` from ``reference`` over random rows and then the calibration's."""
+    expected: list[Floats] = []
+    found: list[Floats] = []
+    for batch in random_batches(schema, calibration):
+        expected.append(np.array(reference(batch)))
+        found.append(np.array(subject(batch)))
+    random_rows = sum(map(len, expected))
+    for batch in calibration_batches(calibration):
+        expected.append(np.array(reference(batch)))
+        found.append(np.array(subject(batch)))
+    labels = None if calibration is None else calibration.labels
+    return deviation_of(np.concatenate(expected), np.concatenate(found), random_rows, labels)
+
+
+def deviation_of(expected: Floats, found: Floats, labelled_from: int = 0, labels: Floats | None = None) -> Deviation:
+    """The deviation of (N,) scores; ``labels`` belong to the rows from ``labelled_from`` on."""
+    difference = np.abs(found.astype(np.float64) - expected)
+    before = after = None
+    if labels is not None and 0 < labels.sum() < len(labels):
+        before = auc(labels, expected[labelled_from:])
+        after = auc(labels, found[labelled_from:])
+    return Deviation(
+        rows=len(expected),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        rank_correlation=rank_correlation(expected, found),
+        labelled_rows=0 if before is None or labels is None else len(labels),
+        auc=before,
+        auc_change=None if before is None or after is None else after - before,
+    )
+
+
+def random_batches(schema: ModelSchema, calibration: Calibration | None = None) -> Iterator[Batch]:
+    """At least RANDOM_ROWS rows, in batches of one-hot and of jagged bags by turns."""
+    random = np.random.default_rng(0)
+    sizes = [*_ODD_BATCHES, *_ODD_BATCHES] + [_BATCH_ROWS] * (RANDOM_ROWS // _BATCH_ROWS)
+    for number, rows in enumerate(sizes):
+        if calibration is None:
+            dense = random.random((rows, schema.dense_dim), dtype=np.float32)
+        else:
+            dense = calibration.dense[random.integers(0, len(calibration), rows)]
+        shape = (schema.num_features, rows)
+        one_hot = number % 2 == 0
+        lengths = np.ones(shape, np.int32) if one_hot else random.integers(0, _LONGEST_BAG + 1, shape, np.int32)
+        limits = np.repeat(schema.rows, lengths.sum(axis=1))
+        values = random.integers(0, limits).astype(schema.id_dtype)
+        yield Batch(rows, dense, lengths.ravel(), values, one_hot)
+
+
+def calibration_batches(calibration: Calibration | None) -> Iterator[Batch]:
+    """The file's own rows, in order."""
+    if calibration is None:
+        return
+    for start in range(0, len(calibration), _BATCH_ROWS):
+        ids = np.ascontiguousarray(calibration.ids[start : start + _BATCH_ROWS].T)
+        dense = calibration.dense[start : start + _BATCH_ROWS]
+        yield Batch(len(dense), dense, np.ones(ids.size, np.int32), ids.ravel(), one_hot=True)
+
+
+def rank_correlation(first: Floats, second: Floats) -> float:
+    """Spearman's; 1 where both are constant."""
+    if first.min() == first.max() and second.min() == second.max():
+        return 1.0
+    a, b = _ranks(first), _ranks(second)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / scale) if scale else 0.0
+
+
+def auc(labels: Floats, scores: Floats) -> float:
+    """Area under the ROC curve, by Mann and Whitney's statistic; ties count half."""
+    positive = labels > 0
+    count = int(positive.sum())
+    wins = float(_ranks(scores)[positive].sum()) - count * (count + 1) / 2
+    return wins / (count * (len(labels) - count))
+
+
+def _ranks(values: Floats) -> NDArray[np.float64]:
+    """(N,) ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
+    return mean

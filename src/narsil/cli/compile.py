@@ -1,0 +1,90 @@
+"""``narsil compile``: turns a DLRM artifact into one that runs at the speed of this machine's processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from narsil.cli.package import show_progress
+from narsil.errors import ConfigError
+from narsil.models.artifact import Artifact, open_artifact
+
+__all__ = ["command"]
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the MLPs and the interaction; sums are FP32 in each.",
+)
+@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Rows to judge the result on too: .npz with dense, ids and, for the AUC, labels.",
+)
+@click.option(
+    "--max-deviation",
+    type=float,
+    help="Largest absolute deviation of a score that is let pass.  [default: 1e-5 for fp32, 2e-3 for bf16]",
+)
+def command(
+    model: Path, out: Path, precision: str, device: str, calibration: Path | None, max_deviation: float | None
+) -> None:
+    """Compile the DLRM at MODEL for this machine.
+
+    MODEL is what `narsil package dlrm` or TorchRec's own packager wrote. The result is served by `narsil serve` with no
+    other option. It runs on this processor or a newer one of its kind, with this version of torch.
+    """
+    _check_torch()
+    from narsil.backends.gate import replay
+    from narsil.models.calibration import load_calibration
+    from narsil.models.compiler import compile_artifact
+
+    source = open_artifact(model)
+    rows = None if calibration is None else load_calibration(calibration, source.schema)
+    with show_progress() as report:
+        artifact, cached = compile_artifact(
+            source,
+            out,
+            lambda source, compiled: replay(source, compiled, rows),
+            precision=precision,
+            limit=max_deviation,
+            calibration=rows,
+            progress=report,
+        )
+    _summary(artifact, cached)
+
+
+def _check_torch() -> None:
+    try:
+        import fbgemm_gpu  # noqa: F401
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"compiling needs torch and fbgemm ({error}); install narsil[cpu]") from None
+
+
+def _summary(artifact: Artifact, cached: bool) -> None:
+    compiled = (artifact.manifest or {})["compiled"]
+    deviation = compiled["deviation"]
+    state = "already compiled from these inputs" if cached else "compiled"
+    click.echo(
+        f"{artifact.name} version {artifact.version}: {state}, {compiled['precision']}, for {compiled['machine']}"
+    )
+    click.echo(
+        f"  deviation from the artifact over {deviation['rows']:,} rows: max {deviation['max_abs']:.2e} "
+        f"(limit {compiled['limit']:.0e}), mean {deviation['mean_abs']:.1e}, "
+        f"rank correlation {deviation['rank_correlation']:.6f}"
+    )
+    if deviation["auc"] is not None:
+        click.echo(
+            f"  AUC on {deviation['labelled_rows']:,} labelled rows: {deviation['auc']:.5f}, "
+            f"changed by {deviation['auc_change']:+.1e}"
+        )
+    click.echo(f"Next: narsil serve --model {artifact.path}")

@@ -1,0 +1,89 @@
+"""``narsil verify``: holds a running server's scores against the artifact's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from narsil.cli.targets import target_option
+from narsil.errors import ArtifactError, ConfigError
+from narsil.models.artifact import open_artifact
+
+if TYPE_CHECKING:
+    from narsil.dataflow import Batch
+
+__all__ = ["command"]
+
+
+@click.command()
+@target_option
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Artifact whose own scores are the measure."
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Rows to send too: .npz with dense, ids and, for the AUC, labels.",
+)
+@click.option("--max-deviation", type=float, default=2e-3, show_default=True, help="Largest absolute deviation.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for one request.")
+def command(
+    target: str, model: Path, calibration: Path | None, max_deviation: float, as_json: bool, timeout: float
+) -> None:
+    """Send 10,000 random rows to a running server and hold its scores against the artifact's.
+
+    The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where a
+    score deviates by more than --max-deviation.
+    """
+    from narsil.backends.gate import compare
+    from narsil.backends.registry import load_backend
+    from narsil.client import Client
+    from narsil.models.calibration import load_calibration
+
+    artifact = open_artifact(model)
+    schema, task = artifact.schema, artifact.schema.tasks[0]
+    name = "torch" if artifact.torchscript is not None else "onnx"
+    reference = load_backend(artifact, name, tune_kernels=False)
+    rows = None if calibration is None else load_calibration(calibration, schema)
+    with Client(target) as client:
+        served = client.model(timeout=timeout)
+        if served.schema != schema:
+            raise ConfigError(
+                f"{target} serves {served.name}, whose schema is not that of {model}; give its own artifact"
+            )
+
+        def ask(batch: Batch) -> Any:
+            ids, lengths = sample_major(batch, schema.num_features)
+            return client.predict(batch.dense, ids, lengths, timeout=timeout).scores[task]
+
+        found = compare(schema, lambda batch: reference.run(batch)[task], ask, rows)
+    if as_json:
+        click.echo(json.dumps({"model": served.name, "backend": served.backend, **asdict(found)}))
+    else:
+        auc = "" if found.auc is None else f"; AUC {found.auc:.5f}, changed by {found.auc_change:+.1e}"
+        click.echo(
+            f"{served.name} version {served.version} on {target} ({served.backend} backend), {found.rows:,} rows: max "
+            f"deviation {found.max_abs:.2e}, mean {found.mean_abs:.1e}, rank correlation {found.rank_correlation:.6f}{auc}"
+        )
+    if not found.max_abs <= max_deviation:
+        raise ArtifactError(
+            f"served scores deviate by up to {found.max_abs:.2e}, where at most {max_deviation:.0e} is allowed: serve a "
+            "higher precision, or allow more with --max-deviation"
+        )
+
+
+def sample_major(batch: Batch, features: int) -> tuple[Any, Any]:
+    """((N,) ids, (B, T) lengths) with all bags of row 0 first, of a key-major batch."""
+    import numpy as np
+
+    order = np.arange(features * batch.rows).reshape(features, batch.rows).T.ravel()
+    starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
+    lengths = batch.lengths[order]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    source = np.repeat(starts[order] - (ends - lengths), lengths) + np.arange(len(batch.values))
+    return batch.values[source], lengths.reshape(batch.rows, features)

@@ -1,0 +1,61 @@
+"""Rows from a file, for judging a compiled model: what `examples/train_dlrm.py` leaves beside its checkpoint.
+
+Receives an `.npz` file with ``dense`` (N, D), ``ids`` (N, T) and, for the AUC, ``labels`` (N,); produces a
+Calibration whose rows fit the schema. Nothing in the file is unpickled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from narsil.dataflow import Floats, Ints
+from narsil.errors import ArtifactError
+from narsil.models.schema import ModelSchema
+
+__all__ = ["Calibration", "load_calibration"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of one id per feature."""
+
+    dense: Floats  # (N, D)
+    ids: Ints  # (N, T), sample-major
+    labels: Floats | None = None  # (N,) 0 or 1
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+
+def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
+    """The rows in a file. Raises ArtifactError, naming the array, where they are unreadable or do not fit."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("dense", "ids", "labels") if name in file}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read as .npz: {error}") from None
+    for name, columns in (("dense", schema.dense_dim), ("ids", schema.num_features)):
+        if name not in arrays:
+            raise ArtifactError(
+                f"{path} has no array {name}; calibration files hold dense, ids and, optionally, labels"
+            )
+        if arrays[name].ndim != 2 or arrays[name].shape[1] != columns:
+            raise ArtifactError(f"{path}: {name} has shape {arrays[name].shape}; the model needs (rows, {columns})")
+    dense, ids, labels = arrays["dense"], arrays["ids"], arrays.get("labels")
+    if len(dense) != len(ids) or not len(dense) or (labels is not None and labels.shape != (len(dense),)):
+        raise ArtifactError(f"{path}: dense, ids and labels must have the same number of rows, at least 1")
+    if not np.issubdtype(ids.dtype, np.integer) or not np.isfinite(dense).all():
+        raise ArtifactError(f"{path}: ids must be whole numbers and dense finite")
+    if ids.min() < 0 or (ids.max(axis=0) >= schema.rows).any():
+        raise ArtifactError(f"{path}: ids lie outside of the model's tables; is it another model's file?")
+    if labels is not None and not np.isin(labels, (0, 1)).all():
+        raise ArtifactError(f"{path}: labels must be 0 or 1")
+    return Calibration(
+        np.ascontiguousarray(dense, np.float32),
+        np.ascontiguousarray(ids, schema.id_dtype),
+        None if labels is None else labels.astype(np.float32),
+    )

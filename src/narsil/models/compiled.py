@@ -1,0 +1,138 @@
+"""The part of a manifest that describes a compiled artifact, and what the machine must have to run it.
+
+Receives plain values from manifest.json, which are hostile input; produces a CompiledInfo. Imports no torch.
+
+    DIR/manifest.json      format narsil.compiled/1: all of narsil.artifact/1, and "compiled"
+    DIR/model.pt2          the DLRM without its lookup, compiled by AOTInductor              role compiled
+    DIR/tables.bin         INT8 tables as FBGEMM's lookup takes them, memory-mapped          role tables
+    DIR/model_default.pt   the artifact it was compiled from: what runs where this cannot    role torchscript
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from narsil.errors import ArtifactError
+from narsil.models.schema import ModelSchema
+
+__all__ = ["CompiledInfo", "Deviation", "machine_problem", "processor_flags"]
+
+# Of a processor's flags, those that compilers and oneDNN's kernels turn into instructions.
+_INSTRUCTIONS = ("avx", "amx", "fma", "f16c", "bmi", "sse", "ssse", "movbe", "popcnt", "abm", "adx", "gfni", "vaes")
+_INSTRUCTIONS_ARM = ("asimd", "sve", "bf16", "i8mm", "fphp", "dotprod")
+
+SCALE_BIAS_BYTES = 4  # FP16 scale and FP16 bias before a row's bytes
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far compiled scores lie from the artifact's own, over rows that both have scored."""
+
+    rows: int
+    max_abs: float
+    mean_abs: float
+    rank_correlation: float  # Spearman's
+    labelled_rows: int = 0
+    auc: float | None = None  # of the artifact, on the labelled rows
+    auc_change: float | None = None  # compiled less artifact
+
+
+@dataclass(frozen=True)
+class CompiledInfo:
+    """What model.pt2 was compiled from and for."""
+
+    precision: str
+    machine: str  # as platform.machine() gives it
+    instructions: tuple[str, ...]  # flags of the processor that it was compiled for
+    torch: str
+    key: str  # digest of everything that the compiled files follow from
+    dense_dim: int  # D
+    tables: int  # T
+    dim: int
+    offsets: tuple[int, ...]  # (T,) bytes into tables.bin
+    row_alignment: int
+    pooling: str
+    limit: float  # of Deviation.max_abs
+    deviation: Deviation | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one table row to the next."""
+        return -(-(self.dim + SCALE_BIAS_BYTES) // self.row_alignment) * self.row_alignment
+
+    @property
+    def signature(self) -> str:
+        """What model.pt2 itself repeats of this, so that a foreign one is told by it."""
+        return f"dlrm {self.precision} dense={self.dense_dim} tables={self.tables} dim={self.dim}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in manifest.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], schema: ModelSchema, tables_bytes: int) -> CompiledInfo:
+        """The manifest's "compiled". Raises ArtifactError on anything missing, of a wrong type, or that would let an
+        id that the schema allows read outside of the ``tables_bytes`` bytes of tables.bin."""
+        data = manifest.get("compiled")
+        try:
+            if not isinstance(data, Mapping):
+                raise TypeError("it is missing")
+            deviation = data["deviation"] and Deviation(**data["deviation"])
+            lists = {key: tuple(data[key]) for key in ("instructions", "offsets")}
+            info = cls(**{**data, **lists, "deviation": deviation})
+        except (TypeError, KeyError) as error:
+            raise ArtifactError(
+                f"the manifest's compiled section is damaged ({error}); compile the model again"
+            ) from None
+        info._check(schema, tables_bytes)
+        return info
+
+    def _check(self, schema: ModelSchema, tables_bytes: int) -> None:
+        numbers = (self.dense_dim, self.tables, self.dim, self.row_alignment, *self.offsets)
+        texts = (self.precision, self.machine, self.torch, self.key, self.pooling, *self.instructions)
+        if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
+            raise ArtifactError("the manifest's compiled section has values of wrong types; compile the model again")
+        if not 1 <= self.row_alignment <= 4096 or self.dim < 1:
+            raise ArtifactError("the manifest's compiled section has impossible sizes; compile the model again")
+        dims = {feature.dim for feature in schema.features} | {self.dim}
+        poolings = {feature.pooling for feature in schema.features} | {self.pooling}
+        counts = {schema.num_features, self.tables, len(self.offsets)}
+        if len(dims) != 1 or len(poolings) != 1 or len(counts) != 1 or self.dense_dim != schema.dense_dim:
+            raise ArtifactError("the manifest's schema and compiled section differ; compile the model again")
+        for feature, start in zip(schema.features, self.offsets, strict=True):
+            if start < 0 or start + feature.rows * self.row_bytes > tables_bytes:
+                raise ArtifactError(
+                    f"the table of {feature.name} would end beyond tables.bin ({tables_bytes} bytes): ids would be "
+                    "read out of bounds; compile the model again"
+                )
+
+
+def processor_flags() -> tuple[str, ...]:
+    """The instruction sets of this machine's processor, as Linux names them; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    known = _INSTRUCTIONS if platform.machine() in ("x86_64", "AMD64") else _INSTRUCTIONS_ARM
+    for line in text.splitlines():
+        label, _, value = line.partition(":")
+        if label.strip().lower() in ("flags", "features"):
+            return tuple(sorted(flag for flag in value.split() if flag.startswith(known)))
+    return ()
+
+
+def machine_problem(info: CompiledInfo, torch_version: str) -> str | None:
+    """Why this machine cannot run what was compiled, with what to do; None where it can."""
+    again = "compile the model again here with `narsil compile`"
+    if info.machine != platform.machine():
+        return f"it was compiled for {info.machine} and this machine is {platform.machine()}; {again}"
+    lacking = sorted(set(info.instructions) - set(processor_flags()))
+    if lacking:
+        return f"it was compiled for a processor with {', '.join(lacking[:6])}, which this one lacks; {again}"
+    if info.torch != torch_version:
+        return f"it was compiled with torch {info.torch} and this is torch {torch_version}; {again}"
+    return None

@@ -1,0 +1,218 @@
+"""The DLRM without its lookup, rebuilt from a TorchScript artifact as a plain module that torch.export takes.
+
+Receives a loaded ScriptModule (TorchRec's own packager's included) and its schema; produces DlrmParts: FP32 linear
+layers and the INT8 tables as they lie in memory. ``Core`` is those layers as a module: dense features and pooled
+embeddings in, scores out. The lookup stays FBGEMM's operator, called before it.
+
+The pooled embeddings come in the schema's order of features. Where the artifact's tables stand in another, the
+columns of the over arch's first layer are moved instead, so that nothing has to be permuted when a request is served.
+"""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from narsil.errors import ArtifactError
+from narsil.models.schema import ModelSchema
+from narsil.models.torchrec import schema_of
+
+__all__ = ["Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts"]
+
+Precision = Literal["fp32", "bf16"]
+
+_TBE = "IntNBitTableBatchedEmbeddingBagsCodegen"
+_INT8, _HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
+_LAYER = re.compile(
+    r"(?:.*\.)?(?:(dense_arch)\.model\._mlp\.(\d+)\._linear|(over_arch)\.model\.0\._mlp\.(\d+)\._linear"
+    r"|(over_arch)\.model\.(1))\.(weight|bias)"
+)
+_LEADING_BITS = -(1 << 16)  # of a float32: those that a bfloat16 has
+_LAST = 1 << 30  # the number under which over_arch.model.1 sorts: after every layer of its MLP
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer in FP32."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor  # (out,)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The INT8 tables as FBGEMM's operator takes them. An INT8 row is scale and bias in FP16, then dim bytes."""
+
+    weights: Tensor  # (bytes,) uint8: all tables
+    offsets: tuple[int, ...]  # (T,) byte at which each feature's table begins, in the schema's order
+    row_alignment: int  # bytes; rows are padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class DlrmParts:
+    """What an artifact holds. Layers in the order in which they run; the last of ``over`` gives the logit."""
+
+    dense: tuple[Linear, ...]
+    over: tuple[Linear, ...]
+    lookup: Lookup
+    tables: int  # T
+    dim: int
+    pooling: str  # sum or mean
+
+    @property
+    def dense_dim(self) -> int:
+        """D."""
+        return int(self.dense[0].weight.shape[1])
+
+
+class Core(nn.Module):
+    """Dense arch, interaction and over arch.
+
+    What bf16 rounds was chosen by what it costs the scores of a trained model. The dot products and the layers of the
+    over arch but the last two multiply in bf16 and sum in FP32: two thirds of the arithmetic. The dense arch, the last
+    hidden layer and the logit stay in FP32. The dense vector enters the over arch as two bf16 vectors, its leading
+    bits and what they leave; both meet the same weights, so that their sum counts.
+    """
+
+    def __init__(self, parts: DlrmParts, precision: Precision) -> None:
+        super().__init__()
+        self.kind = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.split = precision == "bf16"
+        self.dim = parts.dim
+        self.vectors = parts.tables + 1
+        first = parts.over[0]
+        if self.split:
+            first = Linear(torch.cat([first.weight[:, : self.dim], first.weight], dim=1), first.bias)
+        low, high = (first, *parts.over[1:-2]), parts.over[-2:] if len(parts.over) > 2 else parts.over[-1:]
+        self.dense = nn.ModuleList(_layer(linear, torch.float32) for linear in parts.dense)
+        self.over = nn.ModuleList(_layer(linear, self.kind) for linear in low)
+        self.hidden = nn.ModuleList(_layer(linear, torch.float32) for linear in high[:-1])
+        self.last = _layer(high[-1], torch.float32)
+        # Row-major pairs i < j of the flattened products: one gather, which Inductor fuses with the concatenation.
+        upper, right = torch.triu_indices(self.vectors, self.vectors, offset=1)
+        self.register_buffer("pairs", upper * self.vectors + right)
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D) float32, (B, T * dim) float32 -> (B,) float32 scores."""
+        hidden = dense
+        for layer in self.dense:
+            hidden = torch.relu(layer(hidden))
+        combined = torch.cat([hidden, pooled], dim=1).to(self.kind).view(-1, self.vectors, self.dim)
+        products = torch.bmm(combined, combined.transpose(1, 2)).flatten(1)[:, self.pairs]
+        parts = [hidden, products]
+        if self.split:
+            # By its bits: Inductor takes a cast there and back for nothing, and would find that nothing is left.
+            leading = (hidden.view(torch.int32) & _LEADING_BITS).view(torch.float32)
+            parts = [leading.to(self.kind), (hidden - leading).to(self.kind), products]
+        hidden = torch.cat(parts, dim=1)
+        for layer in self.over:
+            hidden = torch.relu(layer(hidden))
+        hidden = hidden.float()
+        for layer in self.hidden:
+            hidden = torch.relu(layer(hidden))
+        return torch.sigmoid(self.last(hidden)).squeeze(1)
+
+
+def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
+    """The parts of a loaded ScriptModule. Raises ArtifactError on what is no DLRM with INT8 tables of one dim."""
+    actual, _ = schema_of(module, name)  # also holds every table's rows against the bytes that there are
+    if actual != schema:
+        raise ArtifactError(f"{name} and its manifest describe different models; package the model again")
+    dims, poolings = {feature.dim for feature in schema.features}, {feature.pooling for feature in schema.features}
+    if len(dims) != 1 or len(poolings) != 1:
+        raise ArtifactError(f"{name} mixes dims or poolings; a DLRM that can be compiled has one of each")
+    if len(schema.tasks) != 1:
+        raise ArtifactError(f"{name} scores {len(schema.tasks)} tasks; a DLRM that can be compiled scores one")
+    tbes = [part for _, part in module.named_modules() if getattr(part, "original_name", "") == _TBE]
+    if len(tbes) != 1:
+        raise ArtifactError(f"{name} holds {len(tbes)} groups of tables; a DLRM that can be compiled holds one")
+    order = [schema.index[feature] for table in tbes[0].feature_names_per_table for feature in table]
+    layers = _layers(module.state_dict(), name)
+    over = layers["over_arch"]
+    over[0] = Linear(_reordered(over[0].weight, order, dims.copy().pop(), name), over[0].bias)
+    parts = DlrmParts(
+        tuple(layers["dense_arch"]),
+        tuple(over),
+        _lookup(tbes[0], order, name),
+        schema.num_features,
+        dims.pop(),
+        poolings.pop(),
+    )
+    _check_chain(parts, name)
+    return parts
+
+
+def _layers(state: Mapping[str, Tensor], name: str) -> dict[str, list[Linear]]:
+    """The linear layers of each arch, in the order in which they run."""
+    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = _LAYER.fullmatch(key)
+        if match is None:
+            if tensor.is_floating_point() and tensor.numel() and not re.search(r"\btbes\.|embedding_bag", key):
+                raise ArtifactError(f"{name} holds {key}, which a DLRM with dot interaction has no place for")
+            continue
+        arch, number = match[1] or match[3] or match[5], _LAST if match[6] else int(match[2] or match[4])
+        found.setdefault((arch, number), {})[match[7]] = tensor.detach().float().contiguous()
+    layers: dict[str, list[Linear]] = {"dense_arch": [], "over_arch": []}
+    for (arch, _), pair in sorted(found.items()):
+        if set(pair) != {"weight", "bias"}:
+            raise ArtifactError(f"{name}: a linear layer of {arch} has no {'bias' if 'weight' in pair else 'weight'}")
+        layers[arch].append(Linear(pair["weight"], pair["bias"]))
+    if not layers["dense_arch"] or len(layers["over_arch"]) < 2:
+        raise ArtifactError(f"{name} lacks the dense or the over arch of a DLRM; only DLRM artifacts can be compiled")
+    return layers
+
+
+def _reordered(weight: Tensor, order: Sequence[int], dim: int, name: str) -> Tensor:
+    """The over arch's first weight for embeddings in the schema's order, where the module has them in ``order``."""
+    vectors = len(order) + 1
+    pairs = vectors * (vectors - 1) // 2
+    if weight.shape[1] != dim + pairs:
+        raise ArtifactError(
+            f"{name}: the over arch takes {weight.shape[1]} columns where dot interaction of {vectors} vectors of "
+            f"{dim} gives {dim + pairs}; only a DLRM with dot interaction can be compiled"
+        )
+    if list(order) == sorted(order):
+        return weight
+    place = torch.tensor([0, *(position + 1 for position in order)])
+    upper, right = torch.triu_indices(vectors, vectors, offset=1)
+    column = torch.zeros(vectors, vectors, dtype=torch.int64)
+    column[upper, right] = torch.arange(pairs)
+    low, high = torch.minimum(place[upper], place[right]), torch.maximum(place[upper], place[right])
+    moved = weight.clone()
+    moved[:, dim + column[low, high]] = weight[:, dim:]
+    return moved
+
+
+def _lookup(tbe: Any, order: Sequence[int], name: str) -> Lookup:
+    """The tables, their offsets brought into the schema's order."""
+    if set(tbe.weights_tys.tolist()) != {_INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
+        raise ArtifactError(f"{name}: tables are not INT8 with FP16 scale and bias; package the model with INT8 tables")
+    if set(tbe.weights_placements.tolist()) != {_HOST}:
+        raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
+    offsets = dict(zip(order, tbe.weights_offsets.tolist(), strict=True))
+    return Lookup(
+        tbe.weights_host, tuple(offsets[position] for position in range(len(order))), max(int(tbe.row_alignment), 1)
+    )
+
+
+def _check_chain(parts: DlrmParts, name: str) -> None:
+    """Raises ArtifactError unless each layer takes what the one before it gives."""
+    for layers, end in ((parts.dense, parts.dim), (parts.over, 1)):
+        widths = [int(linear.weight.shape[0]) for linear in layers]
+        takes = [int(linear.weight.shape[1]) for linear in layers[1:]]
+        if widths[:-1] != takes or widths[-1] != end:
+            raise ArtifactError(f"{name}: layers of {widths} outputs and {takes} inputs, ending in {end}, do not chain")
+
+
+def _layer(linear: Linear, kind: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(linear.weight.shape[1], linear.weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(linear.weight.to(kind), requires_grad=False)
+    layer.bias = nn.Parameter(linear.bias.to(kind), requires_grad=False)
+    return layer
