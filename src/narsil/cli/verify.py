@@ -14,7 +14,9 @@ from narsil.errors import ArtifactError, ConfigError
 from narsil.models.artifact import open_artifact
 
 if TYPE_CHECKING:
+    from narsil.client import ModelInfo
     from narsil.dataflow import Batch
+    from narsil.models.compiled import Deviation
 
 __all__ = ["command"]
 
@@ -62,19 +64,24 @@ def command(
             return client.predict(batch.dense, ids, lengths, timeout=timeout).scores[task]
 
         found = compare(schema, lambda batch: reference.run(batch)[task], ask, rows)
-    if as_json:
-        click.echo(json.dumps({"model": served.name, "backend": served.backend, **asdict(found)}))
-    else:
-        auc = "" if found.auc is None else f"; AUC {found.auc:.5f}, changed by {found.auc_change:+.1e}"
-        click.echo(
-            f"{served.name} version {served.version} on {target} ({served.backend} backend), {found.rows:,} rows: max "
-            f"deviation {found.max_abs:.2e}, mean {found.mean_abs:.1e}, rank correlation {found.rank_correlation:.6f}{auc}"
-        )
+    _tell(target, served, found, as_json)
     if not found.max_abs <= max_deviation:
         raise ArtifactError(
-            f"served scores deviate by up to {found.max_abs:.2e}, where at most {max_deviation:.0e} is allowed: serve a "
-            "higher precision, or allow more with --max-deviation"
+            f"served scores deviate by up to {found.max_abs:.2e}, where at most {max_deviation:.0e} is allowed: "
+            "serve a higher precision, or allow more with --max-deviation"
         )
+
+
+def _tell(target: str, served: ModelInfo, found: Deviation, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"model": served.name, "backend": served.backend, **asdict(found)}))
+        return
+    click.echo(
+        f"{served.name} version {served.version} on {target} ({served.backend} backend), {found.rows:,} rows: "
+        f"max deviation {found.max_abs:.2e}, mean {found.mean_abs:.1e}, rank correlation {found.rank_correlation:.6f}"
+    )
+    if found.auc is not None:
+        click.echo(f"AUC on {found.labelled_rows:,} labelled rows: {found.auc:.5f}, changed by {found.auc_change:+.1e}")
 
 
 def sample_major(batch: Batch, features: int) -> tuple[Any, Any]:
