@@ -181,7 +181,7 @@ def test_backends_that_cannot_run_say_why(small_artifact: Artifact) -> None:
         load_backend(small_artifact, "torch", "cuda")
     with pytest.raises(DeviceUnavailable, match="the onnx backend runs on the cpu"):
         load_backend(small_artifact, "onnx", "cuda")
-    with pytest.raises(ConfigError, match="backend must be auto, torch or onnx"):
+    with pytest.raises(ConfigError, match="backend must be auto, torch, onnx or compiled"):
         load_backend(small_artifact, "tpu")
 
 
