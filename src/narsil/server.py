@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import signal
 import sys
@@ -84,6 +85,9 @@ class Server:
         )
         began = time.monotonic()
         await asyncio.to_thread(self._engine.start, list(warmup_payloads(backend.schema, settings.max_batch_rows)))
+        # What has been loaded by now lives as long as the server: the garbage collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         log.info("warmed %d lanes in %.1f s", len(backends), time.monotonic() - began)
         model = ServedModel(
             settings.model_name or artifact.name,
