@@ -68,8 +68,7 @@ def test_an_open_loop_charges_the_server_for_the_time_a_request_was_due():
     behaviour = FakeBehaviour(hold=threading.Event())
     with engine_with(behaviour) as engine, grpc_server(engine) as address:
         load = Load(address, WORKLOAD, requests=40, warmup=0, rate=200.0, arrivals="uniform")
-        threading.Timer(0.5, behaviour.hold.set).start()
-        outcome = run_load(load)
+        outcome = run_load(load, on_measure=threading.Timer(0.5, behaviour.hold.set).start)
     assert len(outcome.latencies) == 40
     assert outcome.latencies.max() > 0.15
     assert np.median(outcome.latencies) > 0.05
