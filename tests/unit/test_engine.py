@@ -77,6 +77,20 @@ def test_a_request_larger_than_a_batch_runs_in_pieces_and_comes_back_whole():
         assert behaviour.forwards == [10, 10, 10, 4]
 
 
+@pytest.mark.parametrize("rows", [7, 10, 34])
+def test_padding_rows_reach_no_client_whole_or_in_pieces(rows):
+    class Padding(FakeBackend):
+        def bucket(self, rows):
+            return rows + 3
+
+    engine = Engine([Padding(SCHEMA)], BatchPolicy(max_rows=10))
+    engine.start()
+    features = jagged(rows, seed=rows)
+    scores = submit(engine, features=features).reply.wait().scores["default"]
+    np.testing.assert_array_equal(scores, scores_alone(features))
+    assert engine.drain(30)
+
+
 def test_lanes_run_at_the_same_time():
     behaviour = held()
     with engine_with(behaviour, lanes=2, policy=WORKER) as engine:

@@ -103,7 +103,11 @@ class Lane(threading.Thread):
         )
 
     def _run(self, parts: Sequence[Features]) -> tuple[Scores, float, float]:
-        """One forward: (scores, collate seconds, execute seconds). Raises ForwardFailed on scores of a wrong shape."""
+        """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.
+
+        Raises ForwardFailed on scores of a wrong shape.
+        """
+        rows = sum(part.rows for part in parts)
         begin = perf_counter()
         batch = self._collator.collate(parts)
         collated = perf_counter()
@@ -112,7 +116,8 @@ class Lane(threading.Thread):
             if task not in scores or scores[task].shape != (batch.rows,):
                 found = scores[task].shape if task in scores else "nothing"
                 raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
-        return scores, collated - begin, perf_counter() - collated
+        wanted = {task: values[:rows] for task, values in scores.items()}
+        return wanted, collated - begin, perf_counter() - collated
 
     def _run_in_pieces(self, request: Request) -> tuple[Scores, float, float]:
         """Several forwards for one request, given up between two of them when nobody waits for it any more."""
