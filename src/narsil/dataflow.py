@@ -115,6 +115,10 @@ class Request:
         """B."""
         return self.features.rows
 
+    def expired(self, now: float) -> bool:
+        """Whether its deadline has come."""
+        return self.deadline is not None and self.deadline <= now
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

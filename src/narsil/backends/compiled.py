@@ -23,11 +23,11 @@ from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError
 from narsil.models.artifact import Artifact
 from narsil.models.compiled import CompiledInfo, machine_problem
+from narsil.models.core import HOST, INT8
 from narsil.models.schema import ModelSchema
 
 __all__ = ["CompiledBackend", "why_not"]
 
-_INT8, _HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
 _FP32 = 0  # FBGEMM's SparseType of what the lookup gives
 _POOLING = {"sum": 0, "mean": 1}
 _LEAST_ROWS = 2  # the compiled code's; a single row is scored beside a row of padding
@@ -55,8 +55,8 @@ class Lookup:
             torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
         )
         self._before = (
-            *(weights, nothing, torch.full((tables,), _HOST, dtype=torch.int32)),
-            *(torch.tensor(info.offsets), torch.full((tables,), _INT8, dtype=torch.uint8)),
+            *(weights, nothing, torch.full((tables,), HOST, dtype=torch.int32)),
+            *(torch.tensor(info.offsets), torch.full((tables,), INT8, dtype=torch.uint8)),
             *(torch.arange(0, self.width + 1, info.dim, dtype=torch.int32), self.width),
             *(0, 0, info.dim, 0, 0),  # the largest dim among the tables of each type
         )

@@ -187,11 +187,7 @@ class Engine:
     def _sweep(self) -> list[tuple[Request, Result]]:
         now = self._clock.now()
         cancelled = [request for request in self._queue if request.reply.cancelled]
-        expired = [
-            request
-            for request in self._queue
-            if request.deadline is not None and request.deadline <= now and not request.reply.cancelled
-        ]
+        expired = [request for request in self._queue if request.expired(now) and not request.reply.cancelled]
         return self._end_unrun(expired, cancelled)
 
     def _end_unrun(self, expired: Iterable[Request], cancelled: Iterable[Request]) -> list[tuple[Request, Result]]:

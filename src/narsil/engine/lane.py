@@ -132,7 +132,7 @@ class Lane(threading.Thread):
         """Raises Cancelled or DeadlineExceeded for a request whose client is gone or has given up."""
         if request.reply.cancelled:
             raise Cancelled("the client cancelled the request; its forwards were given up")
-        if request.deadline is not None and request.deadline <= self._now():
+        if request.expired(self._now()):
             raise DeadlineExceeded("the deadline passed between the request's forwards; the others were given up")
 
     def _fail(self, request: Request, error: Exception) -> None:

@@ -46,7 +46,7 @@ def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decis
     for request in queue:
         if request.reply.cancelled:
             cancelled.append(request)
-        elif request.deadline is not None and request.deadline <= now:
+        elif request.expired(now):
             expired.append(request)
         elif take and rows + request.rows > policy.max_rows:
             closed = True

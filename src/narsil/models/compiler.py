@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from narsil.errors import ArtifactError, ConfigError
+from narsil.errors import ArtifactError, ConfigError, first_line
 from narsil.models import artifact as artifacts
 from narsil.models.artifact import Artifact
 from narsil.models.calibration import Calibration
@@ -194,8 +194,7 @@ def _compile(parts: Any, info: CompiledInfo, path: Path) -> None:
             exported = torch.export.export(core, (dense, pooled), dynamic_shapes=({0: rows}, {0: rows}))
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
         except Exception as error:  # Inductor raises its own kinds, and the C++ compiler's
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"AOTInductor could not compile the model: {first}") from error
+            raise ArtifactError(f"AOTInductor could not compile the model: {first_line(error)}") from error
 
 
 def _judge(deviation: Deviation, limit: float, precision: str) -> None:

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from narsil.errors import ArtifactError
 from narsil.models.schema import ModelSchema
-from narsil.models.torchrec import schema_of
+from narsil.models.torchrec import schema_of, table_operators
 
-__all__ = ["Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts"]
+__all__ = ["HOST", "INT8", "Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts"]
 
 Precision = Literal["fp32", "bf16"]
 
-_TBE = "IntNBitTableBatchedEmbeddingBagsCodegen"
-_INT8, _HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
+INT8, HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
 _LAYER = re.compile(
     r"(?:.*\.)?(?:(dense_arch)\.model\._mlp\.(\d+)\._linear|(over_arch)\.model\.0\._mlp\.(\d+)\._linear"
     r"|(over_arch)\.model\.(1))\.(weight|bias)"
@@ -129,7 +128,7 @@ def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
         raise ArtifactError(f"{name} mixes dims or poolings; a DLRM that can be compiled has one of each")
     if len(schema.tasks) != 1:
         raise ArtifactError(f"{name} scores {len(schema.tasks)} tasks; a DLRM that can be compiled scores one")
-    tbes = [part for _, part in module.named_modules() if getattr(part, "original_name", "") == _TBE]
+    tbes = table_operators(module)
     if len(tbes) != 1:
         raise ArtifactError(f"{name} holds {len(tbes)} groups of tables; a DLRM that can be compiled holds one")
     order = [schema.index[feature] for table in tbes[0].feature_names_per_table for feature in table]
@@ -192,9 +191,9 @@ def _reordered(weight: Tensor, order: Sequence[int], dim: int, name: str) -> Ten
 
 def _lookup(tbe: Any, order: Sequence[int], name: str) -> Lookup:
     """The tables, their offsets brought into the schema's order."""
-    if set(tbe.weights_tys.tolist()) != {_INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
+    if set(tbe.weights_tys.tolist()) != {INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
         raise ArtifactError(f"{name}: tables are not INT8 with FP16 scale and bias; package the model with INT8 tables")
-    if set(tbe.weights_placements.tolist()) != {_HOST}:
+    if set(tbe.weights_placements.tolist()) != {HOST}:
         raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
     offsets = dict(zip(order, tbe.weights_offsets.tolist(), strict=True))
     return Lookup(

@@ -59,6 +59,11 @@ def load_torchscript(path: Path, device: str) -> Any:
         raise ArtifactError(f"{path} is a TorchScript archive that torch cannot load: {first_line(error)}") from None
 
 
+def table_operators(module: Any) -> list[Any]:
+    """FBGEMM's operators over quantized tables in a ScriptModule, wherever they stand."""
+    return [part for _, part in module.named_modules() if getattr(part, "original_name", "") == _TBE]
+
+
 def schema_of(module: Any, name: str = "the module") -> tuple[ModelSchema, str]:
     """The schema and the device of a loaded ScriptModule. Raises ArtifactError."""
     try:
@@ -68,7 +73,7 @@ def schema_of(module: Any, name: str = "the module") -> tuple[ModelSchema, str]:
 
 
 def _read_schema(module: Any, name: str) -> tuple[ModelSchema, str]:
-    tbes = [part for _, part in module.named_modules() if getattr(part, "original_name", "") == _TBE]
+    tbes = table_operators(module)
     if not tbes:
         raise ArtifactError(
             f"{name} holds no quantized embedding tables ({_TBE}): it is no DLRM from TorchRec's inference packager"
