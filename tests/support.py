@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from narsil.backends.fake import FakeBackend, FakeBehaviour, fake_scores
 from narsil.clock import Clock
@@ -18,7 +19,8 @@ from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.models.schema import Feature, ModelSchema
-from narsil.transports.base import ServedModel
+from narsil.native import AVAILABLE
+from narsil.transports.base import ServedModel, Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 from narsil.transports.validate import RequestLimits
 
@@ -129,10 +131,13 @@ def engine_with(
 OnLoop = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
+TRANSPORTS = ["grpcio", pytest.param("native", marks=pytest.mark.skipif(not AVAILABLE, reason="built without it"))]
+
+
 @contextmanager
 def grpc_transport(
-    engine: Engine, limits: RequestLimits | None = None, **options: Any
-) -> Iterator[tuple[GrpcAioTransport, str, OnLoop]]:
+    engine: Engine, limits: RequestLimits | None = None, kind: str = "grpcio", **options: Any
+) -> Iterator[tuple[Transport, str, OnLoop]]:
     """The engine behind a real gRPC socket on loopback, on an event loop in a thread of its own.
 
     Yields the transport, its address, and a function that runs a coroutine on that loop.
@@ -144,9 +149,16 @@ def grpc_transport(
     def on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
-    async def make() -> tuple[GrpcAioTransport, str]:
+    async def make() -> tuple[Transport, str]:
         model = ServedModel("fake", "1", "fake", engine.schema, limits or RequestLimits())
-        transport = GrpcAioTransport(engine, model, GrpcOptions(**{"port": 0, **options}))
+        options.setdefault("port", 0)
+        transport: Transport
+        if kind == "native":
+            from narsil.transports.native import NativeOptions, NativeTransport
+
+            transport = NativeTransport(engine, model, NativeOptions(**options))
+        else:
+            transport = GrpcAioTransport(engine, model, GrpcOptions(**options))
         return transport, await transport.start()
 
     try:
@@ -162,7 +174,9 @@ def grpc_transport(
 
 
 @contextmanager
-def grpc_server(engine: Engine, limits: RequestLimits | None = None, **options: Any) -> Iterator[str]:
+def grpc_server(
+    engine: Engine, limits: RequestLimits | None = None, kind: str = "grpcio", **options: Any
+) -> Iterator[str]:
     """As grpc_transport; yields the address alone."""
-    with grpc_transport(engine, limits, **options) as (_, address, _):
+    with grpc_transport(engine, limits, kind, **options) as (_, address, _):
         yield address

@@ -1,2 +1,284 @@
+// The data plane's face in Python; src/narsil/_native.pyi documents it. Nothing here waits while it holds the GIL.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_native, module) { module.doc() = "placeholder"; }
+#include <pybind11/stl.h>
+
+#include <system_error>
+
+#include "native/collate.hpp"
+#include "native/decode.hpp"
+#include "native/encode.hpp"
+#include "native/plane.hpp"
+
+namespace py = pybind11;
+
+namespace narsil {
+namespace {
+
+// A call as Python holds it: with the plane that it is answered through.
+struct Handle {
+  CallPtr call;
+  std::shared_ptr<Plane> plane;
+  std::shared_ptr<const Schema> schema;
+
+  // True for the first answer alone.
+  bool claim() const { return !call->answered.exchange(true); }
+};
+
+struct Gate {
+  std::shared_ptr<Plane> plane;
+  std::shared_ptr<const Schema> schema;
+};
+
+py::bytes body_of(const Handle& self) {
+  const auto& request = self.call->request;
+  return request ? py::bytes(reinterpret_cast<const char*>(request->data()), request->size()) : py::bytes();
+}
+
+// A read-only array over a span of the message, which it keeps alive.
+py::object view(const Handle& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
+  auto* const keeper = new std::shared_ptr<Buffer>(self.call->request);
+  const py::capsule owner(keeper, [](void* pointer) { delete static_cast<std::shared_ptr<Buffer>*>(pointer); });
+  py::array array(py::dtype(kind), std::move(shape), {}, data, owner);
+  array.attr("setflags")(py::arg("write") = false);
+  return std::move(array);
+}
+
+py::tuple arrays_of(const Handle& self) {
+  const Decoded& found = self.call->decoded;
+  if (!found.valid) throw py::value_error("the message was not decoded");
+  const py::ssize_t rows = found.rows, features = self.schema->features();
+  const std::vector<py::ssize_t> bags = found.key_major ? std::vector<py::ssize_t>{features, rows}
+                                                        : std::vector<py::ssize_t>{rows, features};
+  const char* const kind = found.wide ? "<i8" : "<i4";
+  return py::make_tuple(view(self, "<f4", found.dense, {rows, self.schema->dense_dim}),
+                        view(self, kind, found.values, {found.ids}),
+                        found.one_hot ? py::object(py::none()) : view(self, "<i4", found.lengths, bags));
+}
+
+void answer(const Handle& self, std::string framed) {
+  if (!self.claim()) return;
+  self.call->answer = std::move(framed);
+  self.plane->post(self.call);
+}
+
+void answer_scores(const Handle& self, const py::dict& scores, uint64_t requests, uint64_t rows, double queue_s,
+                   double execute_s) {
+  std::vector<TaskScores> tasks;
+  std::vector<py::array> kept;  // what a backend gives in another type or layout is copied, and the copy has to live
+  for (const auto& item : scores) {
+    auto array = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(item.second);
+    if (!array || array.ndim() != 1) throw py::value_error("scores are (B,) float32");
+    tasks.push_back({py::cast<std::string>(item.first), reinterpret_cast<const uint8_t*>(array.data()),
+                     static_cast<size_t>(array.size())});
+    kept.push_back(std::move(array));
+  }
+  const auto microseconds = [](double seconds) { return seconds > 0 ? static_cast<uint64_t>(seconds * 1e6) : 0; };
+  answer(self, self.call->method->kind == Kind::predictor
+                   ? encode_predictor(tasks)
+                   : encode_narsil(tasks, *self.schema, self.call->decoded.request_id,
+                                   {requests, rows, microseconds(queue_s), microseconds(execute_s)}));
+}
+
+void answer_bytes(const Handle& self, const py::bytes& message) {
+  char* data;
+  py::ssize_t size;
+  if (PyBytes_AsStringAndSize(message.ptr(), &data, &size)) throw py::error_already_set();
+  std::string framed;
+  framed.reserve(5 + static_cast<size_t>(size));
+  put_frame_prefix(framed, static_cast<size_t>(size));
+  framed.append(data, static_cast<size_t>(size));
+  answer(self, std::move(framed));
+}
+
+void fail(const Handle& self, int status, std::string message) {
+  if (!self.claim()) return;
+  self.call->status = status;
+  self.call->message = std::move(message);
+  self.plane->post(self.call);
+}
+
+template <class T>
+T* data_of(py::array& array, size_t needed, const char* name) {
+  if (!array.writeable() || !(array.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be writeable and contiguous");
+  if (static_cast<size_t>(array.size()) < needed) throw py::value_error(std::string(name) + " is too short");
+  return static_cast<T*>(array.mutable_data());
+}
+
+void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::array_t<float> dense, py::array values,
+                  const py::object& lengths) {
+  if (handles.empty()) throw py::value_error("no calls");
+  const Schema& schema = *handles.front()->schema;
+  std::vector<const Call*> calls;
+  int64_t own = 0, ids = 0;
+  bool one_hot = true;
+  for (const Handle* handle : handles) {
+    const Decoded& found = handle->call->decoded;
+    if (!found.valid || handle->schema.get() != &schema) throw py::value_error("a call was not decoded by this schema");
+    calls.push_back(handle->call.get());
+    own += found.rows;
+    ids += found.ids;
+    one_hot = one_hot && found.one_hot;
+  }
+  if (own > rows) throw py::value_error("fewer rows than the calls have");
+  if (one_hot != lengths.is_none()) throw py::value_error("lengths are for jagged batches, and for all of them");
+  if (values.dtype().itemsize() != (schema.wide_ids ? 8 : 4) || values.dtype().kind() != 'i')
+    throw py::value_error("values have another type than the schema's ids");
+  const size_t bags = static_cast<size_t>(rows * schema.features());
+  Tensors tensors{};
+  tensors.dense = data_of<float>(dense, static_cast<size_t>(rows * schema.dense_dim), "dense");
+  tensors.values = data_of<void>(values, one_hot ? bags : static_cast<size_t>(ids), "values");
+  if (!one_hot) {
+    auto array = py::cast<py::array_t<int32_t>>(lengths);
+    tensors.lengths = data_of<int32_t>(array, bags, "lengths");
+  }
+  const py::gil_scoped_release release;
+  collate(calls, rows, schema, tensors);
+}
+
+Gate make(const py::dict& methods, int64_t dense_dim, std::vector<int64_t> rows, bool wide_ids, int64_t max_rows,
+          int64_t max_ids, std::string model_name, std::string model_version, const py::dict& limits) {
+  static const std::unordered_map<std::string, Kind> kinds = {
+      {"predictor", Kind::predictor}, {"narsil", Kind::narsil},
+      {"unary", Kind::unary},         {"stream", Kind::stream},
+      {"health_check", Kind::health_check}, {"health_watch", Kind::health_watch}};
+  for (const int64_t limit : rows)
+    if (limit < 1) throw py::value_error("a table has at least one row");
+  if (rows.empty() || dense_dim < 0 || max_rows < 1) throw py::value_error("no schema");
+  Config config;
+  config.schema = {dense_dim, std::move(rows), wide_ids, max_rows, max_ids, std::move(model_name), std::move(model_version)};
+  for (const auto& item : methods) {
+    const auto path = py::cast<std::string>(item.first);
+    config.methods[path] = {path, kinds.at(py::cast<std::string>(item.second))};
+  }
+  const std::unordered_map<std::string, size_t*> counts = {
+      {"max_message", &config.max_message},           {"max_buffered", &config.max_buffered},
+      {"max_streams", &config.max_streams},           {"max_connections", &config.max_connections},
+      {"max_watchers", &config.max_watchers},         {"max_header_bytes", &config.max_header_bytes}, {"max_resets", &config.max_resets}};
+  const std::unordered_map<std::string, double*> seconds = {
+      {"handshake_s", &config.handshake_s}, {"stall_s", &config.stall_s},
+      {"idle_s", &config.idle_s},           {"keepalive_s", &config.keepalive_s},
+      {"keepalive_timeout_s", &config.keepalive_timeout_s}, {"helper_s", &config.helper_s}};
+  for (const auto& item : limits) {
+    const auto name = py::cast<std::string>(item.first);
+    if (counts.count(name)) {
+      *counts.at(name) = py::cast<size_t>(item.second);
+    } else if (seconds.count(name)) {
+      *seconds.at(name) = py::cast<double>(item.second);
+    } else {
+      throw py::value_error("no such limit: " + name);
+    }
+  }
+  auto schema = std::make_shared<const Schema>(config.schema);
+  return {std::make_shared<Plane>(std::move(config)), std::move(schema)};
+}
+
+template <class Get>
+py::tuple arrivals_of(const Gate& self, Get get) {
+  Arrivals arrivals;
+  {
+    const py::gil_scoped_release release;
+    arrivals = get();
+  }
+  py::list calls(arrivals.calls.size());
+  for (size_t i = 0; i < arrivals.calls.size(); ++i)
+    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), self.plane, self.schema});
+  return py::make_tuple(calls, py::cast(arrivals.gone));
+}
+
+py::dict statistics_of(const Gate& self) {
+  Statistics found;
+  size_t connections, calls;
+  {
+    const py::gil_scoped_release release;
+    found = self.plane->statistics();
+    connections = self.plane->open_connections();
+    calls = self.plane->open_calls();
+  }
+  using namespace py::literals;
+  return py::dict("connections"_a = found.connections, "connections_refused"_a = found.connections_refused,
+                  "connections_timed_out"_a = found.connections_timed_out, "calls"_a = found.calls,
+                  "answered"_a = found.answered, "refused"_a = found.refused, "cancelled"_a = found.cancelled,
+                  "reset_floods"_a = found.reset_floods, "messages"_a = found.messages, "bytes_in"_a = found.bytes_in,
+                  "bytes_out"_a = found.bytes_out, "helper_polls"_a = found.helper_polls,
+                  "open_connections"_a = connections, "open_calls"_a = calls);
+}
+
+}  // namespace
+}  // namespace narsil
+
+PYBIND11_MODULE(_native, module) {
+  using namespace narsil;
+  module.doc() = "The native data plane: HTTP/2, gRPC, decoding, collation and encoding.";
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+
+  py::class_<Handle>(module, "Call")
+      .def_property_readonly("id", [](const Handle& self) { return self.call->id; })
+      .def_property_readonly("method", [](const Handle& self) { return self.call->method->path; })
+      .def_property_readonly("arrived", [](const Handle& self) { return self.call->arrived; })
+      .def_property_readonly("deadline", [](const Handle& self) -> py::object {
+        if (self.call->deadline == NEVER) return py::none();
+        return py::float_(self.call->deadline);
+      })
+      .def_property_readonly("size", [](const Handle& self) { return self.call->request ? self.call->request->size() : 0; })
+      .def_property_readonly("body", body_of)
+      .def_property_readonly("decoded", [](const Handle& self) { return self.call->decoded.valid; })
+      .def_property_readonly("rows", [](const Handle& self) { return self.call->decoded.rows; })
+      .def_property_readonly("ids", [](const Handle& self) { return self.call->decoded.ids; })
+      .def_property_readonly("one_hot", [](const Handle& self) { return self.call->decoded.one_hot; })
+      .def_property_readonly("key_major", [](const Handle& self) { return self.call->decoded.key_major; })
+      .def_property_readonly("cancelled", [](const Handle& self) { return self.call->cancelled.load(); })
+      .def("arrays", arrays_of)
+      .def("answer_scores", answer_scores)
+      .def("answer", answer_bytes)
+      .def("fail", fail);
+
+  py::class_<Gate>(module, "Plane")
+      .def(py::init(&make), py::arg("methods"), py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"),
+           py::arg("max_rows"), py::arg("max_ids"), py::arg("model_name"), py::arg("model_version"),
+           py::arg("limits") = py::dict())
+      .def("listen_tcp",
+           [](const Gate& self, const std::string& host, int port, bool reuse_port) {
+             const py::gil_scoped_release release;
+             return self.plane->listen_tcp(host, port, reuse_port);
+           },
+           py::arg("host"), py::arg("port"), py::arg("reuse_port") = false)
+      .def("listen_unix", [](const Gate& self, const std::string& path) {
+        const py::gil_scoped_release release;
+        self.plane->listen_unix(path);
+      })
+      .def("poll",
+           [](const Gate& self, const py::object& timeout) {
+             const double seconds = timeout.is_none() ? NEVER : py::cast<double>(timeout);
+             return arrivals_of(self, [&] { return self.plane->poll(seconds); });
+           })
+      .def("attend", [](const Gate& self) { return arrivals_of(self, [&] { return self.plane->attend(); }); })
+      .def("wake", [](const Gate& self) { self.plane->wake(); })
+      .def("flush", [](const Gate& self) {
+        const py::gil_scoped_release release;
+        self.plane->flush();
+      })
+      .def("retire", [](const Gate& self) {
+        const py::gil_scoped_release release;
+        self.plane->retire();
+      })
+      .def("refuse", [](const Gate& self, const std::string& why) {
+        const py::gil_scoped_release release;
+        self.plane->refuse(why);
+      })
+      .def("stop", [](const Gate& self, double grace) {
+        const py::gil_scoped_release release;
+        self.plane->stop(grace);
+      })
+      .def("statistics", statistics_of);
+
+  module.def("collate", collate_into, py::arg("calls"), py::arg("rows"), py::arg("dense"), py::arg("values"),
+             py::arg("lengths"));
+}

@@ -62,7 +62,10 @@ class ServeSettings(BaseSettings):
     max_batch_rows: int = Field(
         4096, ge=1, le=1 << 24, description="Rows per forward at most; larger requests are split."
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    transport: Literal["auto", "native", "grpcio"] = Field(
+        "auto", description="What speaks gRPC; auto: the native data plane where it was built, grpcio for TLS."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, or unix:PATH.")
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_queue_requests: int = Field(1024, ge=1, description="Requests that may wait; more are refused at once.")
     max_queue_rows: int = Field(131_072, ge=1, description="Rows that may wait.")
@@ -93,6 +96,8 @@ class ServeSettings(BaseSettings):
             raise ValueError("tls_certificate and tls_key go together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.tls_certificate is not None and self.transport == "native":
+            raise ValueError("transport native has no TLS; use grpcio, or a proxy in front")
         return self
 
     @property

@@ -72,6 +72,11 @@ class Features:
     sparse: OneHot | Jagged
 
     @property
+    def ids(self) -> int:
+        """N: ids in all bags together."""
+        return self.sparse.count
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the arrays hold, shared or not."""
         sparse = self.sparse
@@ -82,6 +87,28 @@ class Features:
     def slice(self, start: int, stop: int) -> Features:
         """Rows start .. stop - 1, as views."""
         return Features(stop - start, self.dense[start:stop], self.sparse.slice(start, stop))
+
+    def portable(self) -> Features:
+        """See Payload.portable."""
+        return self
+
+
+class Payload(Protocol):
+    """A request's rows, already validated, wherever they lie: Features, or a message that native code has read."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+
+    @property
+    def ids(self) -> int:
+        """N: ids in all bags together."""
+
+    def slice(self, start: int, stop: int) -> Features:
+        """Rows start .. stop - 1, as views."""
+
+    def portable(self) -> Features:
+        """The same rows as arrays."""
 
 
 class Reply(Protocol):
@@ -103,7 +130,7 @@ class Reply(Protocol):
 class Request:
     """One client request: features, when it came, when it stops mattering, and where its result goes."""
 
-    features: Features
+    features: Payload
     reply: Reply
     arrived: float  # seconds on the engine's clock
     deadline: float | None = None  # seconds on the engine's clock

@@ -26,6 +26,7 @@ from narsil.engine.scheduler import BatchPolicy
 from narsil.errors import ConfigError
 from narsil.models.artifact import Artifact, open_artifact
 from narsil.models.schema import ModelSchema
+from narsil.native import AVAILABLE, MISSING
 from narsil.transports.base import ServedModel, Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 from narsil.transports.validate import RequestLimits
@@ -96,7 +97,7 @@ class Server:
             backend.schema,
             RequestLimits(settings.max_request_rows, settings.max_request_ids),
         )
-        self._transport = GrpcAioTransport(self._engine, model, grpc_options(settings))
+        self._transport = make_transport(self._engine, model, settings)
         try:
             return await self._transport.start()
         except OSError as error:
@@ -171,6 +172,26 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
         for _ in range(2):
             yield Features(rows, dense, OneHot(ids))
             yield Features(rows, dense, Jagged(values, starts, lengths))
+
+
+def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) -> Transport:
+    """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
+    if settings.transport == "native" and not AVAILABLE:
+        raise ConfigError(
+            f"--transport native: {MISSING}. Install a C++ compiler and libnghttp2 with its header (Debian: "
+            "libnghttp2-dev), then install Narsil again"
+        )
+    if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
+        log.info("transport: grpcio")
+        return GrpcAioTransport(engine, model, grpc_options(settings))
+    from narsil.transports.native import NativeOptions, NativeTransport
+
+    log.info("transport: native")
+    return NativeTransport(
+        engine,
+        model,
+        NativeOptions(settings.host, settings.port, settings.max_message_bytes, settings.max_queue_bytes),
+    )
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:

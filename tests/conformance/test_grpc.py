@@ -26,6 +26,7 @@ from narsil.transports.validate import RequestLimits
 from tests.support import (
     PATIENCE_S,
     SCHEMA,
+    TRANSPORTS,
     engine_with,
     grpc_server,
     grpc_transport,
@@ -39,11 +40,17 @@ from tests.support import (
 WORKER = BatchPolicy(max_requests=1)
 
 
+@pytest.fixture(params=TRANSPORTS)
+def kind(request) -> str:
+    """The transport under test."""
+    return request.param
+
+
 @contextmanager
-def serving(behaviour=None, *, limits=None, message_bytes=16 << 20, **engine) -> Iterator[tuple[str, object]]:
+def serving(kind, behaviour=None, *, limits=None, message_bytes=16 << 20, **engine) -> Iterator[tuple[str, object]]:
     with (
         engine_with(behaviour, **engine) as made,
-        grpc_server(made, limits, max_message_bytes=message_bytes) as address,
+        grpc_server(made, limits, kind, max_message_bytes=message_bytes) as address,
     ):
         try:
             yield address, made
@@ -62,15 +69,15 @@ def predict_torchrec(channel: grpc.Channel, features, timeout: float = PATIENCE_
 
 
 @pytest.mark.parametrize("make", [one_hot, jagged])
-def test_a_torchrec_client_gets_its_rows_scores(make):
-    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+def test_a_torchrec_client_gets_its_rows_scores(kind, make):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         for rows in (1, 7, 300):
             features = make(rows, rows)
             np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
 
 
-def test_narsil_s_client_gets_its_rows_scores_and_how_they_came_about():
-    with serving() as (address, _), narsil.Client(address) as client:
+def test_narsil_s_client_gets_its_rows_scores_and_how_they_came_about(kind):
+    with serving(kind) as (address, _), narsil.Client(address) as client:
         features = one_hot(5)
         prediction = client.predict(features.dense, features.sparse.ids.T, request_id="r1", model="fake", version="1")
         np.testing.assert_array_equal(prediction.scores["default"], scores_alone(features))
@@ -78,7 +85,7 @@ def test_narsil_s_client_gets_its_rows_scores_and_how_they_came_about():
         assert (prediction.batch_requests, prediction.batch_rows) == (1, 5)
 
 
-def test_the_asyncio_client_does_the_same():
+def test_the_asyncio_client_does_the_same(kind):
     async def body(address: str) -> None:
         async with narsil.AsyncClient(address) as client:
             features = [one_hot(5, seed) for seed in range(20)]
@@ -89,12 +96,12 @@ def test_the_asyncio_client_does_the_same():
             with pytest.raises(InvalidRequest, match="batch_size is 0"):
                 await client.predict(np.zeros((0, 3)), np.zeros((0, 4), int))
 
-    with serving() as (address, _):
+    with serving(kind) as (address, _):
         run(body(address))
 
 
-def test_a_context_is_sent_once_and_counts_for_every_row():
-    with serving() as (address, _), narsil.Client(address) as client:
+def test_a_context_is_sent_once_and_counts_for_every_row(kind):
+    with serving(kind) as (address, _), narsil.Client(address) as client:
         whole = client.predict(np.ones((3, 3)), [[9, 1, 2, 3], [9, 4, 5, 6], [9, 0, 0, 0]])
         split = client.predict(
             np.ones((3, 2)),
@@ -104,15 +111,15 @@ def test_a_context_is_sent_once_and_counts_for_every_row():
         np.testing.assert_array_equal(split.scores["default"], whole.scores["default"])
 
 
-def test_the_model_s_schema_can_be_asked_for():
-    with serving() as (address, _), narsil.Client(address) as client:
+def test_the_model_s_schema_can_be_asked_for(kind):
+    with serving(kind) as (address, _), narsil.Client(address) as client:
         info = client.model()
         assert (info.name, info.version, info.backend, info.schema) == ("fake", "1", "fake", SCHEMA)
 
 
-def test_requests_in_flight_share_a_forward_and_each_gets_its_own_scores():
+def test_requests_in_flight_share_a_forward_and_each_gets_its_own_scores(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
-    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+    with serving(kind, behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
         call = channel.unary_unary(predictor.METHOD)
         features = [make(rows, rows) for rows in (1, 5, 30) for make in (one_hot, jagged)]
         first = call.future(predictor_body(one_hot(1)))
@@ -127,7 +134,7 @@ def test_requests_in_flight_share_a_forward_and_each_gets_its_own_scores():
         assert behaviour.forwards == [1, 72]
 
 
-def test_many_channels_and_both_wires_at_once_never_mix_rows_up():
+def test_many_channels_and_both_wires_at_once_never_mix_rows_up(kind):
     def client(address: str, seed: int, wrong: list[int]) -> None:
         with (
             grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel,
@@ -144,7 +151,7 @@ def test_many_channels_and_both_wires_at_once_never_mix_rows_up():
                         wrong.append(number)
 
     wrong: list[int] = []
-    with serving(lanes=2) as (address, engine):
+    with serving(kind, lanes=2) as (address, engine):
         threads = [threading.Thread(target=client, args=(address, seed, wrong)) for seed in range(8)]
         for thread in threads:
             thread.start()
@@ -154,16 +161,19 @@ def test_many_channels_and_both_wires_at_once_never_mix_rows_up():
         assert engine.statistics().answered == 8 * (25 + 12)
 
 
-def test_a_request_beyond_the_largest_batch_is_answered_whole():
+def test_a_request_beyond_the_largest_batch_is_answered_whole(kind):
     behaviour = FakeBehaviour()
-    with serving(behaviour, policy=BatchPolicy(max_rows=64)) as (address, _), grpc.insecure_channel(address) as channel:
+    with (
+        serving(kind, behaviour, policy=BatchPolicy(max_rows=64)) as (address, _),
+        grpc.insecure_channel(address) as channel,
+    ):
         features = jagged(1000, 1)
         np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
         assert max(behaviour.forwards) == 64
 
 
-def test_a_broken_payload_is_invalid_argument_and_names_what_is_wrong():
-    with serving() as (address, engine), grpc.insecure_channel(address) as channel:
+def test_a_broken_payload_is_invalid_argument_and_names_what_is_wrong(kind):
+    with serving(kind) as (address, engine), grpc.insecure_channel(address) as channel:
         bad = one_hot(3)
         bad.sparse.ids[1, 2] = 7
         with pytest.raises(grpc.RpcError) as caught:
@@ -173,25 +183,25 @@ def test_a_broken_payload_is_invalid_argument_and_names_what_is_wrong():
         assert engine.statistics().submitted == 0
 
 
-def test_an_unknown_model_or_version_is_not_found():
-    with serving() as (address, _), narsil.Client(address) as client:
+def test_an_unknown_model_or_version_is_not_found(kind):
+    with serving(kind) as (address, _), narsil.Client(address) as client:
         for names in ({"model": "other"}, {"version": "9"}):
             with pytest.raises(ModelNotFound, match="is not served here"):
                 client.predict(np.zeros((1, 3)), np.zeros((1, 4), int), **names)
 
 
-def test_an_unknown_method_is_unimplemented():
-    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+def test_an_unknown_method_is_unimplemented(kind):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/predictor.Predictor/Train")(b"", timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_full_queue_is_resource_exhausted_at_once():
+def test_a_full_queue_is_resource_exhausted_at_once(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
     with (
         engine_with(behaviour, policy=WORKER, limits=QueueLimits(max_requests=1)) as engine,
-        grpc_server(engine) as address,
+        grpc_server(engine, kind=kind) as address,
         narsil.Client(address) as client,
         grpc.insecure_channel(address) as channel,
     ):
@@ -207,10 +217,10 @@ def test_a_full_queue_is_resource_exhausted_at_once():
         assert waiting.result(PATIENCE_S)
 
 
-def test_a_deadline_that_passes_in_the_queue_is_told_and_the_request_never_runs():
+def test_a_deadline_that_passes_in_the_queue_is_told_and_the_request_never_runs(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
     with (
-        serving(behaviour) as (address, engine),
+        serving(kind, behaviour) as (address, engine),
         narsil.Client(address) as client,
         grpc.insecure_channel(address) as channel,
     ):
@@ -225,9 +235,9 @@ def test_a_deadline_that_passes_in_the_queue_is_told_and_the_request_never_runs(
         assert behaviour.forwards == [1, 2]
 
 
-def test_a_cancelled_request_never_runs():
+def test_a_cancelled_request_never_runs(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
-    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+    with serving(kind, behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
         call = channel.unary_unary(predictor.METHOD)
         running = call.future(predictor_body(one_hot(1)))
         wait_until(lambda: behaviour.forwards == [1])
@@ -241,9 +251,9 @@ def test_a_cancelled_request_never_runs():
         assert behaviour.forwards == [1, 2]
 
 
-def test_a_client_that_goes_away_while_its_request_runs_harms_nobody():
+def test_a_client_that_goes_away_while_its_request_runs_harms_nobody(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
-    with serving(behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
+    with serving(kind, behaviour) as (address, engine), grpc.insecure_channel(address) as channel:
         call = channel.unary_unary(predictor.METHOD)
         gone = call.future(predictor_body(one_hot(1)))
         wait_until(lambda: behaviour.forwards == [1])
@@ -254,9 +264,9 @@ def test_a_client_that_goes_away_while_its_request_runs_harms_nobody():
         assert engine.statistics().answered == 2
 
 
-def test_a_failed_forward_is_internal_for_the_guilty_alone():
+def test_a_failed_forward_is_internal_for_the_guilty_alone(kind):
     behaviour = FakeBehaviour(fail_if=lambda batch: bool((batch.dense == 13.0).any()))
-    with serving(behaviour) as (address, _), narsil.Client(address) as client:
+    with serving(kind, behaviour) as (address, _), narsil.Client(address) as client:
         dense = np.zeros((2, 3))
         dense[1, 1] = 13.0
         with pytest.raises(ForwardFailed, match=r"failed on this request \(RuntimeError\)"):
@@ -264,27 +274,27 @@ def test_a_failed_forward_is_internal_for_the_guilty_alone():
         assert client.predict(np.zeros((2, 3)), np.zeros((2, 4), int)).scores["default"].tolist() == [0.0, 0.0]
 
 
-def test_a_message_beyond_the_limit_is_refused_and_one_just_below_it_is_served():
-    with serving(message_bytes=64 * 1024) as (address, _), grpc.insecure_channel(address) as channel:
+def test_a_message_beyond_the_limit_is_refused_and_one_just_below_it_is_served(kind):
+    with serving(kind, message_bytes=64 * 1024) as (address, _), grpc.insecure_channel(address) as channel:
         assert len(predict_torchrec(channel, one_hot(1000))) == 1000
         with pytest.raises(grpc.RpcError) as caught:
             predict_torchrec(channel, one_hot(1500))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_request_of_more_rows_than_allowed_is_refused_before_anything_of_its_size_is_made():
-    with serving(limits=RequestLimits(max_rows=10)) as (address, _), narsil.Client(address) as client:
+def test_a_request_of_more_rows_than_allowed_is_refused_before_anything_of_its_size_is_made(kind):
+    with serving(kind, limits=RequestLimits(max_rows=10)) as (address, _), narsil.Client(address) as client:
         nothing = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
         assert len(client.predict(np.zeros((10, 0)), np.zeros((10, 0), int), context=nothing).scores["default"]) == 10
         with pytest.raises(InvalidRequest, match="batch_size is 11; it must be 1 to 10 rows"):
             client.predict(np.zeros((11, 0)), np.zeros((11, 0), int), context=nothing)
 
 
-def test_arbitrary_bytes_never_end_the_server():
+def test_arbitrary_bytes_never_end_the_server(kind):
     random = np.random.default_rng(0)
     good = [predictor_body(jagged(3, 1)), build_request(np.zeros((2, 3)), np.zeros((2, 4), int))]
     ended: set[grpc.StatusCode] = set()
-    with serving() as (address, engine), grpc.insecure_channel(address) as channel:
+    with serving(kind) as (address, engine), grpc.insecure_channel(address) as channel:
         for number in range(300):
             body = bytearray(good[number % 2]) if number % 3 else bytearray(random.bytes(int(random.integers(0, 200))))
             for position in random.integers(0, max(1, len(body)), 3):
@@ -298,10 +308,10 @@ def test_arbitrary_bytes_never_end_the_server():
         assert engine.statistics().failed == 0
 
 
-def test_health_says_serving_and_once_retired_not_serving():
+def test_health_says_serving_and_once_retired_not_serving(kind):
     with (
         engine_with() as engine,
-        grpc_transport(engine) as (transport, address, on_loop),
+        grpc_transport(engine, kind=kind) as (transport, address, on_loop),
         grpc.insecure_channel(address) as channel,
     ):
         health = health_pb2_grpc.HealthStub(channel)
@@ -318,13 +328,13 @@ def test_health_says_serving_and_once_retired_not_serving():
         assert {status(service) for service in services} == {health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
-def test_a_health_watcher_is_told_of_the_change_and_its_call_ends():
+def test_a_health_watcher_is_told_of_the_change_and_its_call_ends(kind):
     async def retire() -> None:
         transport.retire()
 
     with (
         engine_with() as engine,
-        grpc_transport(engine) as (transport, address, on_loop),
+        grpc_transport(engine, kind=kind) as (transport, address, on_loop),
         grpc.insecure_channel(address) as channel,
     ):
         stub = health_pb2_grpc.HealthStub(channel)
@@ -337,9 +347,9 @@ def test_a_health_watcher_is_told_of_the_change_and_its_call_ends():
         assert list(unknown) == []
 
 
-def test_health_watchers_are_bounded(monkeypatch):
+def test_health_watchers_are_bounded(kind, monkeypatch):
     monkeypatch.setattr("narsil.transports.health.MAX_WATCHERS", 2)
-    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S) for _ in range(2)]
         for watch in watches:
@@ -352,21 +362,21 @@ def test_health_watchers_are_bounded(monkeypatch):
             watch.cancel()
 
 
-def test_what_should_not_happen_is_internal_and_tells_the_client_nothing(monkeypatch, caplog):
+def test_what_should_not_happen_is_internal_and_tells_the_client_nothing(kind, monkeypatch, caplog):
     def broken(*_: object) -> None:
         raise ValueError("/a/path/of/the/server")
 
     monkeypatch.setattr(predictor, "decode", broken)
-    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            predict_torchrec(channel, one_hot(1))
+            channel.unary_unary(predictor.METHOD)(b"", timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert "/a/path" not in caught.value.details()
     assert "/a/path/of/the/server" in caplog.text
 
 
-def test_a_draining_engine_is_unavailable_while_the_transport_still_answers():
-    with engine_with() as engine, grpc_server(engine) as address, grpc.insecure_channel(address) as channel:
+def test_a_draining_engine_is_unavailable_while_the_transport_still_answers(kind):
+    with engine_with() as engine, grpc_server(engine, kind=kind) as address, grpc.insecure_channel(address) as channel:
         assert engine.drain(PATIENCE_S)
         with pytest.raises(grpc.RpcError) as caught:
             predict_torchrec(channel, one_hot(1))
@@ -374,8 +384,8 @@ def test_a_draining_engine_is_unavailable_while_the_transport_still_answers():
         assert "shutting down" in caught.value.details()
 
 
-def test_reflection_lists_the_services_and_describes_their_messages():
-    with serving() as (address, _), grpc.insecure_channel(address) as channel:
+def test_reflection_lists_the_services_and_describes_their_messages(kind):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
@@ -388,10 +398,10 @@ def test_reflection_lists_the_services_and_describes_their_messages():
         assert all(reply.file_descriptor_response.file_descriptor_proto for reply in files)
 
 
-def test_stopping_finishes_what_is_in_flight():
+def test_stopping_finishes_what_is_in_flight(kind):
     behaviour = FakeBehaviour(hold=threading.Event())
     with engine_with(behaviour) as engine:
-        with grpc_server(engine) as address:
+        with grpc_server(engine, kind=kind) as address:
             channel = grpc.insecure_channel(address)
             call = channel.unary_unary(predictor.METHOD)
             features = one_hot(3)
@@ -403,8 +413,8 @@ def test_stopping_finishes_what_is_in_flight():
         channel.close()
 
 
-def test_a_port_that_is_taken_is_an_error():
-    with serving() as (address, engine):
+def test_a_port_that_is_taken_is_an_error(kind):
+    with serving(kind) as (address, engine):
         port = int(address.rpartition(":")[2])
-        with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1"), grpc_server(engine, port=port):
+        with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1"), grpc_server(engine, kind=kind, port=port):
             pass

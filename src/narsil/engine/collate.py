@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.dataflow import Batch, Features, Floats, Ints, Jagged, OneHot
+from narsil.dataflow import Batch, Features, Floats, Ints, Jagged, OneHot, Payload
 from narsil.models.schema import ModelSchema
+from narsil.native import NativeFeatures, all_native
 
 
 class Collator:
@@ -25,15 +26,43 @@ class Collator:
         self._dense = np.empty(0, dtype=np.float32)
         self._values: Ints = np.empty(0, dtype=schema.id_dtype)
         self._ones = np.ones(0, dtype=np.int32)
+        self._lengths = np.empty(0, dtype=np.int32)
 
-    def collate(self, parts: Sequence[Features]) -> Batch:
-        """Fuses parts in the given order: row i of part p becomes row ``sum of rows before p`` + i. Padding follows."""
-        rows = self._bucket(sum(part.rows for part in parts))
+    def collate(self, payloads: Sequence[Payload]) -> Batch:
+        """Fuses payloads in the given order: row i of part p becomes row ``sum of rows before p`` + i. Padding
+        follows."""
+        rows = self._bucket(sum(part.rows for part in payloads))
+        if all_native(payloads):
+            return self._native_batch(payloads, rows)
+        parts = [part.portable() for part in payloads]
         dense = self._fuse_dense(parts, rows)
         one_hot = [part.sparse for part in parts if isinstance(part.sparse, OneHot)]
         if len(one_hot) == len(parts):
             return self._one_hot_batch(one_hot, rows, dense)
         return self._jagged_batch([_jagged(part.sparse) for part in parts], rows, dense)
+
+    def _native_batch(self, parts: Sequence[NativeFeatures], rows: int) -> Batch:
+        from narsil._native import collate
+
+        calls = [part.call for part in parts]
+        width, bags = self._schema.dense_dim, self._schema.num_features * rows
+        one_hot = all(call.one_hot for call in calls)
+        count = bags if one_hot else sum(part.ids for part in parts)
+        self._dense = _grown(self._dense, rows * width)
+        self._values = _grown(self._values, count)
+        if one_hot:
+            lengths = self._all_ones(bags)
+        else:
+            self._lengths = _grown(self._lengths, bags)
+            lengths = self._lengths[:bags]
+        collate(calls, rows, self._dense, self._values, None if one_hot else lengths)
+        dense = self._dense[: rows * width].reshape(rows, width)
+        return Batch(rows, dense, lengths, self._values[:count], one_hot)
+
+    def _all_ones(self, count: int) -> Ints:
+        if len(self._ones) < count:
+            self._ones = np.ones(2 * count, dtype=np.int32)
+        return self._ones[:count]
 
     def _fuse_dense(self, parts: Sequence[Features], rows: int) -> Floats:
         width = self._schema.dense_dim
@@ -56,9 +85,7 @@ class Collator:
             values[:, start:stop] = part.ids
             start = stop
         values[:, start:] = 0
-        if len(self._ones) < count:
-            self._ones = np.ones(2 * count, dtype=np.int32)
-        return Batch(rows, dense, self._ones[:count], values.reshape(count), one_hot=True)
+        return Batch(rows, dense, self._all_ones(count), values.reshape(count), one_hot=True)
 
     def _jagged_batch(self, parts: Sequence[Jagged], rows: int, dense: Floats) -> Batch:
         padding = rows - sum(part.lengths.shape[1] for part in parts)

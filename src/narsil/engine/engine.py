@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from narsil.backends.base import Backend
 from narsil.clock import Clock, MonotonicClock
@@ -18,9 +19,11 @@ from narsil.dataflow import Features, Request, Result, StageTimes
 from narsil.engine.lane import Lane
 from narsil.engine.queue import QueueLimits, RequestQueue
 from narsil.engine.scheduler import BatchPolicy, schedule
-from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, RequestError
+from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, QueueFull, RequestError
 
 log = logging.getLogger(__name__)
+
+DRAINING = "the server is shutting down; retry on another one"
 
 
 @dataclass(slots=True)
@@ -37,6 +40,22 @@ class EngineStatistics:
     rows: int = 0  # of all batches
     queued: int = 0
     running: int = 0
+
+
+class Source(Protocol):
+    """Requests that idle lanes fetch by themselves: a transport that has no thread of its own.
+
+    Every method may be called from any thread, and ``poll`` by several lanes at once.
+    """
+
+    def poll(self, timeout: float | None) -> Sequence[Request]:
+        """Requests that have arrived. Waits for some until ``timeout`` seconds have passed or ``wake`` was called."""
+
+    def wake(self) -> None:
+        """Has one running poll, or the next, return."""
+
+    def close(self, why: str) -> None:
+        """No lane will poll any more: what comes from now on is refused with this text, as Draining is."""
 
 
 class Engine:
@@ -64,10 +83,12 @@ class Engine:
         # Lanes that wait for work, each on its own condition. The one that ran last is woken first: its core's caches
         # still hold the weights, and under light load the others sleep on.
         self._sleeping: list[threading.Condition] = []
+        self._source: Source | None = None
+        self._polling = 0  # lanes that wait in the source, rather than on a condition
         self._draining = False
         self._stats = EngineStatistics()
         self._lanes = [
-            Lane(f"lane-{i}", backend, self._policy.max_rows, self._source(), self._settle, self._clock.now)
+            Lane(f"lane-{i}", backend, self._policy.max_rows, self._take_of_one_lane(), self._settle, self._clock.now)
             for i, backend in enumerate(backends)
         ]
 
@@ -92,19 +113,20 @@ class Engine:
         ended: list[tuple[Request, Result]] = []
         try:
             with self._lock:
-                self._stats.submitted += 1
-                try:
-                    if self._draining:
-                        raise Draining("the server is shutting down; retry on another one")
-                    if not self._queue.has_room_for(request):
-                        ended = self._sweep()
-                    self._queue.add(request)
-                except RequestError:
-                    self._stats.rejected += 1
-                    raise
+                self._admit(request, ended)
                 self._wake(1)
         finally:
             _deliver(ended)
+
+    def attach(self, source: Source | None) -> None:
+        """Has idle lanes poll this source from now on, or none; there is one at most. Requests come by ``submit`` too.
+
+        What the source gives but the queue refuses is delivered as a Result with the error that ``submit`` would
+        raise.
+        """
+        with self._lock:
+            self._wake(len(self._lanes))  # they come back to the new one
+            self._source = source
 
     def cancel(self, request: Request) -> bool:
         """Takes a request back: it frees its place at once and never runs. False when it runs already or has ended."""
@@ -122,7 +144,9 @@ class Engine:
         """
         with self._lock:
             self._draining = True
-            self._wake(len(self._sleeping))
+            if self._source is not None:
+                self._source.close(DRAINING)
+            self._wake(len(self._lanes))
             done = self._idle.wait_for(self._is_idle, timeout)
         if done:
             for lane in self._lanes:
@@ -135,18 +159,32 @@ class Engine:
         with self._lock:
             return replace(self._stats, queued=len(self._queue))
 
-    def _source(self) -> Callable[[], Sequence[Request] | None]:
+    def _take_of_one_lane(self) -> Callable[[], Sequence[Request] | None]:
         """A ``take`` for one lane, with the condition on which it sleeps."""
         return partial(self._take, threading.Condition(self._lock))
 
     def _take(self, woken: threading.Condition) -> Sequence[Request] | None:
-        """What the calling lane runs next; waits for it on ``woken``. None ends the lane."""
+        """What the calling lane runs next; waits for it in the source, or on ``woken``. None ends the lane."""
+        arrived = self._source.poll(0.0) if self._source is not None else ()
+        polled = False
         while True:
+            wait: float | None = None
             with self._lock:
+                if polled:
+                    self._polling -= 1
+                    polled = False
+                ended: list[tuple[Request, Result]] = []
+                for request in arrived:
+                    try:
+                        self._admit(request, ended)
+                    except RequestError as error:
+                        ended.append((request, Result(error=error)))
+                arrived = ()
                 # While draining no company can come: nobody waits for it.
                 policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
-                decision = schedule(self._queue, policy, self._clock.now())
-                ended = self._end_unrun(decision.expired, decision.cancelled)
+                now = self._clock.now()
+                decision = schedule(self._queue, policy, now)
+                ended += self._end_unrun(decision.expired, decision.cancelled)
                 for request in decision.take:
                     self._queue.remove(request)
                 if decision.take:
@@ -157,16 +195,44 @@ class Engine:
                         self._wake(1)
                 elif not ended:
                     if self._draining and not len(self._queue):
+                        self._wake(1)  # for the same reason
                         return None
-                    self._sleeping.append(woken)
-                    self._clock.wait(woken, decision.wake_at)
-                    if woken in self._sleeping:  # its time came, rather than work
-                        self._sleeping.remove(woken)
-                    continue
+                    if self._source is None:
+                        self._sleep(woken, decision.wake_at)
+                        continue
+                    self._polling += 1
+                    polled = True
+                    wait = None if decision.wake_at is None else max(0.0, decision.wake_at - now)
                 self._signal_if_idle()
             _deliver(ended)
             if decision.take:
                 return decision.take
+            if polled and self._source is not None:
+                arrived = self._source.poll(wait)
+
+    def _sleep(self, woken: threading.Condition, until: float | None) -> None:
+        self._sleeping.append(woken)
+        self._clock.wait(woken, until)
+        if woken in self._sleeping:  # its time came, rather than work
+            self._sleeping.remove(woken)
+
+    def _admit(self, request: Request, ended: list[tuple[Request, Result]]) -> None:
+        """Queues the request or raises. Whom it displaces, dead requests alone, is appended to ``ended``."""
+        self._stats.submitted += 1
+        try:
+            if self._draining:
+                raise Draining(DRAINING)
+            try:
+                self._queue.add(request)
+            except QueueFull:
+                swept = self._sweep()
+                if not swept:
+                    raise
+                ended += swept
+                self._queue.add(request)
+        except RequestError:
+            self._stats.rejected += 1
+            raise
 
     def _settle(self, results: Sequence[tuple[Request, Result]]) -> None:
         with self._lock:
@@ -207,9 +273,12 @@ class Engine:
         return ended
 
     def _wake(self, lanes: int) -> None:
-        """Wakes so many sleeping lanes, the last to sleep first."""
+        """Wakes so many idle lanes, the last to sleep first."""
         for _ in range(min(lanes, len(self._sleeping))):
             self._sleeping.pop().notify()
+        if self._source is not None:
+            for _ in range(min(lanes, self._polling)):
+                self._source.wake()
 
     def _is_idle(self) -> bool:
         return not len(self._queue) and not self._stats.running
@@ -217,7 +286,7 @@ class Engine:
     def _signal_if_idle(self) -> None:
         if self._draining and self._is_idle():
             self._idle.notify_all()
-            self._wake(len(self._sleeping))
+            self._wake(len(self._lanes))
 
 
 def _deliver(results: Iterable[tuple[Request, Result]]) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from time import perf_counter
 
 from narsil.backends.base import Backend
-from narsil.dataflow import Features, Request, Result, Scores, StageTimes
+from narsil.dataflow import Features, Payload, Request, Result, Scores, StageTimes
 from narsil.engine.collate import Collator
 from narsil.engine.split import join, split
 from narsil.errors import Cancelled, DeadlineExceeded, ForwardFailed, RequestError
@@ -102,7 +102,7 @@ class Lane(threading.Thread):
             ]
         )
 
-    def _run(self, parts: Sequence[Features]) -> tuple[Scores, float, float]:
+    def _run(self, parts: Sequence[Payload]) -> tuple[Scores, float, float]:
         """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.
 
         Raises ForwardFailed on scores of a wrong shape.

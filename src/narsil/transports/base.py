@@ -12,10 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from narsil.dataflow import Features, Request, Result
+from narsil.engine.engine import Source
 from narsil.errors import ModelNotFound
 from narsil.models.schema import ModelSchema
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.validate import RequestLimits
+
+UNIX = "unix:"  # a host that begins so is the path of a Unix socket
+MAX_STREAMS = 1024  # calls in flight on one connection; clients queue more on their side
+SERVICES = tuple(method.split("/")[1] for method in (predictor.METHOD, narsil_v1.METHOD))
 
 
 class EngineLike(Protocol):
@@ -29,6 +34,9 @@ class EngineLike(Protocol):
 
     def cancel(self, request: Request) -> bool:
         """Takes a waiting request back."""
+
+    def attach(self, source: Source | None) -> None:
+        """Has idle lanes poll this source, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +110,10 @@ def check_model(model: ServedModel, name: str, version: str) -> None:
         raise ModelNotFound(f"model {name[:80]!r} is not served here; this server serves {model.name!r}")
     if version and version != model.version:
         raise ModelNotFound(f"version {version[:80]!r} of {model.name} is not served here; {model.version!r} is")
+
+
+def address_of(host: str, port: int) -> str:
+    """What clients connect to: HOST:PORT, an IPv6 address in brackets; or unix:PATH as it is."""
+    if host.startswith(UNIX):
+        return host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

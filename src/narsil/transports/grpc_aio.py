@@ -15,21 +15,30 @@ from typing import TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.transports.base import EngineLike, ServedModel, Transport, Wire, describe, wires
-from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.base import (
+    MAX_STREAMS,
+    SERVICES,
+    EngineLike,
+    ServedModel,
+    Transport,
+    Wire,
+    address_of,
+    describe,
+    wires,
+)
+from narsil.transports.codec import narsil_v1
 from narsil.transports.health import Health
+from narsil.transports.reflection import names
 
 log = logging.getLogger(__name__)
 
-MAX_STREAMS = 1024  # calls in flight on one connection; clients queue more on their side
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_SERVICES = tuple(method.split("/")[1] for method in (predictor.METHOD, narsil_v1.METHOD))
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 _Handler: TypeAlias = "Callable[[bytes, _Context], Awaitable[bytes]]"
@@ -123,18 +132,18 @@ class GrpcAioTransport(Transport):
         }
         handlers[narsil_v1.METHOD_GET_MODEL] = self._get_model
         server.add_generic_rpc_handlers((_RawHandlers(handlers),))
-        self._health = Health(("", *_SERVICES))
+        self._health = Health(("", *SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        _enable_reflection(server)
+        enable_server_reflection(names(SERVICES), server)
         try:
             port = self._bind(server)
         except RuntimeError as error:
             hint = " (or the TLS files are not what they should be)" if options.tls_certificate else ""
-            raise OSError(f"cannot listen on {options.host}:{options.port}{hint}: {error}") from None
+            raise OSError(f"cannot listen on {address_of(options.host, options.port)}{hint}: {error}") from None
         await server.start()
         self._server = server
         self._health.serve()
-        return f"{_bracketed(options.host)}:{port}"
+        return address_of(options.host, port)
 
     def retire(self) -> None:
         """See Transport.retire."""
@@ -148,7 +157,7 @@ class GrpcAioTransport(Transport):
 
     def _bind(self, server: grpc.aio.Server) -> int:
         options = self._options
-        address = f"{_bracketed(options.host)}:{options.port}"
+        address = address_of(options.host, options.port)
         if options.tls_certificate is None or options.tls_key is None:
             return int(server.add_insecure_port(address))
         credentials = grpc.ssl_server_credentials(
@@ -219,16 +228,3 @@ async def _abort_unexpected(context: _Context) -> bytes:
     log.exception("a handler failed")
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says why")
     raise AssertionError("abort raises")
-
-
-def _bracketed(host: str) -> str:
-    """An IPv6 address in brackets, as it stands before a port."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _enable_reflection(server: grpc.aio.Server) -> None:
-    """Registers reflection, for whose sake the message modules are loaded into protobuf's descriptor pool."""
-    from narsil.protos import narsil_pb2, predictor_pb2  # noqa: F401
-
-    names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)

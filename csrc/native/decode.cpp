@@ -1,0 +1,278 @@
+#include "native/decode.hpp"
+
+#include <cstring>
+
+namespace narsil {
+namespace {
+
+struct Span {
+  const uint8_t* data = nullptr;
+  size_t size = 0;
+  bool given = false;
+};
+
+// Walks the fields of one protobuf message. Stops for good at the first byte that is not protobuf.
+class Reader {
+ public:
+  Reader(const uint8_t* data, size_t size) : at_(data), end_(data + size) {}
+
+  enum : uint32_t { VARINT = 0, LEN = 2 };
+
+  // False at the end, and on malformed or unexpected wire types: `ok` tells which.
+  bool next() {
+    if (at_ == end_) return false;
+    uint64_t key;
+    if (!varint(key) || key >> 32) return fail();
+    field = static_cast<uint32_t>(key >> 3);
+    kind = key & 7;
+    if (field == 0 || field >= 1u << 29) return fail();
+    if (kind == VARINT) return varint(number) || fail();
+    if (kind != LEN) return fail();
+    uint64_t size;
+    if (!varint(size) || size > static_cast<uint64_t>(end_ - at_)) return fail();
+    span = {at_, static_cast<size_t>(size), true};
+    at_ += size;
+    return true;
+  }
+
+  uint32_t field = 0, kind = 0;
+  uint64_t number = 0;
+  Span span;
+  bool ok = true;
+
+ private:
+  bool fail() {
+    at_ = end_;
+    return ok = false;
+  }
+
+  bool varint(uint64_t& value) {
+    value = 0;
+    for (unsigned shift = 0; shift < 64 && at_ < end_; shift += 7) {
+      const uint8_t byte = *at_++;
+      value |= static_cast<uint64_t>(byte & 0x7F) << shift;
+      if (byte < 0x80) return true;
+    }
+    return false;
+  }
+
+  const uint8_t* at_;
+  const uint8_t* end_;
+};
+
+template <class T>
+inline T load(const uint8_t* at) {
+  T value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+
+// The loops below have no early exit, so that compilers vectorise them.
+
+bool all_finite(const uint8_t* at, size_t count) {
+  uint32_t wrong = 0;
+  for (size_t i = 0; i < count; ++i) wrong |= (load<uint32_t>(at + 4 * i) & 0x7F800000u) == 0x7F800000u;
+  return !wrong;
+}
+
+bool all_ones(const uint8_t* at, size_t count) {
+  uint32_t wrong = 0;
+  for (size_t i = 0; i < count; ++i) wrong |= load<uint32_t>(at + 4 * i) ^ 1u;
+  return !wrong;
+}
+
+// The largest id below `limit` that a signed number of U's width can be. Read as unsigned, negative ids are larger still.
+template <class U>
+U most_id(int64_t limit) {
+  const U most = ~U{0} >> 1;
+  return static_cast<uint64_t>(limit) - 1 < most ? static_cast<U>(limit - 1) : most;
+}
+
+template <class U>
+bool all_below(const uint8_t* at, size_t count, int64_t limit) {
+  const U most = most_id<U>(limit);
+  U wrong = 0;
+  for (size_t i = 0; i < count; ++i) wrong |= load<U>(at + sizeof(U) * i) > most;
+  return !wrong;
+}
+
+template <class U>
+bool rows_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limits) {
+  std::vector<U> most(limits.size());
+  for (size_t t = 0; t < most.size(); ++t) most[t] = most_id<U>(limits[t]);
+  U wrong = 0;
+  for (size_t row = 0; row < rows; ++row, at += sizeof(U) * most.size())
+    for (size_t t = 0; t < most.size(); ++t) wrong |= load<U>(at + sizeof(U) * t) > most[t];
+  return !wrong;
+}
+
+// Lengths that are no less than 0 and add up to exactly the ids that are there.
+bool lengths_add_up(const uint8_t* at, size_t count, size_t ids) {
+  uint32_t negative = 0;
+  uint64_t sum = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t length = load<uint32_t>(at + 4 * i);
+    negative |= length & 0x80000000u;
+    sum += length;
+  }
+  return !negative && sum == ids;
+}
+
+// Every id of every bag inside its table. Lengths have been found to add up.
+template <class U>
+bool bags_below(const Decoded& found, const Schema& schema) {
+  const uint8_t* values = found.values;
+  const size_t features = schema.rows.size(), rows = static_cast<size_t>(found.rows);
+  if (found.key_major) {
+    for (size_t t = 0; t < features; ++t) {
+      size_t count = 0;
+      for (size_t row = 0; row < rows; ++row) count += load<uint32_t>(found.lengths + 4 * (t * rows + row));
+      if (!all_below<U>(values, count, schema.rows[t])) return false;
+      values += sizeof(U) * count;
+    }
+    return true;
+  }
+  for (size_t bag = 0; bag < rows * features; ++bag) {
+    const size_t count = load<uint32_t>(found.lengths + 4 * bag);
+    if (!all_below<U>(values, count, schema.rows[bag % features])) return false;
+    values += sizeof(U) * count;
+  }
+  return true;
+}
+
+// Counts and values against the schema; sets one_hot and valid.
+void check(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema) {
+  const size_t width = found.wide ? 8 : 4;
+  if (found.rows < 1 || found.rows > schema.max_rows || values.size % width) return;
+  const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size(), ids = values.size / width;
+  if (static_cast<int64_t>(ids) > schema.max_ids) return;
+  if (dense.size != 4 * rows * static_cast<size_t>(schema.dense_dim)) return;
+  if (lengths.given && lengths.size != 4 * rows * features) return;
+  if (!all_finite(dense.data, dense.size / 4)) return;
+  found.ids = static_cast<int64_t>(ids);
+  found.dense = dense.data;
+  found.values = values.data;
+  found.lengths = lengths.given ? lengths.data : nullptr;
+  found.one_hot = ids == rows * features && (!lengths.given || all_ones(lengths.data, rows * features));
+  if (!found.one_hot) {
+    if (!lengths.given || !lengths_add_up(lengths.data, rows * features, ids)) return;
+    found.valid = found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
+  } else if (found.key_major) {
+    for (size_t t = 0; t < features; ++t)
+      if (!all_below<uint32_t>(values.data + 4 * t * rows, rows, schema.rows[t])) return;
+    found.valid = true;
+  } else {
+    found.valid = found.wide ? rows_below<uint64_t>(values.data, rows, schema.rows)
+                             : rows_below<uint32_t>(values.data, rows, schema.rows);
+  }
+}
+
+bool once(Span& place, const Span& span) {
+  if (place.given) return false;
+  place = span;
+  return true;
+}
+
+// A FloatFeatures or SparseFeatures of TorchRec's wire: num_features, and up to three spans for fields 2 .. 4.
+bool read_group(Span group, uint64_t& count, Span (&spans)[3]) {
+  Reader reader(group.data, group.size);
+  bool counted = false;
+  while (reader.next()) {
+    if (reader.field == 1 && reader.kind == Reader::VARINT && !counted) {
+      counted = true;
+      count = reader.number;
+    } else if (reader.field < 2 || reader.field > 4 || reader.kind != Reader::LEN ||
+               !once(spans[reader.field - 2], reader.span)) {
+      return false;
+    }
+  }
+  return reader.ok;
+}
+
+bool is_empty_group(Span group) {
+  uint64_t count = 0;
+  Span spans[3];
+  return read_group(group, count, spans) && count == 0 && !spans[0].size && !spans[1].size && !spans[2].size;
+}
+
+}  // namespace
+
+Decoded decode_predictor(const uint8_t* data, size_t size, const Schema& schema) {
+  Decoded found;
+  found.key_major = true;
+  Span floats, ids;
+  bool counted = false;
+  Reader reader(data, size);
+  while (reader.next()) {
+    if (reader.field == 1 && reader.kind == Reader::VARINT && !counted) {
+      counted = true;
+      if (reader.number > INT32_MAX) return found;
+      found.rows = static_cast<int64_t>(reader.number);
+    } else if (reader.kind != Reader::LEN) {
+      return found;
+    } else if (reader.field == 2 || reader.field == 3) {
+      if (!once(reader.field == 2 ? floats : ids, reader.span)) return found;
+    } else if (reader.field > 6 || !is_empty_group(reader.span)) {
+      return found;
+    }
+  }
+  if (!reader.ok) return found;
+  uint64_t columns = 0, features = 0;
+  Span dense[3], sparse[3];
+  if (!read_group(floats, columns, dense) || !read_group(ids, features, sparse)) return found;
+  if (columns != static_cast<uint64_t>(schema.dense_dim) || features != schema.rows.size()) return found;
+  if (dense[1].given || dense[2].given || sparse[2].size || !sparse[0].given) return found;
+  check(found, dense[0], sparse[1], sparse[0], schema);
+  return found;
+}
+
+Decoded decode_narsil(const uint8_t* data, size_t size, const Schema& schema) {
+  Decoded found;
+  Span dense, sparse, name, version, id;
+  bool counted = false;
+  Reader reader(data, size);
+  while (reader.next()) {
+    if (reader.field == 4 && reader.kind == Reader::VARINT && !counted) {
+      counted = true;
+      if (reader.number > INT32_MAX) return found;
+      found.rows = static_cast<int64_t>(reader.number);
+    } else if (reader.kind != Reader::LEN) {
+      return found;
+    } else {
+      Span* const places[] = {nullptr, &name, &version, &id, nullptr, &dense, &sparse};
+      Span* const place = reader.field <= 6 ? places[reader.field] : nullptr;
+      if (!place || !once(*place, reader.span)) return found;
+    }
+  }
+  if (!reader.ok) return found;
+  const auto is = [](const Span& span, const std::string& text) {
+    return !span.size || (span.size == text.size() && !std::memcmp(span.data, text.data(), span.size));
+  };
+  if (!is(name, schema.model_name) || !is(version, schema.model_version)) return found;
+  for (size_t i = 0; i < id.size; ++i)
+    if (id.data[i] >= 0x80) return found;  // whether it is UTF-8 is for the portable decoder to say
+  if (id.size) found.request_id.assign(reinterpret_cast<const char*>(id.data), id.size);
+
+  Span values, lengths;
+  uint64_t features = schema.rows.size();
+  bool features_given = false, type_given = false;
+  Reader inner(sparse.data, sparse.size);
+  while (inner.next()) {
+    if (inner.field == 1 && inner.kind == Reader::VARINT && !features_given) {
+      features_given = true;
+      features = inner.number;
+    } else if (inner.field == 3 && inner.kind == Reader::VARINT && !type_given && inner.number <= 1) {
+      type_given = true;
+      found.wide = inner.number == 1;
+    } else if (inner.kind != Reader::LEN || (inner.field != 4 && inner.field != 5) ||
+               !once(inner.field == 4 ? values : lengths, inner.span)) {
+      return found;
+    }
+  }
+  // Without num_features the portable decoder knows what is meant; it is no common form.
+  if (!inner.ok || !features_given || features != schema.rows.size()) return found;
+  check(found, dense, values, lengths, schema);
+  return found;
+}
+
+}  // namespace narsil

@@ -1,0 +1,95 @@
+#include "native/encode.hpp"
+
+namespace narsil {
+namespace {
+
+enum : uint32_t { VARINT = 0, LEN = 2 };
+
+size_t varint_size(uint64_t value) {
+  size_t size = 1;
+  while (value >>= 7) ++size;
+  return size;
+}
+
+void put_varint(std::string& out, uint64_t value) {
+  for (; value > 0x7F; value >>= 7) out.push_back(static_cast<char>(value | 0x80));
+  out.push_back(static_cast<char>(value));
+}
+
+void put_tag(std::string& out, uint32_t field, uint64_t size) {
+  put_varint(out, field << 3 | LEN);
+  put_varint(out, size);
+}
+
+void put_text(std::string& out, uint32_t field, const std::string& text) {
+  put_tag(out, field, text.size());
+  out += text;
+}
+
+void put_uint(std::string& out, uint32_t field, uint64_t value) {
+  if (!value) return;
+  put_varint(out, field << 3 | VARINT);
+  put_varint(out, value);
+}
+
+// Bytes of a length-delimited field whose number is below 16.
+size_t field_size(size_t size) { return 1 + varint_size(size) + size; }
+
+void put_floats(std::string& out, const TaskScores& scores) {
+  out.append(reinterpret_cast<const char*>(scores.values), 4 * scores.count);
+}
+
+std::string framed(size_t size) {
+  std::string out;
+  out.reserve(5 + size);
+  put_frame_prefix(out, size);
+  return out;
+}
+
+}  // namespace
+
+std::string encode_predictor(const std::vector<TaskScores>& scores) {
+  const auto vector_size = [](const TaskScores& task) { return task.count ? field_size(4 * task.count) : 0; };
+  const auto entry_size = [&](const TaskScores& task) {
+    return field_size(task.task.size()) + field_size(vector_size(task));
+  };
+  size_t size = 0;
+  for (const TaskScores& task : scores) size += field_size(entry_size(task));
+  std::string out = framed(size);
+  for (const TaskScores& task : scores) {
+    put_tag(out, 1, entry_size(task));
+    put_text(out, 1, task.task);
+    put_tag(out, 2, vector_size(task));
+    if (!task.count) continue;
+    put_tag(out, 1, 4 * task.count);
+    put_floats(out, task);
+  }
+  return out;
+}
+
+std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& schema, const std::string& request_id,
+                          const Provenance& provenance) {
+  std::string how;
+  put_uint(how, 1, provenance.batch_requests);
+  put_uint(how, 2, provenance.batch_rows);
+  put_uint(how, 3, provenance.queue_us);
+  put_uint(how, 4, provenance.execute_us);
+  const auto task_size = [](const TaskScores& task) { return field_size(task.task.size()) + field_size(4 * task.count); };
+  size_t size = field_size(schema.model_name.size()) + field_size(schema.model_version.size()) + field_size(how.size());
+  if (!request_id.empty()) size += field_size(request_id.size());
+  for (const TaskScores& task : scores) size += field_size(task_size(task));
+  std::string out = framed(size);
+  put_text(out, 1, schema.model_name);
+  put_text(out, 2, schema.model_version);
+  if (!request_id.empty()) put_text(out, 3, request_id);
+  for (const TaskScores& task : scores) {
+    put_tag(out, 4, task_size(task));
+    put_text(out, 1, task.task);
+    put_tag(out, 2, 4 * task.count);
+    put_floats(out, task);
+  }
+  put_text(out, 5, how);
+  return out;
+}
+
+}  // namespace narsil

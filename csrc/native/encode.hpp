@@ -1,0 +1,26 @@
+// Scores to reply messages.
+#pragma once
+
+#include "native/call.hpp"
+
+namespace narsil {
+
+struct TaskScores {
+  std::string task;
+  const uint8_t* values;  // float32
+  size_t count;
+};
+
+// What narsil.v1 tells a client about how its answer came about.
+struct Provenance {
+  uint64_t batch_requests = 0, batch_rows = 0, queue_us = 0, execute_us = 0;
+};
+
+// A framed predictor.PredictionResponse, as the protobuf runtime writes it.
+std::string encode_predictor(const std::vector<TaskScores>& scores);
+
+// A framed narsil.v1.PredictResponse.
+std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& schema, const std::string& request_id,
+                          const Provenance& provenance);
+
+}  // namespace narsil

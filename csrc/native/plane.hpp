@@ -1,0 +1,109 @@
+// The native data plane: listens, and lets whoever is idle poll the network.
+//
+// There is no I/O thread. Threads that have nothing else to do call `poll`; the kernel wakes one of them when something
+// arrives, the last to come first, and it processes what there is and leaves with whole requests. Answers are left in an
+// outbox by any thread and sent by `flush`. While nobody polls because all are busy, one more thread, which spends its
+// life in `attend`, looks after the connections every few milliseconds, so that pings, window updates, cancellations,
+// health checks and refusals do not wait.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+
+#include "native/session.hpp"
+
+struct epoll_event;
+
+namespace narsil {
+
+double monotonic_seconds();
+
+// What polling yields.
+struct Arrivals {
+  std::vector<CallPtr> calls;  // whole requests, scoring ones decoded
+  std::vector<uint64_t> gone;  // ids of calls handed out before whose clients have gone away since
+};
+
+class Plane {
+ public:
+  explicit Plane(Config config);
+  ~Plane();
+  Plane(const Plane&) = delete;
+  Plane& operator=(const Plane&) = delete;
+
+  // Binds and listens; returns the port. `reuse_port` shares it with other processes that say so too. Throws
+  // std::system_error.
+  int listen_tcp(const std::string& host, int port, bool reuse_port);
+  void listen_unix(const std::string& path);
+
+  // Processes the network for at most `timeout` seconds, until something arrives or somebody calls `wake`. Any thread,
+  // any number of them.
+  Arrivals poll(double timeout);
+
+  // Looks after the network, and after timeouts, while nobody polls. Returns with what has arrived; with nothing once
+  // the plane has stopped. One thread.
+  Arrivals attend();
+
+  // Makes one running `poll`, or the next, return soon.
+  void wake();
+
+  // Leaves a call's answer for the next flush. Each call handed out is posted once; any thread.
+  void post(CallPtr call);
+
+  // Sends what has been posted.
+  void flush();
+
+  // From now on health checks are told NOT_SERVING, watchers are told and their calls end.
+  void retire();
+
+  // Scoring calls that come are refused with UNAVAILABLE and this text.
+  void refuse(const std::string& why);
+
+  // Accepts nothing more, tells peers to open no more streams, waits at most `grace` seconds for calls to end, closes.
+  void stop(double grace);
+
+  Statistics statistics();
+  size_t open_connections();
+  size_t open_calls();
+
+ private:
+  struct Connection;
+
+  void add_listener(int fd);
+  void accept_all();
+  void add_connection(int fd);
+  void read(Connection& connection);
+  bool write(Connection& connection);
+  void doom(Connection& connection);
+  void bury();
+  void send_posted();
+  void tend();
+  void signal();
+  bool arrived() const;
+  Arrivals take();
+  void decode(const std::vector<CallPtr>& calls) const;
+  int wait(double timeout, epoll_event* events, int most);
+  void handle(const epoll_event* events, int count, bool& woken);
+
+  Shared shared_;
+  std::mutex mutex_;
+  std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
+  std::vector<uint64_t> unread_;  // connections whose socket may still hold bytes
+  std::vector<uint64_t> doomed_;
+  std::vector<int> listeners_;
+  std::string unix_path_;
+  uint64_t next_id_;
+  int epoll_ = -1, event_ = -1, spare_ = -1;
+  int waiting_ = 0;        // threads inside the kernel's wait
+  double polled_ = 0;      // when a thread last looked at the network
+  double tended_ = 0;
+  bool stopped_ = false;
+  std::vector<uint8_t> scratch_;
+
+  std::mutex outbox_mutex_;
+  std::vector<CallPtr> outbox_;
+
+  std::condition_variable attendant_;
+};
+
+}  // namespace narsil

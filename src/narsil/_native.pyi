@@ -1,0 +1,122 @@
+"""The native data plane: HTTP/2 and gRPC on libnghttp2, polled by whoever is idle. Built from csrc/native."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Kind = Literal["predictor", "narsil", "unary", "stream", "health_check", "health_watch"]
+
+class Call:
+    """One RPC whose message is whole. Ended by the first of ``answer_scores``, ``answer`` and ``fail``."""
+
+    @property
+    def id(self) -> int:
+        """Unlike any other call's of its plane."""
+    @property
+    def method(self) -> str:
+        """/package.Service/Method."""
+    @property
+    def arrived(self) -> float:
+        """When its headers came: seconds on CLOCK_MONOTONIC."""
+    @property
+    def deadline(self) -> float | None:
+        """On the same clock, from grpc-timeout."""
+    @property
+    def size(self) -> int:
+        """Bytes of the message."""
+    @property
+    def body(self) -> bytes:
+        """A copy of the message."""
+    @property
+    def decoded(self) -> bool:
+        """Whether it is a scoring request of a common form, right in every point. The properties below hold then."""
+    @property
+    def rows(self) -> int:
+        """B."""
+    @property
+    def ids(self) -> int:
+        """N: ids in all bags together."""
+    @property
+    def one_hot(self) -> bool:
+        """Every bag holds exactly one id."""
+    @property
+    def key_major(self) -> bool:
+        """Ids and lengths are (T, B); else (B, T)."""
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for the answer any more."""
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int32] | None]:
+        """Read-only views: dense (B, D) float32, values (N,) int32 or int64, lengths (T, B) or (B, T) int32.
+
+        Lengths are None where every one is 1. Raises ValueError unless decoded.
+        """
+    def answer_scores(
+        self, scores: Mapping[str, NDArray[np.float32]], requests: int, rows: int, queue_s: float, execute_s: float
+    ) -> None:
+        """Answers a decoded call: (B,) scores by task, and the batch it was scored in. Sent by the next ``flush``."""
+    def answer(self, message: bytes) -> None:
+        """Answers with a serialized message. Sent by the next ``flush``."""
+    def fail(self, status: int, message: str) -> None:
+        """Ends the call with a gRPC status code. Sent by the next ``flush``."""
+
+class Plane:
+    """Listening sockets and their connections. Thread-safe; every method that may wait drops the GIL.
+
+    ``limits`` may hold max_message, max_buffered (bytes), max_streams, max_connections, max_watchers, max_header_bytes,
+    max_resets, handshake_s, stall_s, idle_s, keepalive_s, keepalive_timeout_s, helper_s (seconds).
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, _Kind],
+        dense_dim: int,
+        rows: Sequence[int],
+        wide_ids: bool,
+        max_rows: int,
+        max_ids: int,
+        model_name: str,
+        model_version: str,
+        limits: Mapping[str, float] = ...,
+    ) -> None: ...
+    def listen_tcp(self, host: str, port: int, reuse_port: bool = False) -> int:
+        """Binds and listens; returns the port. Raises OSError."""
+    def listen_unix(self, path: str) -> None:
+        """Binds and listens; a socket file that a dead server left is replaced. Raises OSError."""
+    def poll(self, timeout: float | None) -> tuple[list[Call], list[int]]:
+        """Runs the network until something arrives, ``timeout`` seconds have passed or ``wake`` was called.
+
+        Returns calls that are whole, and the ids of scoring calls returned before whose clients have gone away.
+        Several threads may poll: whatever arrives goes to one of them.
+        """
+    def attend(self) -> tuple[list[Call], list[int]]:
+        """As ``poll``, for one thread that looks after the network, and after timeouts, while nobody else polls.
+
+        Returns nothing, twice, once the plane has stopped.
+        """
+    def wake(self) -> None:
+        """Has one running poll, or the next, return."""
+    def flush(self) -> None:
+        """Sends every answer given so far."""
+    def retire(self) -> None:
+        """Health checks get NOT_SERVING from now on, and their watchers' calls end."""
+    def refuse(self, why: str) -> None:
+        """Scoring calls that come from now on are refused with UNAVAILABLE."""
+    def stop(self, grace: float) -> None:
+        """Stops listening, lets calls end for ``grace`` seconds, closes. Polls return at once from then on."""
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start, and what is open now."""
+
+def collate(
+    calls: Sequence[Call],
+    rows: int,
+    dense: NDArray[np.float32],
+    values: NDArray[Any],
+    lengths: NDArray[np.int32] | None,
+) -> None:
+    """Fuses decoded calls into a batch of ``rows`` rows, padding included: see narsil.engine.collate.
+
+    ``dense`` has room for (rows, D), ``values`` for the batch's ids in the schema's type, and ``lengths``, given for
+    jagged batches alone, for (T * rows,). Raises ValueError otherwise.
+    """
