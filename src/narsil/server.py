@@ -68,8 +68,7 @@ class Server:
 
     async def startup(self) -> str:
         """Loads the model, warms every lane, then listens. Returns the bound address."""
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        keep_freed_memory()
+        prepare_process()
         settings = self.settings
         artifact, backend = await asyncio.to_thread(self._load)
         self._backends = backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
@@ -86,9 +85,7 @@ class Server:
         )
         began = time.monotonic()
         await asyncio.to_thread(self._engine.start, list(warmup_payloads(backend.schema, settings.max_batch_rows)))
-        # What has been loaded by now lives as long as the server: the garbage collector need not look at it again.
-        gc.collect()
-        gc.freeze()
+        settle_process()
         log.info("warmed %d lanes in %.1f s", len(backends), time.monotonic() - began)
         model = ServedModel(
             settings.model_name or artifact.name,
@@ -146,6 +143,18 @@ class Server:
         )
         log.info("loaded %s with the %s backend", settings.model, backend.name)
         return artifact, backend
+
+
+def prepare_process() -> None:
+    """What a process that serves asks of its interpreter and its C library, before anything is loaded."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_freed_memory()
+
+
+def settle_process() -> None:
+    """What has been loaded by now lives as long as the server: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def keep_freed_memory() -> None:

@@ -37,6 +37,8 @@ using Features = c10::Dict<std::string, at::Tensor>;
 constexpr int kUnlimited = 1 << 20;  // more concurrent forwards than gRPC will ever hand us
 constexpr std::chrono::seconds kDrainTime{10};
 
+constexpr std::string_view kNoModel = "none";  // instead of a path: the first dense value is the score
+
 struct Options {
   std::string model;
   std::string host = "127.0.0.1";
@@ -55,7 +57,7 @@ struct Options {
 };
 
 constexpr std::string_view kUsage =
-    "usage: torchrec_cpp_server --model PATH [--host 127.0.0.1] [--port 0] [--device cpu|cuda[:N]] [--threads 1]\n"
+    "usage: torchrec_cpp_server --model PATH|none [--host 127.0.0.1] [--port 0] [--device cpu|cuda[:N]] [--threads 1]\n"
     "  [--max-concurrent-forwards 0] [--max-handler-threads 0] [--completion-queues 1] [--min-pollers 1]\n"
     "  [--max-pollers 16] [--warmup-rows 100] [--fbgemm-dir DIR]\n";
 
@@ -254,7 +256,8 @@ grpc::Status InvalidArgument(std::string message) {
 
 class PredictorService final : public predictor::Predictor::Service {
  public:
-  explicit PredictorService(Model& model) : model_(model) {}
+  // Without a model, what is measured is gRPC alone.
+  explicit PredictorService(Model* model) : model_(model) {}
 
   grpc::Status Predict(
       grpc::ServerContext*, const predictor::PredictionRequest* request,
@@ -275,12 +278,19 @@ class PredictorService final : public predictor::Predictor::Service {
       return InvalidArgument("id_list_features.values does not hold int32");
     }
     const std::int64_t ids = sparse.values().size() / sizeof(std::int32_t);
+    if (model_ == nullptr) {
+      if (columns == 0) return InvalidArgument("without a model there must be a dense value to answer with");
+      auto& scores = *(*response->mutable_predictions())["default"].mutable_data();
+      const float* values = View<float>(dense.values(), {rows, columns}).const_data_ptr<float>();
+      for (std::int64_t row = 0; row < rows; ++row) scores.Add(values[row * columns]);
+      return grpc::Status::OK;
+    }
     try {
       Features features;
       features.insert("float_features", View<float>(dense.values(), {rows, columns}));
       features.insert("id_list_features.lengths", View<std::int32_t>(sparse.lengths(), {bags}));
       features.insert("id_list_features.values", View<std::int32_t>(sparse.values(), {ids}));
-      for (const auto& [task, scores] : model_.Predict(std::move(features))) {
+      for (const auto& [task, scores] : model_->Predict(std::move(features))) {
         const float* first = scores.const_data_ptr<float>();
         (*response->mutable_predictions())[task].mutable_data()->Add(first, first + scores.numel());
       }
@@ -291,7 +301,7 @@ class PredictorService final : public predictor::Predictor::Service {
   }
 
  private:
-  Model& model_;
+  Model* model_;
 };
 
 std::unique_ptr<grpc::Server> StartServer(const Options& options, PredictorService& service, int& bound_port) {
@@ -328,10 +338,13 @@ void Serve(const Options& options) {
   KeepMemory();
   at::set_num_threads(options.threads);
   at::set_num_interop_threads(1);
-  LoadFbgemmOperators(options.fbgemm_dir);
-  Model model(options);
-  if (options.warmup_rows > 0) model.WarmUp(options.warmup_rows);
-  PredictorService service(model);
+  std::unique_ptr<Model> model;
+  if (options.model != kNoModel) {
+    LoadFbgemmOperators(options.fbgemm_dir);
+    model = std::make_unique<Model>(options);
+    if (options.warmup_rows > 0) model->WarmUp(options.warmup_rows);
+  }
+  PredictorService service(model.get());
   int port = 0;
   const auto server = StartServer(options, service, port);
   std::cout << "listening on " << options.host << ":" << port << std::endl;

@@ -1,0 +1,64 @@
+"""A server whose model costs nothing, to measure what everything around a forward costs.
+
+A row's score is its first dense value. The engine, its lanes and the transport are those of ``narsil serve``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+
+import numpy as np
+
+from narsil.backends.base import Backend
+from narsil.config import ServeSettings
+from narsil.dataflow import Batch, Scores
+from narsil.engine.engine import Engine
+from narsil.engine.scheduler import BatchPolicy
+from narsil.models.dlrm import DlrmConfig
+from narsil.models.schema import ModelSchema
+from narsil.server import make_transport, prepare_process, settle_process
+from narsil.transports.base import ServedModel
+
+
+class NoModel(Backend):
+    """Gives back the first dense value of each row."""
+
+    name = "none"
+    device = "cpu"
+
+    def __init__(self, schema: ModelSchema) -> None:
+        self.schema = schema
+
+    def run(self, batch: Batch) -> Scores:
+        return {"default": np.ascontiguousarray(batch.dense[:, 0])}
+
+    def share(self) -> NoModel:
+        return self
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", choices=["auto", "native", "grpcio"], default="auto")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--lanes", type=int, default=2)
+    arguments = parser.parse_args()
+    prepare_process()
+    settings = ServeSettings(model="none", transport=arguments.transport, host=arguments.host, port=0)
+    schema = DlrmConfig().schema
+    engine = Engine([NoModel(schema)] * arguments.lanes, BatchPolicy(lanes=arguments.lanes))
+    engine.start()
+    transport = make_transport(engine, ServedModel("none", "1", "none", schema), settings)
+    settle_process()
+    print(f"listening on {await transport.start()}", flush=True)
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+    await asyncio.to_thread(engine.drain, 5)
+    await transport.stop(1)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,75 @@
+"""What a request costs before and after its forward: Narsil's transports and C++ gRPC, none of them with a model.
+
+Interleaved rounds, the same client for all. The C++ server is the baseline's, without its model: it parses the same
+message and answers with as many floats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from contenders import build_baseline
+from rich.console import Console
+from rich.progress import Progress
+
+from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
+from narsil.bench.rounds import Contender, Plan, ratios, run_rounds
+from narsil.bench.servers import ServerProcess
+from narsil.bench.workload import Workload
+from narsil.models.dlrm import DlrmConfig
+from narsil.native import AVAILABLE
+
+HERE = Path(__file__).parent
+CPP = "C++ gRPC"
+READY = r"^listening on (\S+)"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=100, help="rows a request")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 1])
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the report here")
+    arguments = parser.parse_args()
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    contenders = []
+    binary = build_baseline(console.print)
+    if binary is not None:
+        argv = [str(binary), "--model", "none"]
+        contenders.append(Contender(CPP, lambda concurrency: ServerProcess(argv, READY)))
+    for transport in ("grpcio", "native") if AVAILABLE else ("grpcio",):
+        contenders.append(Contender(f"Narsil, {transport}", _narsil(transport, arguments.lanes)))
+    plan = Plan(
+        Workload(DlrmConfig().schema, arguments.rows),
+        arguments.concurrency,
+        arguments.requests,
+        rounds=arguments.rounds,
+        connections=arguments.connections,
+    )
+    steps = arguments.rounds * len(contenders) * len(arguments.concurrency) * arguments.requests
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=steps)
+        runs = run_rounds(
+            contenders, plan, on_event=lambda what, done: progress.update(task, description=what, advance=done)
+        )
+    report = make_report(list(runs.values()), ratios(runs, CPP) if binary is not None else [])
+    console.print(render_table(report, "no model: what surrounds a forward, medians of interleaved rounds"))
+    for line in ratio_lines(report):
+        console.print(f"  {line}")
+    if arguments.json is not None:
+        write_report(report, arguments.json)
+    return 1 if any(row["errors"] for row in report["rows"]) else 0
+
+
+def _narsil(transport: str, lanes: int):
+    argv = [sys.executable, str(HERE / "no_model_server.py"), "--transport", transport, "--lanes", str(lanes)]
+    return lambda concurrency: ServerProcess(argv, READY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
