@@ -6,12 +6,12 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test bench reports clean system-packages
+.PHONY: help setup demo lint test bench reports clean system-packages native-packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-setup: $(SETUP) ## make .venv with the pinned dependencies and the generated code
+setup: $(SETUP) ## make .venv with the pinned dependencies, the generated code and the native extensions
 
 demo: setup system-packages ## package a model, serve it four ways, print the table (about five minutes)
 	$(BIN)/python benchmarks/demo.py
@@ -36,12 +36,14 @@ reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build demo models src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f src/narsil/protos/*_pb2.py
+	rm -f src/narsil/protos/*_pb2.py src/narsil/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchrec is wanted by the tests alone, and without its dependencies: the CUDA build of FBGEMM that it asks for would
 # overwrite the CPU build.
-$(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predictor.proto
+NATIVE_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.hpp csrc/*.hpp)
+$(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predictor.proto $(NATIVE_SOURCES) \
+  | native-packages
 	@$(PYTHON) -c 'import sys; sys.exit("Narsil needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
@@ -49,15 +51,25 @@ $(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predi
 	  tqdm pyre-extensions pyvers cloudpickle importlib_metadata orjson typing_inspect
 	@touch $@
 
-# What the C++ baseline is built with. Without it everything else works, and the baseline's row is left out.
-DEBIAN_PACKAGES := g++ cmake ninja-build pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
+# Debian packages: as root they are installed, otherwise named. Without the first, grpcio serves and loads; without the
+# others, the C++ baseline's row is left out.
+NATIVE_PACKAGES := g++ libnghttp2-dev
+BASELINE_PACKAGES := g++ cmake ninja-build pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
+
+define install_packages
+@missing=$$(comm -23 <(printf '%s\n' $(1) | sort) \
+  <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(1) 2>/dev/null \
+    | awk '$$1 == "installed" {print $$2}' | sort) | xargs); \
+if [ -z "$$missing" ]; then exit 0; fi; \
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  echo "installing for $(2): $$missing"; \
+  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing) >/dev/null 2>&1 \
+    || echo "could not install $$missing: going on without $(2)"; \
+else echo "missing: $$missing; going on without $(2)"; fi
+endef
+
+native-packages:
+	$(call install_packages,$(NATIVE_PACKAGES),the native data plane)
+
 system-packages:
-	@missing=$$(comm -23 <(printf '%s\n' $(DEBIAN_PACKAGES) | sort) \
-	  <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(DEBIAN_PACKAGES) 2>/dev/null \
-	    | awk '$$1 == "installed" {print $$2}' | sort) | xargs); \
-	if [ -z "$$missing" ]; then exit 0; fi; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing for the C++ baseline: $$missing"; \
-	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing) >/dev/null 2>&1 \
-	    || echo "could not install $$missing: the C++ baseline's row may be left out"; \
-	else echo "missing: $$missing; without them the C++ baseline's row is left out"; fi
+	$(call install_packages,$(BASELINE_PACKAGES),the C++ baseline)

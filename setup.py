@@ -29,13 +29,13 @@ class BuildWithProtos(build_py):
 class BuildNative(build_ext):
     """build_ext for the data plane and the load generator, which Narsil works without.
 
-    NARSIL_NATIVE=0 leaves them out, 1 makes a failure to build them fatal, and anything else builds them where a C++
+    BUILD_NATIVE=0 leaves them out, 1 makes a failure to build them fatal, and anything else builds them where a C++
     compiler and libnghttp2's header are.
     """
 
     def run(self) -> None:
-        wish = os.environ.get("NARSIL_NATIVE", "auto")
-        missing = "NARSIL_NATIVE=0 is set" if wish == "0" else self._missing()
+        wish = os.environ.get("BUILD_NATIVE", "auto")
+        missing = "BUILD_NATIVE=0 is set" if wish == "0" else self._missing()
         if missing and wish == "1":
             raise SystemExit(f"narsil: cannot build the native extensions: {missing}")
         if missing:
@@ -48,11 +48,10 @@ class BuildNative(build_ext):
 
     def _missing(self) -> str:
         """What a build would lack, found by compiling an empty program against the header; empty if nothing."""
-        from tempfile import TemporaryDirectory
-
         from distutils.ccompiler import new_compiler
         from distutils.errors import CompileError
         from distutils.sysconfig import customize_compiler
+        from tempfile import TemporaryDirectory
 
         if not sys.platform.startswith("linux"):
             return "it needs Linux"
@@ -69,11 +68,11 @@ class BuildNative(build_ext):
 
 
 def extension(name: str) -> Extension:
-    """narsil.NAME from its folder of sources. NARSIL_CXXFLAGS adds flags: `make sanitize` uses it."""
+    """narsil.NAME from its folder of sources. BUILD_CXXFLAGS adds flags: `make sanitize` uses it."""
     import pybind11
 
     folder = Path("csrc") / name.lstrip("_")
-    flags = os.environ.get("NARSIL_CXXFLAGS", "").split()
+    flags = os.environ.get("BUILD_CXXFLAGS", "").split()
     return Extension(
         f"narsil.{name}",
         sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp")),
