@@ -20,6 +20,7 @@ struct Handle {
   CallPtr call;
   std::shared_ptr<Plane> plane;
   std::shared_ptr<const Schema> schema;
+  std::shared_ptr<Buffer> message;  // what the call's spans point into: the session lets go of it once it is answered
 
   // True for the first answer alone.
   bool claim() const { return !call->answered.exchange(true); }
@@ -31,13 +32,13 @@ struct Gate {
 };
 
 py::bytes body_of(const Handle& self) {
-  const auto& request = self.call->request;
-  return request ? py::bytes(reinterpret_cast<const char*>(request->data()), request->size()) : py::bytes();
+  const auto& message = self.message;
+  return message ? py::bytes(reinterpret_cast<const char*>(message->data()), message->size()) : py::bytes();
 }
 
 // A read-only array over a span of the message, which it keeps alive.
 py::object view(const Handle& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
-  auto* const keeper = new std::shared_ptr<Buffer>(self.call->request);
+  auto* const keeper = new std::shared_ptr<Buffer>(self.message);
   const py::capsule owner(keeper, [](void* pointer) { delete static_cast<std::shared_ptr<Buffer>*>(pointer); });
   py::array array(py::dtype(kind), std::move(shape), {}, data, owner);
   array.attr("setflags")(py::arg("write") = false);
@@ -93,8 +94,8 @@ void answer_bytes(const Handle& self, const py::bytes& message) {
 
 void fail(const Handle& self, int status, std::string message) {
   if (!self.claim()) return;
-  self.call->status = status;
-  self.call->message = std::move(message);
+  self.call->answer_status = status;
+  self.call->answer_message = std::move(message);
   self.plane->post(self.call);
 }
 
@@ -181,8 +182,10 @@ py::tuple arrivals_of(const Gate& self, Get get) {
     arrivals = get();
   }
   py::list calls(arrivals.calls.size());
-  for (size_t i = 0; i < arrivals.calls.size(); ++i)
-    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), self.plane, self.schema});
+  for (size_t i = 0; i < arrivals.calls.size(); ++i) {
+    std::shared_ptr<Buffer> message = arrivals.calls[i]->request;
+    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), self.plane, self.schema, std::move(message)});
+  }
   return py::make_tuple(calls, py::cast(arrivals.gone));
 }
 
@@ -227,7 +230,7 @@ PYBIND11_MODULE(_native, module) {
         if (self.call->deadline == NEVER) return py::none();
         return py::float_(self.call->deadline);
       })
-      .def_property_readonly("size", [](const Handle& self) { return self.call->request ? self.call->request->size() : 0; })
+      .def_property_readonly("size", [](const Handle& self) { return self.message ? self.message->size() : 0; })
       .def_property_readonly("body", body_of)
       .def_property_readonly("decoded", [](const Handle& self) { return self.call->decoded.valid; })
       .def_property_readonly("rows", [](const Handle& self) { return self.call->decoded.rows; })

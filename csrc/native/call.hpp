@@ -104,12 +104,13 @@ struct Call {
 
   // What the answering thread leaves for the next flush. Written by one thread before it enters the outbox.
   std::string answer;  // framed messages to append
-  int status = OK;
-  std::string message;
-  bool last = true;  // the answer ends the call
+  int answer_status = OK;
+  std::string answer_message;
 
   // Under the plane's mutex.
   Session* session = nullptr;  // null once the stream is gone
+  int status = OK;
+  std::string message;
   int32_t stream = 0;
   double touched = 0;       // when bytes last moved on it
   bool post = false, grpc = false, refused = false, handed_out = false, taken = false, complete = false, ended = false;
@@ -117,7 +118,8 @@ struct Call {
   bool responding = false;  // response headers are submitted
   bool finished = false;    // no more messages will be added
   size_t header_bytes = 0;
-  size_t charged = 0;  // bytes counted against the plane's budget
+  size_t charged = 0;  // bytes of its messages counted against the plane's budget
+  size_t unsent = 0;   // bytes of its answers, counted likewise until it ends
   std::shared_ptr<Buffer> body;  // the message that is arriving
   uint8_t prefix[5] = {};
   size_t prefix_have = 0;

@@ -16,7 +16,7 @@ inline T load(const uint8_t* at) {
 template <class In, class Out>
 void copy(const uint8_t* from, size_t count, Out* to) {
   if constexpr (sizeof(In) == sizeof(Out)) {
-    std::memcpy(to, from, count * sizeof(Out));
+    if (count) std::memcpy(to, from, count * sizeof(Out));  // a message of empty bags may have no ids to point at
   } else {
     for (size_t i = 0; i < count; ++i) to[i] = static_cast<Out>(load<In>(from + sizeof(In) * i));
   }

@@ -200,7 +200,7 @@ bool is_empty_group(Span group) {
 Decoded decode_predictor(const uint8_t* data, size_t size, const Schema& schema) {
   Decoded found;
   found.key_major = true;
-  Span floats, ids;
+  Span floats, ids, unused[3];
   bool counted = false;
   Reader reader(data, size);
   while (reader.next()) {
@@ -212,7 +212,8 @@ Decoded decode_predictor(const uint8_t* data, size_t size, const Schema& schema)
       return found;
     } else if (reader.field == 2 || reader.field == 3) {
       if (!once(reader.field == 2 ? floats : ids, reader.span)) return found;
-    } else if (reader.field > 6 || !is_empty_group(reader.span)) {
+    } else if (reader.field < 4 || reader.field > 6 || !once(unused[reader.field - 4], reader.span) ||
+               !is_empty_group(reader.span)) {
       return found;
     }
   }

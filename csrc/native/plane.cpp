@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
@@ -134,7 +135,9 @@ void Plane::listen_unix(const std::string& path) {
     errno = EADDRINUSE;
     fail("bind");
   }
-  const bool stale = errno == ECONNREFUSED;
+  // Any other kind of file refuses connections likewise, and is not to be touched.
+  struct stat found;
+  const bool stale = errno == ECONNREFUSED && !lstat(path.c_str(), &found) && S_ISSOCK(found.st_mode);
   close(fd);
   const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
   if (listener < 0) fail("socket");
@@ -214,8 +217,9 @@ Arrivals Plane::take() {
   Arrivals arrivals;
   arrivals.gone.swap(shared_.gone);
   for (CallPtr& call : shared_.ready) {
-    shared_.buffered -= call->charged;
-    call->charged = 0;
+    const size_t size = std::min(call->charged, call->request->size());  // a stream's other messages stay counted
+    shared_.buffered -= size;
+    call->charged -= size;
     if (call->cancelled) continue;
     call->taken = true;
     arrivals.calls.push_back(std::move(call));
@@ -430,13 +434,15 @@ void Plane::tend() {
   const Config& config = shared_.config;
   const double now = shared_.now;
   tended_ = now;
+  if (spare_ < 0) spare_ = open("/dev/null", O_RDONLY | O_CLOEXEC);
   for (const auto& entry : connections_) {
     Connection& connection = *entry.second;
     if (connection.doomed) continue;
     const bool late = !connection.session.established() && now - connection.born > config.handshake_s;
     const bool stuck = !connection.out.empty() && now - connection.written_at > config.stall_s;
     const bool gone = connection.asked_at > 0 && now - connection.asked_at > config.keepalive_timeout_s;
-    const bool unused = connection.session.calls() == 0 && now - connection.used_at > config.idle_s;
+    if (connection.session.calls()) connection.used_at = now;
+    const bool unused = now - connection.used_at > config.idle_s;
     if (late || stuck || gone || unused) {
       ++shared_.statistics.connections_timed_out;
       if (unused) {
@@ -466,7 +472,8 @@ Arrivals Plane::attend() {
       if (stopped_) break;
       shared_.now = monotonic_seconds();
       if (shared_.now - tended_ >= TEND_S) tend();
-      if (waiting_ || shared_.now - polled_ < shared_.config.helper_s) continue;
+      // What has arrived already is taken in any case: while the plane stops, it is polled and nobody takes.
+      if (!arrived() && (waiting_ || shared_.now - polled_ < shared_.config.helper_s)) continue;
       epoll_event events[64];
       bool woken = false;
       const int count = epoll_wait(epoll_, events, 64, 0);
@@ -504,9 +511,13 @@ void Plane::stop(double grace) {
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopped_) return;
     shared_.now = monotonic_seconds();
+    // The file goes before its listener: the other way round it might be one that a successor has just made.
+    if (!unix_path_.empty()) unlink(unix_path_.c_str());
+    unix_path_.clear();
     for (const int listener : listeners_) close(listener);
     listeners_.clear();
-    if (!unix_path_.empty()) unlink(unix_path_.c_str());
+    shared_.serving = false;
+    for (const auto& entry : connections_) entry.second->session.tell_watchers();  // they have nothing to wait for
     const auto all = [this](bool last_word) {
       for (const auto& entry : connections_) {
         Connection& connection = *entry.second;
@@ -526,8 +537,9 @@ void Plane::stop(double grace) {
     while (busy() && shared_.now < until) {
       epoll_event events[64];
       bool woken = false;
+      const double left = std::min(0.02, until - shared_.now);
       lock.unlock();
-      const int count = wait(std::min(0.02, until - shared_.now), events, 64);
+      const int count = wait(left, events, 64);
       lock.lock();
       shared_.now = polled_ = monotonic_seconds();
       send_posted();

@@ -12,6 +12,8 @@ constexpr int32_t STREAM_WINDOW = 4 << 20;       // a lane busy with one batch m
 constexpr int32_t CONNECTION_WINDOW = 32 << 20;
 constexpr uint32_t MAX_FRAME = 1u << 20;         // fewer frames for large messages
 constexpr size_t MAX_WAITING = 16;               // messages of one stream behind the one being answered
+constexpr size_t MAX_UNREAD = 1u << 20;          // bytes of answers that one stream's client has not yet let through
+constexpr int MAX_CONTINUATIONS = 16;            // frames of one header block beyond the first
 constexpr size_t FIRST_BLOCK = 64u << 10;        // bytes that an announced message gets before they have come
 
 bool is(const uint8_t* at, size_t size, const char* text) {
@@ -104,8 +106,15 @@ bool Buffer::append(const uint8_t* bytes, size_t count, size_t most) {
   return true;
 }
 
+// Not every libnghttp2 has it, and its own limit would end the connections of clients whose deadlines pass.
+extern "C" __attribute__((weak)) void nghttp2_option_set_stream_reset_rate_limit(nghttp2_option*, uint64_t, uint64_t);
+
 struct Session::Callbacks {
   static Session& self(void* user) { return *static_cast<Session*>(user); }
+
+  static int begin_frame(nghttp2_session*, const nghttp2_frame_hd* frame, void* user) {
+    return self(user).continuation_allowed(*frame) ? 0 : NGHTTP2_ERR_CALLBACK_FAILURE;
+  }
 
   static int begin_headers(nghttp2_session*, const nghttp2_frame* frame, void* user) {
     if (frame->hd.type == NGHTTP2_HEADERS && frame->headers.cat == NGHTTP2_HCAT_REQUEST)
@@ -115,6 +124,7 @@ struct Session::Callbacks {
 
   static int header(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,
                     const uint8_t* value, size_t value_size, uint8_t, void* user) {
+    if (frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;  // trailers say nothing that matters here
     Call* const call = self(user).find(frame->hd.stream_id);
     return call ? self(user).header(*call, name, name_size, value, value_size) : 0;
   }
@@ -143,8 +153,13 @@ struct Session::Callbacks {
     return 0;
   }
 
-  // A call that was answered before its request was whole: the peer is told to stop sending.
-  static int sent(nghttp2_session* session, const nghttp2_frame* frame, void*) {
+  // A call that was answered before its request was whole: the peer is told to stop sending. And a peer that breaks the
+  // protocol in order to have its streams reset by this side is no better than one that resets them itself.
+  static int sent(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
+    if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR &&
+        frame->rst_stream.error_code != NGHTTP2_CANCEL && self(user).find(frame->hd.stream_id) &&
+        !self(user).reset_allowed())
+      return NGHTTP2_ERR_CALLBACK_FAILURE;
     if (frame->hd.type == NGHTTP2_HEADERS && frame->hd.flags & NGHTTP2_FLAG_END_STREAM &&
         nghttp2_session_get_stream_remote_close(session, frame->hd.stream_id) == 0)
       nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_NO_ERROR);
@@ -175,6 +190,7 @@ struct Session::Callbacks {
 
     Table() {
       if (nghttp2_session_callbacks_new(&callbacks) || nghttp2_option_new(&option)) throw std::bad_alloc();
+      nghttp2_session_callbacks_set_on_begin_frame_callback(callbacks, begin_frame);
       nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, begin_headers);
       nghttp2_session_callbacks_set_on_header_callback(callbacks, header);
       nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, frame);
@@ -182,6 +198,8 @@ struct Session::Callbacks {
       nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, closed);
       nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, sent);
       nghttp2_option_set_no_closed_streams(option, 1);  // nothing is remembered of streams that have ended
+      if (nghttp2_option_set_stream_reset_rate_limit)
+        nghttp2_option_set_stream_reset_rate_limit(option, UINT32_MAX, UINT32_MAX);  // see reset_allowed
     }
   };
 
@@ -281,19 +299,23 @@ void Session::take(Call& call, const uint8_t* data, size_t size) {
       if (call.prefix_have < sizeof call.prefix || !prefix_done(call)) continue;
     }
     const size_t count = std::min(size, call.expected - call.body->size());
-    const size_t before = call.body->capacity();
     if (!call.body->append(data, count, call.expected))
       return refuse(call, RESOURCE_EXHAUSTED, "the server is short of memory");
-    const size_t more = call.body->capacity() - before;
-    call.charged += more;
-    shared_.buffered += more;
-    if (shared_.buffered > shared_.config.max_buffered)
-      return refuse(call, RESOURCE_EXHAUSTED,
-                    "the server holds as many bytes of waiting requests as it may (--max-queue-bytes); retry with backoff");
+    call.charged += count;
+    shared_.buffered += count;
+    if (over_budget(call)) return;
     data += count;
     size -= count;
     if (call.body->size() == call.expected) message_done(call);
   }
+}
+
+// Refuses the call if the plane holds too much.
+bool Session::over_budget(Call& call) {
+  if (shared_.buffered <= shared_.config.max_buffered) return false;
+  refuse(call, RESOURCE_EXHAUSTED,
+         "the server holds as many bytes of waiting requests as it may (--max-queue-bytes); retry with backoff");
+  return true;
 }
 
 // Whether a message follows whose bytes are still to come.
@@ -310,6 +332,7 @@ bool Session::prefix_done(Call& call) {
                std::to_string(shared_.config.max_message) + " (--max-message-bytes)");
     return false;
   }
+  if (over_budget(call)) return false;
   call.body = std::make_shared<Buffer>();
   if (call.expected) return true;
   message_done(call);
@@ -324,8 +347,8 @@ void Session::message_done(Call& call) {
   }
   // Of a stream, messages are answered one at a time, in order.
   call.prefix_have = 0;
-  if (call.waiting.size() == MAX_WAITING)
-    return refuse(call, RESOURCE_EXHAUSTED, "more messages than are answered; wait for the answers");
+  if (call.waiting.size() == MAX_WAITING || call.out.size() - call.out_sent > MAX_UNREAD)
+    return refuse(call, RESOURCE_EXHAUSTED, "more messages than are answered, or answers than are read; wait for them");
   call.waiting.push_back(std::move(call.body));
   if (call.waiting.size() == 1 && !call.handed_out) enqueue(calls_.at(call.stream));
 }
@@ -440,8 +463,12 @@ void Session::answer(const CallPtr& call) {
   call->out.erase(0, call->out_sent);
   call->out_sent = 0;
   call->out += call->answer;
+  call->unsent += call->answer.size();
+  shared_.buffered += call->answer.size();
   call->answer.clear();
-  call->finished = call->last;
+  call->status = call->answer_status;
+  call->message.swap(call->answer_message);
+  call->finished = true;
   if (call->method->kind == Kind::stream && call->status == OK) {
     call->waiting.pop_front();
     if (!call->waiting.empty()) enqueue(call);
@@ -490,10 +517,18 @@ void Session::closed(int32_t stream) {
     if (call.taken && call.method->kind <= Kind::narsil) shared_.gone.push_back(call.id);
   }
   if (call.watching) --shared_.watchers;
-  shared_.buffered -= call.charged;
-  call.charged = 0;
+  shared_.buffered -= call.charged + call.unsent;
+  call.charged = call.unsent = 0;
   call.session = nullptr;
   calls_.erase(found);
+}
+
+// A block of header fields in endlessly many frames is refused before its bytes count: the frames may be empty.
+bool Session::continuation_allowed(const nghttp2_frame_hd& frame) {
+  continuations_ = frame.type == NGHTTP2_CONTINUATION ? continuations_ + 1 : 0;
+  if (continuations_ <= MAX_CONTINUATIONS) return true;
+  nghttp2_session_terminate_session(session_, NGHTTP2_ENHANCE_YOUR_CALM);
+  return false;
 }
 
 // A client that opens streams only to reset them costs more than it pays; it may do so now and then.

@@ -13,12 +13,13 @@ struct Config {
   Schema schema;
   std::unordered_map<std::string, Method> methods;
   size_t max_message = 16u << 20;      // bytes of one message
-  size_t max_buffered = 512u << 20;    // bytes of messages that are still arriving or that no lane has taken
+  size_t max_buffered = 512u << 20;    // bytes of messages that are still arriving or that no lane has taken, and of
+                                       // the answers of calls that have not ended
   size_t max_streams = 1024;           // calls in flight on one connection
   size_t max_connections = 8192;
   size_t max_watchers = 256;           // calls that watch the server's health
   size_t max_header_bytes = 16u << 10; // names, values and 32 a field, as HTTP/2 counts them
-  size_t max_resets = 1000;            // streams a client may reset in one burst; a fifth of it more each second
+  size_t max_resets = 1000;            // streams a client may have reset in one burst; a fifth of it more each second
   // Seconds.
   double handshake_s = 10;   // from the connection to its first whole frame
   double stall_s = 60;       // without a byte moving: a request half sent, or an answer half read
@@ -88,6 +89,7 @@ class Session {
   void take(Call& call, const uint8_t* data, size_t size);
   bool prefix_done(Call& call);
   void message_done(Call& call);
+  bool over_budget(Call& call);
   void half_closed(Call& call);
   void enqueue(const CallPtr& call);
   void refuse(Call& call, int status, const std::string& message);
@@ -98,11 +100,13 @@ class Session {
   void submit_trailers(Call& call);
   void closed(int32_t stream);
   bool reset_allowed();
+  bool continuation_allowed(const nghttp2_frame_hd& frame);
 
   Shared& shared_;
   nghttp2_session* session_ = nullptr;
   std::unordered_map<int32_t, CallPtr> calls_;
   double resets_ = 0, resets_at_ = 0;
+  int continuations_ = 0;
   bool established_ = false, flooded_ = false;
 };
 
