@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Floats
 from narsil.models.artifact import Artifact
 from narsil.models.dlrm import DlrmConfig, random_weights
+from narsil.models.schema import ModelSchema
 
 MakeBatch = Callable[..., Batch]
 
@@ -83,3 +85,29 @@ def batch_of(
         values=np.concatenate(ids).astype(np.int32),
         one_hot=longest is None,
     )
+
+
+def rows_of(batch: Batch, tables: int, rows: Sequence[int]) -> Batch:
+    """Some of a batch's rows, in the given order."""
+    starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
+    bags = (np.arange(tables)[:, None] * batch.rows + np.asarray(rows)).ravel()
+    lengths = batch.lengths[bags]
+    picked = [batch.values[starts[bag] : starts[bag] + batch.lengths[bag]] for bag in bags]
+    dense = np.ascontiguousarray(batch.dense[list(rows)])
+    return Batch(len(rows), dense, lengths, np.concatenate(picked), batch.one_hot)
+
+
+def assert_invariant(backend: Backend, other: Backend, schema: ModelSchema) -> None:
+    """Rows score the same bits alone, and at any place among any rows, in each of two lanes."""
+    task = schema.tasks[0]
+    rng = np.random.default_rng(4)
+    for longest in (None, 3):
+        pool = batch_of(schema.rows.tolist(), schema.dense_dim, 300, longest=longest, seed=5)
+        alone = np.concatenate(
+            [backend.run(rows_of(pool, schema.num_features, [row]))[task] for row in range(pool.rows)]
+        )
+        for size in (2, 3, 12, 13, 63, 64, 65, 100, 127, 129, 200, 300):
+            rows = rng.permutation(pool.rows)[:size]
+            for lane in (backend, other):
+                together = lane.run(rows_of(pool, schema.num_features, rows.tolist()))[task]
+                np.testing.assert_array_equal(together.view(np.uint32), alone[rows].view(np.uint32))

@@ -55,6 +55,9 @@ class ServeSettings(BaseSettings):
     tune_kernels: bool = Field(
         True, description="torch backend: run linear layers on the kernels that measure fastest here."
     )
+    batch_invariant: bool = Field(
+        False, description="compiled backend: a row's score has the same bits alone and in any batch."
+    )
     batch_size: int = Field(16, ge=1, le=65536, description="Requests per batch at most.")
     batch_timeout_ms: float = Field(
         0.0, ge=0, le=60_000, allow_inf_nan=False, description="How long a free lane waits for company."

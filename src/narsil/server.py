@@ -137,9 +137,15 @@ class Server:
 
     def _load(self) -> tuple[Artifact, Backend]:
         settings = self.settings
-        artifact = open_artifact(settings.model, verify=settings.verify_checksums)
+        # Damaged compiled files are spared here: load_backend refuses them, or falls back with a warning.
+        artifact = open_artifact(settings.model, verify=settings.verify_checksums, spare=True)
         backend = load_backend(
-            artifact, settings.backend, settings.device, settings.intra_op_threads, tune_kernels=settings.tune_kernels
+            artifact,
+            settings.backend,
+            settings.device,
+            settings.intra_op_threads,
+            tune_kernels=settings.tune_kernels,
+            batch_invariant=settings.batch_invariant,
         )
         log.info("loaded %s with the %s backend", settings.model, backend.name)
         return artifact, backend

@@ -16,22 +16,29 @@ pytest.importorskip("fbgemm_gpu")
 import torch
 from click.testing import CliRunner
 
-from narsil.backends.compiled import CompiledBackend
+from narsil.backends.base import Backend
+from narsil.backends.compiled import InductorBackend, load_compiled
+from narsil.backends.fused import FusedBackend
 from narsil.backends.gate import replay
+from narsil.backends.judge import ArtifactJudge
 from narsil.backends.registry import load_backend
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.bench.servers import narsil_server
 from narsil.cli import cli
+from narsil.client import Client
 from narsil.dataflow import Batch, Request
 from narsil.engine.engine import Engine
-from narsil.errors import ArtifactError, ConfigError
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.models import compiled as compiled_module
+from narsil.models import compiler as compiler_module
 from narsil.models.artifact import Artifact, open_artifact
 from narsil.models.calibration import load_calibration
+from narsil.models.compiled import processor_flags
 from narsil.models.compiler import DEFAULT_LIMITS, compile_artifact
 from narsil.models.dlrm import DlrmConfig, random_weights
 from narsil.models.packager import package_dlrm
-from tests.fixtures_models import batch_of
+from narsil.models.packing import kinds_here
+from tests.fixtures_models import assert_invariant, batch_of
 from tests.support import Reply, one_hot
 
 pytestmark = [
@@ -40,36 +47,33 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-FORTY = tuple(3 + 7 * number for number in range(40))
-CONFIGS = {
-    "four tables of 16": DlrmConfig(
-        tables=4, rows=(50, 7, 1000, 33), dim=16, dense_features=5, dense_arch=(32, 16), over_arch=(32, 16, 1), seed=7
-    ),
-    "one table of 128, mean": DlrmConfig(
-        tables=1, rows=(11,), dim=128, dense_features=3, dense_arch=(128,), over_arch=(24, 1), pooling="mean", seed=1
-    ),
-    "forty tables of 64": DlrmConfig(
-        tables=40,
-        rows=FORTY,
-        dim=64,
-        dense_features=13,
-        dense_arch=(40, 24, 64),
-        over_arch=(48, 32, 16, 8, 1),
-        seed=2,
-    ),
-}
+HERE = kinds_here(processor_flags())
+needs_fused = pytest.mark.skipif(not HERE, reason="the fused engine needs AVX-512")
+SMALL = DlrmConfig(
+    tables=4, rows=(50, 7, 1000, 33), dim=16, dense_features=5, dense_arch=(32, 16), over_arch=(32, 16, 1), seed=7
+)
+MANY = DlrmConfig(
+    tables=40,
+    rows=tuple(3 + 7 * number for number in range(40)),
+    dim=64,
+    dense_features=13,
+    dense_arch=(40, 24, 64),
+    over_arch=(48, 32, 16, 8, 1),
+    pooling="mean",
+    seed=2,
+)
 
 
 class Pair:
     """An artifact and what it was compiled to."""
 
-    def __init__(self, name: str, precision: str, folder: Path, limit: float | None = None) -> None:
-        config = CONFIGS[name]
+    def __init__(self, config: DlrmConfig, precision: str, folder: Path, engine: str, limit: float | None) -> None:
         self.source = package_dlrm(config, random_weights(config), folder / "source", onnx=False, name="small")
         self.out = folder / "compiled"
-        self.compiled, self.cached = compile_artifact(self.source, self.out, replay, precision=precision, limit=limit)
+        self.asked = {"precision": precision, "engine": engine, "limit": limit}
+        self.compiled, self.cached = compile_artifact(self.source, self.out, ArtifactJudge(), **self.asked)
         self.reference = TorchScriptBackend.load(self.source, "cpu", tune=False)
-        self.backend = CompiledBackend.load(self.compiled)
+        self.backend: Backend = load_compiled(self.compiled)
 
     def batch(self, rows: int, longest: int | None, seed: int = 0) -> Batch:
         return batch_of(
@@ -83,16 +87,20 @@ class Pair:
         return float(np.abs(expected - found).max())
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def fp32(request, tmp_path_factory) -> Pair:
-    return Pair(request.param, "fp32", tmp_path_factory.mktemp("fp32"))
-
-
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Pair:
-    """In bf16 where this processor has it."""
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Pair(next(iter(CONFIGS)), "bf16" if has_bf16 else "fp32", tmp_path_factory.mktemp("small"), limit=0.1)
+def inductor(tmp_path_factory) -> Pair:
+    return Pair(MANY, "fp32", tmp_path_factory.mktemp("inductor"), "inductor", None)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("fused", marks=needs_fused), "inductor"])
+def small(request, tmp_path_factory) -> Pair:
+    """In low precision, by each engine."""
+    precision = "fp32"
+    if request.param == "fused":
+        precision = HERE[-1]
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        precision = "bf16"
+    return Pair(SMALL, precision, tmp_path_factory.mktemp("small"), request.param, 0.1)
 
 
 @pytest.fixture
@@ -110,25 +118,26 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
 
 @pytest.mark.parametrize("longest", [None, 0, 1, 5], ids=["one id a bag", "all bags empty", "some empty", "multi-hot"])
 @pytest.mark.parametrize("rows", [1, 2, 7, 100, 1000])
-def test_it_scores_as_the_artifact(fp32, rows, longest):
-    batch = fp32.batch(rows, longest, seed=rows)
-    assert fp32.deviation(batch) <= 1e-5
+def test_inductor_scores_as_the_artifact(inductor, rows, longest):
+    assert isinstance(inductor.backend, InductorBackend)
+    batch = inductor.batch(rows, longest, seed=rows)
+    assert inductor.deviation(batch) <= 1e-5
 
 
-def test_ids_of_64_bits_score_the_same(fp32):
-    batch = fp32.batch(10, 3)
+def test_ids_of_64_bits_score_the_same(small):
+    batch = small.batch(10, 3)
     wide = Batch(batch.rows, batch.dense, batch.lengths, batch.values.astype(np.int64), one_hot=False)
-    np.testing.assert_array_equal(fp32.backend.run(wide)["default"], fp32.backend.run(batch)["default"])
+    np.testing.assert_array_equal(small.backend.run(wide)["default"], small.backend.run(batch)["default"])
 
 
-def test_every_id_matters(fp32):
-    batch = fp32.batch(64, None)
+def test_every_id_matters(small):
+    batch = small.batch(64, None)
     moved = Batch(batch.rows, batch.dense, batch.lengths, np.ascontiguousarray(batch.values[::-1]) % 3, one_hot=True)
-    assert np.abs(fp32.backend.run(batch)["default"] - fp32.backend.run(moved)["default"]).max() > 1e-3
+    assert np.abs(small.backend.run(batch)["default"] - small.backend.run(moved)["default"]).max() > 1e-3
 
 
-def test_bf16_stays_near(small):
-    assert small.deviation(small.batch(500, None)) <= 0.02
+def test_low_precision_stays_near(small):
+    assert small.deviation(small.batch(500, None)) <= 0.1
 
 
 def test_the_manifest_says_how_far_it_deviates(small):
@@ -139,20 +148,25 @@ def test_the_manifest_says_how_far_it_deviates(small):
     assert small.compiled.name == "small"
 
 
-def test_the_same_inputs_are_answered_from_the_cache(small):
-    def never(source: Artifact, compiled: Artifact) -> None:
+class NeverJudge(ArtifactJudge):
+    """For compiles that must not get as far as that."""
+
+    def choose(self, *given: object) -> None:  # type: ignore[override]
         raise AssertionError("it compiled again")
 
-    info = small.compiled.manifest["compiled"]
-    again, cached = compile_artifact(small.source, small.out, never, precision=info["precision"], limit=info["limit"])
+    replay = choose  # type: ignore[assignment]
+
+
+def test_the_same_inputs_are_answered_from_the_cache(small):
+    again, cached = compile_artifact(small.source, small.out, NeverJudge(), **small.asked)
     assert cached
     assert again.compiled == small.compiled.compiled
     assert small.cached is False
 
 
 def test_too_far_a_deviation_leaves_nothing(tmp_path, small):
-    with pytest.raises(ArtifactError, match=r"deviate from the artifact's by up to \d.*1e-12 is allowed"):
-        compile_artifact(small.source, tmp_path / "out", replay, precision="fp32", limit=1e-12)
+    with pytest.raises(ArtifactError, match=r"deviate from the artifact's by up to \d.* is allowed"):
+        compile_artifact(small.source, tmp_path / "out", ArtifactJudge(), **{**small.asked, "limit": 1e-12})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,15 +184,13 @@ def test_labelled_rows_tell_the_change_in_auc(small, tmp_path):
         load_calibration(tmp_path / "rows.npz", schema)
 
 
-def test_another_lane_has_its_own_container_and_scores_the_same(small):
+def test_another_lane_scores_the_same_at_the_same_time(small):
     other = small.backend.share()
-    assert other._container is not small.backend._container
-    assert other._shared is small.backend._shared
     batch = small.batch(300, 3)
     expected = small.backend.run(batch)["default"]
     failures: list[str] = []
 
-    def lane(backend: CompiledBackend) -> None:
+    def lane(backend: Backend) -> None:
         backend.thread_setup()
         for _ in range(200):
             if not np.array_equal(backend.run(batch)["default"], expected):
@@ -229,7 +241,7 @@ def test_two_lanes_serve_it(small):
         ids = np.ascontiguousarray(features.sparse.ids).ravel()
         alone = Batch(features.rows, features.dense, np.ones(ids.size, np.int32), ids, one_hot=True)
         expected = small.reference.run(alone)["default"]
-        np.testing.assert_allclose(reply.wait().scores["default"], expected, atol=0.02, rtol=0)
+        np.testing.assert_allclose(reply.wait().scores["default"], expected, atol=0.1, rtol=0)
     assert engine.drain(10)
 
 
@@ -245,34 +257,85 @@ def test_another_processor_or_torch_is_refused_and_auto_falls_back(copy, monkeyp
         load_backend(open_artifact(copy.path), "compiled")
 
 
-@pytest.mark.parametrize("file", ["model.pt2", "tables.bin"])
-def test_changed_and_truncated_files_are_refused(copy, file):
-    path = copy.path / file
+def compiled_files(artifact: Artifact) -> list[Path]:
+    return [path for path in (artifact.compiled, artifact.tables, artifact.weights) if path is not None]
+
+
+def damage(path: Path, change: Callable[[bytearray], bytes]) -> None:
     content = bytearray(path.read_bytes())
     path.unlink()  # it may be a link to the original
+    path.write_bytes(change(content))
+
+
+def flipped(content: bytearray) -> bytes:
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=f"{file} does not match the SHA-256"):
-        open_artifact(copy.path)
-    path.write_bytes(content[:-10])
-    with pytest.raises(ArtifactError, match=f"{file} has .* bytes where"):
-        open_artifact(copy.path)
+    return bytes(content)
 
 
-def test_a_foreign_package_is_refused_even_with_a_fitting_checksum(copy, fp32, tmp_path):
-    shutil.copy(fp32.out / "model.pt2", copy.path / "model.pt2")
-    with pytest.raises(ArtifactError, match="was compiled for another model"):
-        load_backend(open_artifact_unchecked(copy.path), "compiled")
-    (copy.path / "model.pt2").write_bytes(b"no zip at all")
-    with pytest.raises(ArtifactError, match="is no package of AOTInductor's"):
-        load_backend(open_artifact_unchecked(copy.path), "compiled")
+def test_changed_truncated_and_missing_files_are_refused(copy):
+    for path in compiled_files(copy):
+        whole = path.read_bytes()
+        damage(path, flipped)
+        with pytest.raises(ArtifactError, match=f"{path.name} does not match the SHA-256"):
+            open_artifact(copy.path)
+        damage(path, lambda content: bytes(content[:-10]))
+        with pytest.raises(ArtifactError, match=f"{path.name} has .* bytes where"):
+            open_artifact(copy.path)
+        path.unlink()
+        with pytest.raises(ArtifactError, match=rf"{path.name} is listed in manifest\.json but is not there"):
+            open_artifact(copy.path)
+        path.write_bytes(whole)
 
 
-def open_artifact_unchecked(folder: Path) -> Artifact:
+def test_auto_falls_back_from_a_wrong_checksum_and_compiled_refuses(copy, small, caplog):
+    damage(copy.compiled, flipped)
+    artifact = open_artifact(copy.path, spare=True)
+    backend = load_backend(artifact, "auto", "cpu")
+    assert backend.name == "torch"
+    assert "does not match the SHA-256" in caplog.text
+    assert "Falling back to the torch backend" in caplog.text
+    batch = small.batch(20, 3)
+    expected = small.reference.run(batch)["default"]
+    np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=1e-5, rtol=0)
+    with pytest.raises(ArtifactError, match=r"cannot run compiled: .* does not match the SHA-256"):
+        load_backend(artifact, "compiled")
+
+
+def test_a_damaged_artifact_is_not_spared_where_there_is_nothing_to_fall_back_to(copy):
+    damage(copy.torchscript, flipped)
+    with pytest.raises(ArtifactError, match=r"model_default\.pt does not match"):
+        open_artifact(copy.path, spare=True)
+
+
+def test_serving_a_folder_with_a_wrong_checksum_warns_and_serves_torch(copy):
+    damage(copy.compiled, flipped)
+    with narsil_server(copy.path, backend="auto", lanes=1) as server, Client(server.address) as client:
+        assert client.model(timeout=30).backend == "torch"
+
+
+def test_a_foreign_package_is_refused_even_with_a_fitting_checksum(copy, inductor):
+    foreign = b"no library at all"
+    if copy.compiled.suffix == ".pt2":
+        damage(copy.compiled, lambda _: inductor.compiled.compiled.read_bytes())
+        with pytest.raises(ArtifactError, match="was compiled for another model"):
+            load_backend(open_artifact_unchecked(copy), "compiled")
+        damage(copy.compiled, lambda _: foreign)
+        with pytest.raises(ArtifactError, match="is no package of AOTInductor's"):
+            load_backend(open_artifact_unchecked(copy), "compiled")
+        return
+    damage(copy.compiled, lambda _: foreign)
+    with pytest.raises(ArtifactError, match=r"forward\.so cannot be loaded"):
+        load_backend(open_artifact_unchecked(copy), "compiled")
+    damage(copy.compiled, lambda _: Path(np._core._multiarray_umath.__file__).read_bytes())  # type: ignore[attr-defined]
+    with pytest.raises(ArtifactError, match=r"no build of Narsil's forward|cannot be loaded"):
+        load_backend(open_artifact_unchecked(copy), "compiled")
+
+
+def open_artifact_unchecked(artifact: Artifact) -> Artifact:
     """Opens a folder whose manifest agrees with whatever its files hold now."""
-    size = (folder / "model.pt2").stat().st_size
-    rewrite(folder, lambda manifest: manifest["files"]["compiled"].update(bytes=size))
-    return open_artifact(folder, verify=False)
+    size = artifact.compiled.stat().st_size
+    rewrite(artifact.path, lambda manifest: manifest["files"]["compiled"].update(bytes=size))
+    return open_artifact(artifact.path, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +345,9 @@ def open_artifact_unchecked(folder: Path) -> Artifact:
         (lambda m: m["compiled"].pop("dim"), "compiled section is damaged"),
         (lambda m: m["compiled"].update(extra=1), "compiled section is damaged"),
         (lambda m: m["compiled"].update(dim="64"), "wrong types"),
+        (lambda m: m["compiled"].update(note=7), "wrong types"),
+        (lambda m: m["compiled"].update(engine="steam"), "engine 'steam'"),
+        (lambda m: m["compiled"].update(layers=[{"inputs": 1}]), "compiled section is damaged"),
         (lambda m: m["compiled"].update(dim=32), "differ"),
         (lambda m: m["compiled"].update(row_alignment=0), "impossible sizes"),
         (lambda m: m["compiled"]["offsets"].__setitem__(0, 1 << 40), "read out of bounds"),
@@ -297,33 +363,109 @@ def test_a_damaged_manifest_is_refused(copy, change, says):
         load_backend(open_artifact(copy.path), "compiled")
 
 
-def test_what_cannot_be_compiled_says_why(small, tmp_path):
-    with pytest.raises(ConfigError, match="precision must be"):
-        compile_artifact(small.source, tmp_path / "out", replay, precision="fp64")
+@needs_fused
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m["compiled"]["layers"][0].update(outputs=64), "do not chain"),
+        (lambda m: m["compiled"]["layers"][0].update(inputs=6), "do not chain"),
+        (lambda m: m["compiled"]["layers"][0].update(kind="fp64"), "unknown kinds"),
+        (lambda m: m["compiled"]["layers"][0].update(inputs=0), "impossible sizes"),
+        (lambda m: m["compiled"]["layers"][1].update(kind="fp32" if HERE[-1] != "fp32" else "bf16"), "bytes where"),
+        (lambda m: m["compiled"]["layers"][-1].update(kind="int8"), "not in fp32"),
+        (lambda m: m["compiled"]["layers"].pop(), "do not chain"),
+        (lambda m: m["compiled"].update(dense_layers=0), "no DLRM's"),
+        (lambda m: m["compiled"].update(dense_layers=4), "no DLRM's"),
+        (lambda m: m["files"].pop("weights"), "lacks its weights"),
+    ],
+)
+@pytest.mark.parametrize("small", ["fused"], indirect=True)
+def test_layers_that_do_not_fit_their_weights_are_refused(small, tmp_path, change, says):
+    assert isinstance(small.backend, FusedBackend)
+    shutil.copytree(small.out, tmp_path / "copy")
+    rewrite(tmp_path / "copy", change)
+    with pytest.raises(ArtifactError, match=says):
+        load_backend(open_artifact(tmp_path / "copy"), "compiled")
+
+
+@needs_fused
+def test_auto_takes_what_is_fast_and_says_why(tmp_path):
+    source = package_dlrm(SMALL, random_weights(SMALL), tmp_path / "source", onnx=False)
+    compiled, _ = compile_artifact(source, tmp_path / "out", ArtifactJudge(), precision="auto")
+    info = compiled.manifest["compiled"]
+    assert info["precision"] in HERE
+    assert info["note"].startswith(f"{info['precision']} pays here: rows a second of one lane within the limit are ")
+    assert info["deviation"]["max_abs"] <= DEFAULT_LIMITS["auto"]
+
+
+def test_batch_invariant_by_inductor(inductor):
+    backend = load_compiled(inductor.compiled, batch_invariant=True)
+    assert_invariant(backend, backend.share(), inductor.source.schema)
+
+
+@needs_fused
+def test_batch_invariant_asks_for_the_compiled_backend(small):
+    with pytest.raises(ConfigError, match=r"batch_invariant needs the compiled backend, not torch.*narsil compile"):
+        load_backend(small.source, "torch", batch_invariant=True)
+    assert load_backend(small.compiled, "auto", "cpu", batch_invariant=True).name == "compiled"
+
+
+def test_what_cannot_be_compiled_says_why(small, tmp_path, monkeypatch):
+    def compiling(**options: object) -> None:
+        compile_artifact(small.source, tmp_path / "out", NeverJudge(), **options)  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match="precision must be one of fp32, bf16, int8, auto, not 'fp64'"):
+        compiling(precision="fp64")
+    with pytest.raises(ConfigError, match="engine must be one of"):
+        compiling(engine="steam")
+    with pytest.raises(ConfigError, match="int8 needs the fused engine"):
+        compiling(precision="int8", engine="inductor")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceUnavailable, match="compiling for cuda needs a GPU"):
+            compiling(device="cuda")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(ArtifactError, match="holds mine"):
-        compile_artifact(small.source, tmp_path / "out", replay)
+        compiling()
     assert (tmp_path / "out" / "mine").read_text() == "keep"
-    assert set(DEFAULT_LIMITS) >= {"fp32", "bf16"}
+    assert set(DEFAULT_LIMITS) == {"fp32", "bf16", "int8", "auto"}
+
+
+def test_a_processor_without_the_instructions_is_told(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler_module, "processor_flags", lambda: ("avx2",))
+    with pytest.raises(ConfigError, match="the fused engine runs on x86 processors with AVX-512"):
+        compile_artifact(small.source, tmp_path / "out", NeverJudge(), engine="fused")
+    with pytest.raises(ConfigError, match="int8 needs the fused engine"):
+        compile_artifact(small.source, tmp_path / "out", NeverJudge(), precision="int8")
+    flags = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c", "fma")
+    monkeypatch.setattr(compiler_module, "processor_flags", lambda: flags)
+    with pytest.raises(ConfigError, match="no vector instructions for int8"):
+        compile_artifact(small.source, tmp_path / "out", NeverJudge(), precision="int8")
+
+
+def test_a_machine_without_a_compiler_is_told(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler_module, "_compiler", lambda: None)
+    with pytest.raises(ConfigError, match=r"compiling needs a C\+\+ compiler: install g\+\+"):
+        compile_artifact(small.source, tmp_path / "out", NeverJudge())
 
 
 def test_verify_holds_a_running_server_against_the_artifact(small):
     with narsil_server(small.out, backend="auto", lanes=2) as server:
         given = ["verify", "--target", server.address, "--model", str(small.source.path), "--json"]
-        result = CliRunner().invoke(cli, [*given, "--max-deviation", "0.02"])
+        result = CliRunner().invoke(cli, [*given, "--max-deviation", "0.1"])
         assert result.exit_code == 0, result.output
         told = json.loads(result.stdout)
         assert told["backend"] == "compiled"
         assert told["rows"] >= 10_000
-        assert 0 < told["max_abs"] <= 0.02
+        assert 0 < told["max_abs"] <= 0.1
         strict = CliRunner().invoke(cli, [*given, "--max-deviation", "0"])
         assert isinstance(strict.exception, ArtifactError)
 
 
 def test_compile_on_the_command_line_is_answered_from_the_cache(small):
-    info = small.compiled.manifest["compiled"]
-    options = ["--precision", info["precision"], "--max-deviation", str(info["limit"]), "--out", str(small.out)]
+    asked = {"--precision": "precision", "--engine": "engine", "--max-deviation": "limit"}
+    options = [text for option, name in asked.items() for text in (option, str(small.asked[name]))]
+    options += ["--out", str(small.out)]
     result = CliRunner().invoke(cli, ["compile", str(small.source.path), *options])
     assert result.exit_code == 0, result.output
     assert "already compiled from these inputs" in result.stdout

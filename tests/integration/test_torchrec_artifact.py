@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def package(module: Any, features: int, path: Path) -> Any:
     return scripted
 
 
-def dlrm(path: Path, rows: Sequence[int], names: Sequence[str]) -> Any:
+def dlrm(path: Path, rows: Sequence[int], names: Sequence[str], keys: Sequence[str] | None = None) -> Any:
+    """``keys``: the request's order of the features, where it is not the tables'."""
     tables = [
         EmbeddingBagConfig(name=f"t_{name}", embedding_dim=16, num_embeddings=count, feature_names=[name])
         for name, count in zip(names, rows, strict=True)
@@ -86,7 +88,7 @@ def dlrm(path: Path, rows: Sequence[int], names: Sequence[str]) -> Any:
         dense_in_features=DENSE,
         dense_arch_layer_sizes=[32, 16],
         over_arch_layer_sizes=[32, 1],
-        id_list_features_keys=list(names),
+        id_list_features_keys=list(keys or names),
         dense_device=torch.device("cpu"),
     )
     return package(module, len(names), path)
@@ -232,3 +234,20 @@ def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: P
     batch = batch_of(ROWS, DENSE, 50, longest=3)
     scores = load_backend(ours, "torch").run(batch)["default"]
     assert np.allclose(scores, direct(tmp_path / "theirs.pt", batch), atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+@pytest.mark.parametrize("keys", [NAMES, ("hour", "shop", "ad", "user")], ids=["the tables' order", "another order"])
+def test_it_compiles_to_the_same_scores(keys: Sequence[str], tmp_path: Path) -> None:
+    from narsil.backends.judge import ArtifactJudge
+    from narsil.models.compiler import compile_artifact
+
+    dlrm(tmp_path / "model_default.pt", ROWS, NAMES, keys)
+    source = open_artifact(tmp_path / "model_default.pt")
+    assert [feature.name for feature in source.schema.features] == list(keys)
+    compiled, _ = compile_artifact(source, tmp_path / "compiled", ArtifactJudge(), precision="auto")
+    backend = load_backend(compiled, "compiled")
+    for longest in (None, 4):
+        batch = batch_of(source.schema.rows.tolist(), DENSE, 100, longest=longest)
+        expected = direct(tmp_path / "model_default.pt", batch)
+        np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=2e-3, rtol=0)

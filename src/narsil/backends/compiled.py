@@ -1,12 +1,14 @@
-"""Runs a folder that ``narsil compile`` wrote (backend name "compiled").
+"""Runs a folder that ``narsil compile`` wrote (backend name "compiled"), with the engine that it was compiled for.
 
-Receives an Artifact with model.pt2 and tables.bin; owns a container of the compiled core per instance. The code and the
-tables are one for all instances from ``share``: tables are mapped, so that their pages are the system's own and are
-shared by processes as well.
+``load_compiled`` gives a FusedBackend (see fused.py) or an InductorBackend: FBGEMM's lookup, then the core as
+AOTInductor compiled it. The latter receives an Artifact with model.pt2 and tables.bin and owns a container of the core
+per instance. The code and the tables are one for all instances from ``share``: tables are mapped, so that their pages
+are the system's own and are shared by processes as well.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,24 +20,44 @@ from numpy.typing import NDArray
 
 from narsil.backends.aoti import Container, Library
 from narsil.backends.base import Backend
+from narsil.backends.fused import FusedBackend, Network
 from narsil.backends.kernels import bucket
-from narsil.dataflow import Batch, Scores
+from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError
 from narsil.models.artifact import Artifact
 from narsil.models.compiled import CompiledInfo, machine_problem
 from narsil.models.core import HOST, INT8
 from narsil.models.schema import ModelSchema
 
-__all__ = ["CompiledBackend", "why_not"]
+__all__ = ["InductorBackend", "load_compiled", "why_not"]
+
+log = logging.getLogger(__name__)
 
 _FP32 = 0  # FBGEMM's SparseType of what the lookup gives
 _POOLING = {"sum": 0, "mean": 1}
 _LEAST_ROWS = 2  # the compiled code's; a single row is scored beside a row of padding
+_TILE_ROWS = 64  # of a batch-invariant run
 
 
 def why_not(artifact: Artifact) -> str | None:
-    """Why the compiled model cannot run here; None where it can. Raises ArtifactError where the folder is damaged."""
-    return machine_problem(_info(artifact), str(torch.__version__))
+    """Why the compiled model cannot run here; None where it can. Raises ArtifactError where its manifest is damaged."""
+    return artifact.damage or machine_problem(_info(artifact), str(torch.__version__))
+
+
+def load_compiled(artifact: Artifact, intra_op_threads: int = 1, *, batch_invariant: bool = False) -> Backend:
+    """Loads the code and maps the tables.
+
+    ``batch_invariant`` makes a row's score the same bits in any batch; the fused engine's always is. Raises
+    ArtifactError where the folder is damaged, or was compiled for another processor or torch.
+    """
+    info = _info(artifact)
+    if problem := why_not(artifact):
+        raise ArtifactError(f"{artifact.path} cannot run compiled: {problem}")
+    if info.engine == "fused":
+        if intra_op_threads > 1:
+            log.warning("the compiled backend runs each forward on one thread; more lanes use more cores")
+        return FusedBackend(Network.load(artifact, info), artifact.schema)
+    return InductorBackend.load(artifact, info, intra_op_threads, batch_invariant=batch_invariant)
 
 
 def _info(artifact: Artifact) -> CompiledInfo:
@@ -76,34 +98,37 @@ class _Shared:
     info: CompiledInfo
 
 
-class CompiledBackend(Backend):
+class InductorBackend(Backend):
     """FBGEMM's lookup, then the core as AOTInductor compiled it."""
 
     name = "compiled"
 
-    def __init__(self, shared: _Shared, schema: ModelSchema, intra_op_threads: int = 1) -> None:
+    def __init__(
+        self, shared: _Shared, schema: ModelSchema, intra_op_threads: int = 1, *, batch_invariant: bool = False
+    ) -> None:
         self.schema = schema
         self.device = "cpu"
         self._shared = shared
         self._threads = intra_op_threads
+        self._invariant = batch_invariant
         self._container = Container(shared.library)
         self._ones: NDArray[Any] = np.arange(1, dtype=schema.id_dtype)
 
     @classmethod
-    def load(cls, artifact: Artifact, intra_op_threads: int = 1) -> CompiledBackend:
-        """Loads the code and maps the tables. Raises ArtifactError where the folder is damaged, or was compiled for
-        another processor or torch."""
-        info = _info(artifact)
-        if problem := machine_problem(info, str(torch.__version__)):
-            raise ArtifactError(f"{artifact.path} cannot run here: {problem}")
+    def load(
+        cls, artifact: Artifact, info: CompiledInfo, intra_op_threads: int = 1, *, batch_invariant: bool = False
+    ) -> InductorBackend:
+        """As load_compiled, which has looked whether it can run here."""
         assert artifact.compiled is not None and artifact.tables is not None  # noqa: PT018, S101 - _info has looked
         # Copy on write: nothing ever writes, and torch warns of memory that it may not.
         weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c"))
         shared = _Shared(Library(artifact.compiled, info.signature), Lookup(weights, info), info)
-        return cls(shared, artifact.schema, intra_op_threads)
+        return cls(shared, artifact.schema, intra_op_threads, batch_invariant=batch_invariant)
 
     def bucket(self, rows: int) -> int:
         """See Backend.bucket: oneDNN compiles for every number of rows."""
+        if self._invariant:
+            return -(-rows // _TILE_ROWS) * _TILE_ROWS
         return max(bucket(rows), _LEAST_ROWS)
 
     def run(self, batch: Batch) -> Scores:
@@ -111,10 +136,26 @@ class CompiledBackend(Backend):
         with torch.inference_mode():
             pooled = self._shared.lookup(_tensor(batch.values), _tensor(self._ends(batch)))
         dense = np.ascontiguousarray(batch.dense)
-        if batch.rows < _LEAST_ROWS:
-            dense, pooled = np.repeat(dense, _LEAST_ROWS, axis=0), pooled.repeat(_LEAST_ROWS, 1)
-        scores = self._container.run(dense, pooled)
-        return {self.schema.tasks[0]: scores[: batch.rows]}
+        scores = self._by_tiles(dense, pooled) if self._invariant else self._padded(dense, pooled, _LEAST_ROWS)
+        return {self.schema.tasks[0]: scores}
+
+    def _padded(self, dense: Floats, pooled: torch.Tensor, least: int) -> Floats:
+        """The scores of rows that are brought to at least ``least`` with zeros."""
+        rows = len(dense)
+        if rows < least:
+            dense = np.concatenate([dense, np.zeros((least - rows, dense.shape[1]), np.float32)])
+            pooled = torch.cat([pooled, pooled.new_zeros(least - rows, pooled.shape[1])])
+        return self._container.run(dense, pooled)[:rows]
+
+    def _by_tiles(self, dense: Floats, pooled: torch.Tensor) -> Floats:
+        """The scores, by forwards that all have the same number of rows: a kernel that is chosen by that number, or
+        cuts its sums by it, is then always the same one."""
+        starts = range(0, len(dense), _TILE_ROWS)
+        parts = [
+            self._padded(dense[start : start + _TILE_ROWS], pooled[start : start + _TILE_ROWS], _TILE_ROWS)
+            for start in starts
+        ]
+        return np.concatenate(parts)
 
     def _ends(self, batch: Batch) -> NDArray[Any]:
         """(T * B + 1,) where each bag begins in values, in their type."""
@@ -127,9 +168,9 @@ class CompiledBackend(Backend):
         np.cumsum(batch.lengths, out=ends[1:])
         return ends
 
-    def share(self) -> CompiledBackend:
+    def share(self) -> InductorBackend:
         """Another container over the same code and tables."""
-        return CompiledBackend(self._shared, self.schema, self._threads)
+        return InductorBackend(self._shared, self.schema, self._threads, batch_invariant=self._invariant)
 
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""

@@ -30,12 +30,12 @@ Scorer = Callable[[Batch], Floats]  # (B,) scores
 
 def replay(source: Artifact, compiled: Artifact, calibration: Calibration | None = None) -> Deviation:
     """Runs both artifacts over the same rows. Raises whatever loading or running them raises."""
-    from narsil.backends.compiled import CompiledBackend
+    from narsil.backends.compiled import load_compiled
     from narsil.backends.torchscript import TorchScriptBackend
 
     task = source.schema.tasks[0]
     reference = TorchScriptBackend.load(source, source.device, tune=False)
-    subject = CompiledBackend.load(compiled)
+    subject = load_compiled(compiled)
     try:
         return compare(
             source.schema,
@@ -82,9 +82,9 @@ def deviation_of(expected: Floats, found: Floats, labelled_from: int = 0, labels
     )
 
 
-def random_batches(schema: ModelSchema, calibration: Calibration | None = None) -> Iterator[Batch]:
+def random_batches(schema: ModelSchema, calibration: Calibration | None = None, seed: int = 0) -> Iterator[Batch]:
     """At least RANDOM_ROWS rows, in batches of one-hot and of jagged bags by turns."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     sizes = [*_ODD_BATCHES, *_ODD_BATCHES] + [_BATCH_ROWS] * (RANDOM_ROWS // _BATCH_ROWS)
     for number, rows in enumerate(sizes):
         if calibration is None:

@@ -24,11 +24,13 @@ def load_backend(
     intra_op_threads: int = 1,
     *,
     tune_kernels: bool = True,
+    batch_invariant: bool = False,
 ) -> Backend:
     """The artifact, loaded on ``device`` (None: the one it was packaged for).
 
     ``auto`` takes compiled where the artifact holds a compiled model that can run here, else torch where it has
-    TorchScript for that device and torch and fbgemm are installed, else onnx. Raises ArtifactError, ConfigError or
+    TorchScript for that device and torch and fbgemm are installed, else onnx. ``batch_invariant`` asks for scores that
+    are the same bits in any batch, which only compiled ones are. Raises ArtifactError, ConfigError or
     DeviceUnavailable, saying what to do.
     """
     if intra_op_threads < 1:
@@ -37,7 +39,12 @@ def load_backend(
         raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
     chosen = _choose(artifact, device) if name == "auto" else name
     if chosen == "compiled":
-        return _load_compiled(artifact, device, intra_op_threads)
+        return _load_compiled(artifact, device, intra_op_threads, batch_invariant)
+    if batch_invariant:
+        raise ConfigError(
+            f"batch_invariant needs the compiled backend, not {chosen}, whose sums depend on the batch's size; "
+            f"make a compiled artifact with `narsil compile {artifact.path}`"
+        )
     if chosen == "torch":
         return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
     if chosen == "onnx":
@@ -70,14 +77,14 @@ def _choose(artifact: Artifact, device: str | None) -> str:
     return "torch" if artifact.torchscript is not None else "onnx"
 
 
-def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int) -> Backend:
+def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
     if problem := _torch_problem():
         raise ConfigError(f"the compiled backend needs torch and fbgemm ({problem}); install narsil[cpu]")
     if device not in (None, "cpu"):
         raise ConfigError(f"{artifact.path} is compiled for the CPU and cannot run on {device}; use --device cpu")
-    from narsil.backends.compiled import CompiledBackend
+    from narsil.backends.compiled import load_compiled
 
-    return CompiledBackend.load(artifact, intra_op_threads)
+    return load_compiled(artifact, intra_op_threads, batch_invariant=batch_invariant)
 
 
 def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_kernels: bool) -> Backend:

@@ -9,6 +9,7 @@ import click
 from narsil.cli.package import show_progress
 from narsil.errors import ConfigError
 from narsil.models.artifact import Artifact, open_artifact
+from narsil.models.compiler import ENGINE_CHOICES
 
 __all__ = ["command"]
 
@@ -18,24 +19,37 @@ __all__ = ["command"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="Of the MLPs and the interaction; sums are FP32 in each.",
+    help="Lowest precision of a layer; layers that would deviate too far are kept higher. auto: what is fastest here.",
 )
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINE_CHOICES),
+    default="auto",
+    show_default=True,
+    help="fused: Narsil's own forward (x86 with AVX-512). inductor: FBGEMM and AOTInductor. auto: fused where it runs.",
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Rows to judge the result on too: .npz with dense, ids and, for the AUC, labels.",
+    help="Rows to choose precision and judge the result by: .npz with dense, ids and, for the AUC, labels.",
 )
 @click.option(
     "--max-deviation",
     type=float,
-    help="Largest absolute deviation of a score that is let pass.  [default: 1e-5 for fp32, 2e-3 for bf16]",
+    help="Largest absolute deviation of a score that is let pass.  [default: 1e-5 for fp32, else 2e-3]",
 )
 def command(
-    model: Path, out: Path, precision: str, device: str, calibration: Path | None, max_deviation: float | None
+    model: Path,
+    out: Path,
+    precision: str,
+    device: str,
+    engine: str,
+    calibration: Path | None,
+    max_deviation: float | None,
 ) -> None:
     """Compile the DLRM at MODEL for this machine.
 
@@ -43,7 +57,7 @@ def command(
     other option. It runs on this processor or a newer one of its kind, with this version of torch.
     """
     _check_torch()
-    from narsil.backends.gate import replay
+    from narsil.backends.judge import ArtifactJudge
     from narsil.models.calibration import load_calibration
     from narsil.models.compiler import compile_artifact
 
@@ -53,8 +67,10 @@ def command(
         artifact, cached = compile_artifact(
             source,
             out,
-            lambda source, compiled: replay(source, compiled, rows),
+            ArtifactJudge(rows),
             precision=precision,
+            engine=engine,
+            device=device,
             limit=max_deviation,
             calibration=rows,
             progress=report,
@@ -75,8 +91,10 @@ def _summary(artifact: Artifact, cached: bool) -> None:
     deviation = compiled["deviation"]
     state = "already compiled from these inputs" if cached else "compiled"
     click.echo(
-        f"{artifact.name} version {artifact.version}: {state}, {compiled['precision']}, for {compiled['machine']}"
+        f"{artifact.name} version {artifact.version}: {state}, {compiled['precision']}, for "
+        f"{compiled['machine'] if compiled['device'] == 'cpu' else compiled['device']} ({compiled['engine']} engine)"
     )
+    click.echo(f"  {compiled['note']}")
     click.echo(
         f"  deviation from the artifact over {deviation['rows']:,} rows: max {deviation['max_abs']:.2e} "
         f"(limit {compiled['limit']:.0e}), mean {deviation['mean_abs']:.1e}, "

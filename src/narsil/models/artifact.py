@@ -8,7 +8,7 @@ packager. Produces an Artifact. Owns manifest.json and its format. Imports no to
     DIR/narsil_dlrm_default.onnx       ONNX graph, FP32                                         role onnx
     DIR/narsil_dlrm_default.onnx.data  its tables                                               role onnx_data
 
-A folder that ``narsil compile`` wrote has a format of its own and two more roles: see compiled.py.
+A folder that ``narsil compile`` wrote has a format of its own and more roles: see compiled.py.
 
 A manifest is read as hostile input: its files are plain names that stay in the folder.
 """
@@ -31,10 +31,12 @@ __all__ = [
     "COMPILED_FILE",
     "COMPILED_FORMAT",
     "FORMAT",
+    "FUSED_FILE",
     "MANIFEST",
     "ONNX_FILE",
     "TABLES_FILE",
     "TORCHSCRIPT_FILE",
+    "WEIGHTS_FILE",
     "Artifact",
     "open_artifact",
     "write_manifest",
@@ -47,11 +49,14 @@ TORCHSCRIPT_FILE = "model_default.pt"  # the name that TorchRec's packager and s
 ONNX_FILE = "narsil_dlrm_default.onnx"
 ONNX_DATA_FILE = ONNX_FILE + ".data"
 COMPILED_FILE = "model.pt2"
+FUSED_FILE = "forward.so"
+WEIGHTS_FILE = "weights.bin"
 TABLES_FILE = "tables.bin"
 ONNX_SCHEMA = "narsil.schema"  # the graph's metadata entry that holds the schema it was built for
 
 _MAX_MANIFEST_BYTES = 16 << 20
-_ROLES = frozenset({"torchscript", "onnx", "onnx_data", "compiled", "tables"})
+_COMPILED_ROLES = frozenset({"compiled", "weights", "tables"})
+_ROLES = _COMPILED_ROLES | {"torchscript", "onnx", "onnx_data"}
 _KEYS = frozenset({"format", "name", "version", "schema", "device", "files"})
 _CHUNK = 4 << 20
 
@@ -69,14 +74,17 @@ class Artifact:
     onnx: Path | None = None
     compiled: Path | None = None  # with its tables
     tables: Path | None = None
+    weights: Path | None = None  # of the fused engine
     manifest: Mapping[str, Any] | None = None
+    damage: str | None = None  # why the compiled files, which are there, must not run
 
 
-def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
+def open_artifact(path: str | Path, *, verify: bool = True, spare: bool = False) -> Artifact:
     """The artifact at a path.
 
     ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where a
-    file is missing, damaged, foreign or outside the folder.
+    file is missing, damaged, foreign or outside the folder. With ``spare``, compiled files may be so where there is
+    TorchScript beside them that is whole: the artifact's ``damage`` then says what is wrong.
     """
     path = Path(path)
     if not path.exists():
@@ -89,7 +97,7 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
         manifest = read_manifest(folder)
         listed = {entry["file"] for entry in manifest["files"].values()}
         if only is None or only in listed:
-            return _from_manifest(folder, manifest, only, verify)
+            return _from_manifest(folder, manifest, only, verify, spare)
     if only is not None and path.suffix == ".onnx":
         raise ArtifactError(
             f"{path} has no {MANIFEST} beside it that lists it; ONNX models are served from the folder "
@@ -181,17 +189,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool) -> Artifact:
-    files = {role: _checked_file(folder, entry, verify) for role, entry in manifest["files"].items()}
+def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool, spare: bool) -> Artifact:
+    files, damage = _checked_files(folder, manifest["files"], verify, spare and only is None)
     torchscript, onnx, compiled = files.get("torchscript"), files.get("onnx"), files.get("compiled")
     if only is not None:  # one file was named, so only its backend may run
         torchscript = torchscript if torchscript and torchscript.name == only else None
         onnx = onnx if onnx and (onnx.name == only or files.get("onnx_data", onnx).name == only) else None
-        compiled = compiled if compiled and only in (compiled.name, files.get("tables", compiled).name) else None
+        compiled = compiled if compiled and only in _names(files, _COMPILED_ROLES) else None
     if torchscript is None and onnx is None and compiled is None:
         raise ArtifactError(f"{folder / MANIFEST} lists no model_default.pt and no ONNX graph; package the model again")
     if (compiled is not None) and "tables" not in files:
-        raise ArtifactError(f"{folder / MANIFEST} lists {COMPILED_FILE} without its tables; compile the model again")
+        raise ArtifactError(f"{folder / MANIFEST} lists {compiled.name} without its tables; compile the model again")
     return Artifact(
         path=folder,
         name=manifest["name"],
@@ -202,8 +210,31 @@ def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, ver
         onnx=onnx,
         compiled=compiled,
         tables=files.get("tables"),
+        weights=files.get("weights"),
         manifest=manifest,
+        damage=damage,
     )
+
+
+def _names(files: Mapping[str, Path], roles: frozenset[str]) -> set[str]:
+    return {path.name for role, path in files.items() if role in roles}
+
+
+def _checked_files(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], verify: bool, spare: bool
+) -> tuple[dict[str, Path], str | None]:
+    """Role -> file, and what is wrong with compiled files that may be spared."""
+    files: dict[str, Path] = {}
+    damage = None
+    for role, entry in entries.items():
+        try:
+            files[role] = _checked_file(folder, entry, verify)
+        except ArtifactError as error:
+            if not spare or role not in _COMPILED_ROLES or "torchscript" not in entries:
+                raise
+            files[role] = folder / str(entry["file"])
+            damage = damage or str(error)
+    return files, damage
 
 
 def _check_entry(manifest: Path, role: Any, entry: Any) -> None:

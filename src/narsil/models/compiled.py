@@ -3,27 +3,35 @@
 Receives plain values from manifest.json, which are hostile input; produces a CompiledInfo. Imports no torch.
 
     DIR/manifest.json      format narsil.compiled/1: all of narsil.artifact/1, and "compiled"
-    DIR/model.pt2          the DLRM without its lookup, compiled by AOTInductor              role compiled
     DIR/tables.bin         INT8 tables as FBGEMM's lookup takes them, memory-mapped          role tables
     DIR/model_default.pt   the artifact it was compiled from: what runs where this cannot    role torchscript
+
+and, by the engine that runs it:
+
+    fused      DIR/forward.so     forward.cpp, built for this processor                      role compiled
+               DIR/weights.bin    its layers' weights, packed and memory-mapped              role weights
+    inductor   DIR/model.pt2      the DLRM without its lookup, compiled by AOTInductor       role compiled
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from narsil.errors import ArtifactError
+from narsil.models.packing import LayerShape
 from narsil.models.schema import ModelSchema
 
-__all__ = ["CompiledInfo", "Deviation", "machine_problem", "processor_flags"]
+__all__ = ["ENGINES", "CompiledInfo", "Deviation", "machine_problem", "processor_flags"]
 
 # Of a processor's flags, those that compilers and oneDNN's kernels turn into instructions.
 _INSTRUCTIONS = ("avx", "amx", "fma", "f16c", "bmi", "sse", "ssse", "movbe", "popcnt", "abm", "adx", "gfni", "vaes")
 _INSTRUCTIONS_ARM = ("asimd", "sve", "bf16", "i8mm", "fphp", "dotprod")
+
+ENGINES = ("fused", "inductor")
 
 SCALE_BIAS_BYTES = 4  # FP16 scale and FP16 bias before a row's bytes
 
@@ -43,8 +51,10 @@ class Deviation:
 
 @dataclass(frozen=True)
 class CompiledInfo:
-    """What model.pt2 was compiled from and for."""
+    """What the code in a folder was compiled from and for."""
 
+    engine: str  # one of ENGINES
+    device: str  # cpu or cuda
     precision: str
     machine: str  # as platform.machine() gives it
     instructions: tuple[str, ...]  # flags of the processor that it was compiled for
@@ -57,6 +67,9 @@ class CompiledInfo:
     row_alignment: int
     pooling: str
     limit: float  # of Deviation.max_abs
+    note: str  # for people: how the layers' precisions were chosen
+    dense_layers: int  # of layers; the others are the over arch's
+    layers: tuple[LayerShape, ...]  # of the fused engine, in the order in which they run; else empty
     deviation: Deviation | None = None
 
     @property
@@ -68,6 +81,10 @@ class CompiledInfo:
     def signature(self) -> str:
         """What model.pt2 itself repeats of this, so that a foreign one is told by it."""
         return f"dlrm {self.precision} dense={self.dense_dim} tables={self.tables} dim={self.dim}"
+
+    def with_deviation(self, deviation: Deviation) -> CompiledInfo:
+        """The same, judged."""
+        return replace(self, deviation=deviation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
@@ -83,7 +100,8 @@ class CompiledInfo:
                 raise TypeError("it is missing")
             deviation = data["deviation"] and Deviation(**data["deviation"])
             lists = {key: tuple(data[key]) for key in ("instructions", "offsets")}
-            info = cls(**{**data, **lists, "deviation": deviation})
+            layers = tuple(LayerShape(**layer) for layer in data["layers"])
+            info = cls(**{**data, **lists, "layers": layers, "deviation": deviation})
         except (TypeError, KeyError) as error:
             raise ArtifactError(
                 f"the manifest's compiled section is damaged ({error}); compile the model again"
@@ -92,10 +110,15 @@ class CompiledInfo:
         return info
 
     def _check(self, schema: ModelSchema, tables_bytes: int) -> None:
-        numbers = (self.dense_dim, self.tables, self.dim, self.row_alignment, *self.offsets)
-        texts = (self.precision, self.machine, self.torch, self.key, self.pooling, *self.instructions)
+        numbers = (self.dense_dim, self.tables, self.dim, self.row_alignment, self.dense_layers, *self.offsets)
+        texts = (self.precision, self.machine, self.torch, self.key, self.pooling, self.note, *self.instructions)
         if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
             raise ArtifactError("the manifest's compiled section has values of wrong types; compile the model again")
+        if self.engine not in ENGINES or self.device not in ("cpu", "cuda"):
+            raise ArtifactError(
+                f"the manifest names the engine {str(self.engine)[:64]!r} on {str(self.device)[:64]!r}, which this "
+                "Narsil does not know; compile the model again"
+            )
         if not 1 <= self.row_alignment <= 4096 or self.dim < 1:
             raise ArtifactError("the manifest's compiled section has impossible sizes; compile the model again")
         dims = {feature.dim for feature in schema.features} | {self.dim}
@@ -103,12 +126,29 @@ class CompiledInfo:
         counts = {schema.num_features, self.tables, len(self.offsets)}
         if len(dims) != 1 or len(poolings) != 1 or len(counts) != 1 or self.dense_dim != schema.dense_dim:
             raise ArtifactError("the manifest's schema and compiled section differ; compile the model again")
+        if self.engine == "fused":
+            self._check_layers()
         for feature, start in zip(schema.features, self.offsets, strict=True):
             if start < 0 or start + feature.rows * self.row_bytes > tables_bytes:
                 raise ArtifactError(
                     f"the table of {feature.name} would end beyond tables.bin ({tables_bytes} bytes): ids would be "
                     "read out of bounds; compile the model again"
                 )
+
+    def _check_layers(self) -> None:
+        """Raises ArtifactError unless each layer takes what comes before it: the code trusts their sizes."""
+        for layer in self.layers:
+            layer.check()
+        dense, over = self.layers[: self.dense_layers], self.layers[self.dense_layers :]
+        if self.dense_layers < 1 or len(over) < 2:
+            raise ArtifactError("the manifest's layers are no DLRM's; compile the model again")
+        joined = self.dim + self.tables * (self.tables + 1) // 2
+        for layers, first, last in ((dense, self.dense_dim, self.dim), (over, joined, 1)):
+            widths = [first, *(layer.outputs for layer in layers)]
+            if widths[:-1] != [layer.inputs for layer in layers] or widths[-1] != last:
+                raise ArtifactError("the manifest's layers do not chain; compile the model again")
+        if over[-1].kind != "fp32":
+            raise ArtifactError("the manifest's last layer is not in fp32; compile the model again")
 
 
 def processor_flags() -> tuple[str, ...]:

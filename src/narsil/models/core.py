@@ -25,7 +25,7 @@ from narsil.models.torchrec import schema_of, table_operators
 
 __all__ = ["HOST", "INT8", "Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
 INT8, HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
 _LAYER = re.compile(

@@ -1,0 +1,226 @@
+"""The fused engine: the artifact's scores in every kind of number, for any architecture and any bags."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fbgemm_gpu")
+
+from narsil.backends.fused import PARTS, FusedBackend, Geometry, Library
+from narsil.backends.planner import LADDERS, Workbench, choose, climb
+from narsil.backends.torchscript import TorchScriptBackend
+from narsil.dataflow import Batch
+from narsil.errors import ArtifactError, ForwardFailed
+from narsil.models.compiled import SCALE_BIAS_BYTES, processor_flags
+from narsil.models.compiler import _build
+from narsil.models.core import read_parts
+from narsil.models.dlrm import DlrmConfig, random_weights
+from narsil.models.packager import package_dlrm
+from narsil.models.packing import kinds_here
+from narsil.models.torchrec import load_torchscript
+from tests.fixtures_models import assert_invariant, batch_of, rows_of
+
+HERE = kinds_here(processor_flags())
+pytestmark = [
+    pytest.mark.skipif(not HERE, reason="the fused engine needs AVX-512"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="building it needs g++"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+CONFIGS = {
+    "four tables of 16": DlrmConfig(
+        tables=4, rows=(50, 7, 1000, 33), dim=16, dense_features=5, dense_arch=(32, 16), over_arch=(32, 16, 1), seed=7
+    ),
+    "one table of 128, mean": DlrmConfig(
+        tables=1, rows=(11,), dim=128, dense_features=3, dense_arch=(128,), over_arch=(24, 1), pooling="mean", seed=1
+    ),
+    "dims that fill no vector": DlrmConfig(
+        tables=6, rows=90, dim=20, dense_features=1, dense_arch=(7, 20), over_arch=(33, 31, 5, 1), seed=3
+    ),
+    "the smallest dim": DlrmConfig(
+        tables=2, rows=9, dim=4, dense_features=33, dense_arch=(1, 4), over_arch=(1, 1), seed=5
+    ),
+    "twenty-six tables of 64": DlrmConfig(rows=500, seed=6),
+    "a hundred tables of 32": DlrmConfig(
+        tables=100,
+        rows=tuple(3 + 7 * number for number in range(100)),
+        dim=32,
+        dense_features=13,
+        dense_arch=(40, 24, 32),
+        over_arch=(48, 32, 16, 8, 1),
+        seed=2,
+    ),
+}
+# Of scores, with random weights and every layer in the kind; the scores' own spread is about 0.2.
+NEAR = {"fp32": 1e-5, "bf16": 0.05, "int16": 0.01, "int8": 0.15}
+
+
+class Subject:
+    """A packaged DLRM beside the workbench that runs it in any kinds."""
+
+    def __init__(self, config: DlrmConfig, library: Path, folder: Path) -> None:
+        self.artifact = package_dlrm(config, random_weights(config), folder, onnx=False)
+        self.reset(library)
+
+    def reset(self, library: Path) -> None:
+        artifact = self.artifact
+        assert artifact.torchscript is not None
+        parts = read_parts(load_torchscript(artifact.torchscript, "cpu"), artifact.schema, "model")
+        reference = TorchScriptBackend.load(artifact, "cpu", tune=False)
+        self.schema = artifact.schema
+        lookup = parts.lookup
+        row_bytes = -(-(parts.dim + SCALE_BIAS_BYTES) // lookup.row_alignment) * lookup.row_alignment
+        self.bench = Workbench(
+            Library(library),
+            Geometry(
+                parts.dense_dim,
+                parts.dim,
+                row_bytes,
+                lookup.offsets,
+                tuple(self.schema.rows.tolist()),
+                parts.pooling == "mean",
+            ),
+            self.schema,
+            parts,
+            np.asarray(lookup.weights),
+            lambda batch: reference.run(batch)["default"],
+        )
+
+    def backend(self, kind: str) -> FusedBackend:
+        return self.bench.backend((kind,) * len(self.bench.linears))
+
+    def batch(self, rows: int, longest: int | None, seed: int = 0) -> Batch:
+        return batch_of(self.schema.rows.tolist(), self.schema.dense_dim, rows, longest=longest, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("library") / "forward.so"
+    _build(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def subject(request, library, tmp_path_factory) -> Subject:
+    return Subject(CONFIGS[request.param], library, tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="module")
+def small(library, tmp_path_factory) -> Subject:
+    return Subject(next(iter(CONFIGS.values())), library, tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_it_scores_as_the_artifact(subject, kind):
+    backend = subject.backend(kind)
+    for rows in (1, 2, 7, 12, 13, 100, 333):
+        for longest in (None, 0, 1, 5):  # one id a bag, all bags empty, some empty, multi-hot
+            batch = subject.batch(rows, longest, seed=rows)
+            expected = subject.bench.reference(batch)
+            found = backend.run(batch)["default"]
+            assert found.shape == (rows,)
+            np.testing.assert_allclose(found, expected, atol=NEAR[kind], rtol=0)
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_a_rows_score_is_the_same_bits_in_any_batch(subject, kind):
+    backend = subject.backend(kind)
+    assert_invariant(backend, backend.share(), subject.schema)
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_layers_may_differ_in_kind(small, kind):
+    for number in range(len(small.bench.linears)):
+        kinds = tuple(kind if number == other else "fp32" for other in range(len(small.bench.linears)))
+        assert small.bench.errors(kinds)[0] <= NEAR[kind]
+
+
+def test_rows_that_are_picked_one_by_one_are_the_batchs(small):
+    batch = small.batch(20, 4)
+    same = rows_of(batch, small.schema.num_features, range(20))
+    np.testing.assert_array_equal(same.values, batch.values)
+    np.testing.assert_array_equal(same.lengths, batch.lengths)
+
+
+def test_arrays_of_other_types_and_strides_score_the_same(small):
+    backend, batch = small.backend("fp32"), small.batch(30, 3)
+    expected = backend.run(batch)["default"]
+    strided = np.asfortranarray(batch.dense)
+    for other in (
+        replace(batch, values=batch.values.astype(np.int64)),
+        replace(batch, lengths=batch.lengths.astype(np.int64)),
+        replace(batch, dense=strided),
+    ):
+        np.testing.assert_array_equal(backend.run(other)["default"], expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_an_id_outside_of_its_table_is_never_looked_up(small, bad, one_hot):
+    batch = small.batch(30, None if one_hot else 3)
+    values = batch.values.copy()
+    values[5] = bad
+    with pytest.raises(ForwardFailed, match="an id lies outside"):
+        small.backend("fp32").run(replace(batch, values=values))
+    wide = values.astype(np.int64)
+    wide[5] = 2**40
+    with pytest.raises(ForwardFailed, match="an id lies outside"):
+        small.backend("fp32").run(replace(batch, values=wide))
+
+
+def test_lengths_that_do_not_add_up_are_refused(small):
+    backend, batch = small.backend("fp32"), small.batch(30, 3)
+    for lengths in (batch.lengths + 1, -batch.lengths):
+        with pytest.raises(ForwardFailed, match="do not add up"):
+            backend.run(replace(batch, lengths=lengths.astype(np.int32)))
+    with pytest.raises(ForwardFailed, match="do not add up"):
+        backend.run(replace(batch, values=batch.values[:-1]))
+    with pytest.raises(ForwardFailed, match="do not make 30 rows"):
+        backend.run(replace(batch, lengths=batch.lengths[:-1]))
+    with pytest.raises(ForwardFailed, match="do not add up"):
+        backend.run(replace(small.batch(30, None), values=batch.values[:7]))
+
+
+def test_a_number_that_is_none_stays_one(small):
+    batch = small.batch(3, None)
+    dense = batch.dense.copy()
+    dense[1, 2] = np.nan
+    found = small.backend("fp32").run(replace(batch, dense=dense))["default"]
+    assert np.isnan(found[1])
+    assert np.isfinite(found[[0, 2]]).all()
+
+
+def test_the_time_of_each_part_is_told(small):
+    seconds = np.zeros(len(PARTS))
+    small.backend("fp32").score(small.batch(300, None), seconds)
+    assert (seconds[:4] > 0).all()
+    assert seconds.sum() < 1
+
+
+@pytest.mark.skipif("int8" not in HERE, reason="needs VNNI")
+def test_layers_climb_until_the_limit_is_kept(small):
+    loose, _ = climb(small.bench, "int8", HERE, 0.5)
+    assert set(loose) == {"int8"}
+    exact, deviation = climb(small.bench, "int8", HERE, 1e-7)
+    assert set(exact) == {"fp32"}
+    worst = small.bench.errors(loose)[0]
+    between, found = climb(small.bench, "int8", HERE, worst * 0.7)
+    assert set(between) > {"int8"}
+    assert deviation <= found <= 0.75 * 0.7 * worst
+
+
+def test_the_choice_says_what_it_is(small):
+    plan = choose(small.bench, "fp32", HERE, 1e-5)
+    assert (plan.precision, plan.note) == ("fp32", "dense arch fp32 fp32, over arch fp32 fp32 fp32")
+    assert {kind for ladder in LADDERS.values() for kind in ladder} == {"fp32", "bf16", "int16", "int8"}
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path):
+    (tmp_path / "forward.so").write_bytes(b"\x7fELF")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        Library(tmp_path / "forward.so")

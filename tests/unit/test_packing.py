@@ -1,0 +1,137 @@
+"""Packed layers: the numbers that forward.cpp multiplies, and the file that holds them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from narsil.dataflow import Floats
+from narsil.errors import ArtifactError
+from narsil.models.packing import PANEL, LayerShape, kinds_here, pack, pack_logit, read_packed, write_packed
+
+ALL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c", "fma", "avx512_bf16", "avx512_vnni")
+
+
+@dataclass
+class Linear:
+    weight: Floats
+    bias: Floats
+
+
+def linear(outputs: int, inputs: int, seed: int = 0) -> Linear:
+    random = np.random.default_rng(seed)
+    return Linear(
+        random.standard_normal((outputs, inputs)).astype(np.float32), random.standard_normal(outputs).astype(np.float32)
+    )
+
+
+def unpacked(packed) -> np.ndarray:
+    """(outputs, inputs) in the kind's own type."""
+    shape = packed.shape
+    types = {"fp32": np.float32, "bf16": np.uint16, "int16": np.int16, "int8": np.int8}
+    by_output = np.ascontiguousarray(packed.weights.transpose(0, 2, 1)).reshape(-1, shape.dwords)
+    return by_output.view(types[shape.kind])[: shape.outputs, : shape.inputs]
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (31, 3), (32, 5), (33, 64), (100, 415)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_integer_weights_are_near_their_numbers(outputs, inputs, signed):
+    layer = linear(outputs, inputs)
+    for kind, most in (("int8", 1 / 127), ("int16", 1 / 1000)):
+        packed = pack(layer, kind, signed=signed)
+        found = unpacked(packed) * packed.scale[:outputs, None]
+        largest = np.abs(layer.weight).max(axis=1, keepdims=True)
+        assert (np.abs(found - layer.weight) <= 0.51 * most * largest).all()
+
+
+def test_fp32_weights_are_kept_and_bf16_ones_rounded_to_even():
+    layer = linear(40, 7)
+    layer.weight[0, :3] = np.array([0x3F808000, 0x3F818000, 0x3F808001], np.uint32).view(np.float32)
+    np.testing.assert_array_equal(unpacked(pack(layer, "fp32", signed=False)), layer.weight)
+    assert unpacked(pack(layer, "bf16", signed=False))[0, :3].tolist() == [0x3F80, 0x3F82, 0x3F81]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("same_sign", [True, False])
+def test_no_input_can_overflow_the_sums_of_int16(signed, same_sign):
+    layer = linear(64, 1000)
+    if same_sign:
+        layer.weight = np.abs(layer.weight)
+    packed = pack(layer, "int16", signed=signed)
+    codes = unpacked(packed).astype(np.int64)
+    worst = codes if not signed else np.abs(codes)
+    highest = np.maximum(worst, 0).sum(axis=1) * packed.shape.levels
+    lowest = np.minimum(worst, 0).sum(axis=1) * packed.shape.levels
+    assert highest.max() < 2**31
+    assert lowest.min() >= -(2**31)
+
+
+def test_an_output_without_weights_is_its_bias():
+    layer = linear(2, 8)
+    layer.weight[1] = 0
+    for kind in ("int8", "int16"):
+        packed = pack(layer, kind, signed=True)
+        assert not unpacked(packed)[1].any()
+        assert np.isfinite(packed.scale).all()
+
+
+def test_bytes_that_may_be_negative_are_shifted_and_what_that_adds_is_known():
+    layer = linear(33, 10)
+    packed = pack(layer, "int8", signed=True)
+    np.testing.assert_array_equal(packed.excess[:33], 128 * unpacked(packed).astype(np.int32).sum(axis=1))
+    assert not pack(layer, "int8", signed=False).excess.any()
+
+
+def layers() -> list:
+    kinds = ("fp32", "bf16", "int16", "int8")
+    return [
+        *(pack(linear(70, 11 + n, n), kind, signed=n == 0) for n, kind in enumerate(kinds)),
+        pack_logit(linear(1, 70)),
+    ]
+
+
+def test_the_file_gives_back_what_was_written():
+    written, file = layers(), io.BytesIO()
+    write_packed(written, file)
+    found = read_packed([layer.shape for layer in written], np.frombuffer(file.getvalue(), np.uint8))
+    for ours, theirs in zip(written, found, strict=True):
+        assert ours.shape == theirs.shape
+        for name in ("weights", "bias", "scale", "excess"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    assert found[0].weights.shape == (-(-70 // PANEL), 11, PANEL)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        (LayerShape(11, 71, "fp32", True), None),
+        (LayerShape(11, 170, "fp32", True), "has .* bytes where"),
+        (LayerShape(0, 70, "fp32", True), "impossible sizes"),
+        (LayerShape(-1, 70, "fp32", True), "impossible sizes"),
+        (LayerShape(1 << 60, 70, "fp32", True), "impossible sizes"),
+        (LayerShape("11", 70, "fp32", True), "impossible sizes"),  # type: ignore[arg-type]
+        (LayerShape(11, 70, "fp64", True), "unknown kinds"),
+        (LayerShape(11, 70, "fp32", 1), "unknown kinds"),  # type: ignore[arg-type]
+    ],
+)
+def test_shapes_that_the_bytes_do_not_hold_are_refused(shape, says):
+    written, file = layers(), io.BytesIO()
+    write_packed(written, file)
+    shapes = [shape, *(layer.shape for layer in written[1:])]
+    data = np.frombuffer(file.getvalue(), np.uint8)
+    if says is None:  # 71 outputs fill the same panels as 70
+        read_packed(shapes, data)
+        return
+    with pytest.raises(ArtifactError, match=says):
+        read_packed(shapes, data)
+
+
+def test_a_processor_has_the_kinds_that_its_flags_say():
+    assert kinds_here(ALL) == ("fp32", "bf16", "int16", "int8")
+    assert kinds_here(ALL[:-1]) == ("fp32", "bf16")
+    assert kinds_here(ALL[:-2]) == ("fp32",)
+    assert kinds_here(ALL[1:]) == ()
+    assert kinds_here(()) == ()
