@@ -30,10 +30,14 @@ def test_a_free_lane_takes_its_share_where_several_lanes_serve_the_queue():
     assert schedule(queue[:1], BatchPolicy(lanes=2), now=0.0).take == (queue[0],)
 
 
-def test_a_full_batch_is_not_shared_out():
-    queue = [request() for _ in range(5)]
+def test_what_would_fill_one_batch_is_shared_out_too():
+    queue = [request() for _ in range(4)]
+    assert schedule(queue, BatchPolicy(max_requests=4, lanes=2), now=0.0).take == tuple(queue[:2])
+
+
+def test_where_every_lane_s_share_is_a_full_batch_a_full_batch_is_taken():
+    queue = [request() for _ in range(9)]
     assert schedule(queue, BatchPolicy(max_requests=4, lanes=2), now=0.0).take == tuple(queue[:4])
-    assert schedule(queue[:4], BatchPolicy(max_requests=4, lanes=2), now=0.0).take == tuple(queue[:4])
 
 
 def test_the_dead_count_for_nobody_s_share():

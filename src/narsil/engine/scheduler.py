@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from narsil.dataflow import Request
+
+
+class Waiting(Protocol):
+    """Requests that wait, in the order in which they came."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Request]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +36,14 @@ class Decision:
     wake_at: float | None = None  # nothing to take before this time unless the queue changes; None: wait for ever
 
 
-def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decision:
+def schedule(queue: Waiting, policy: BatchPolicy, now: float) -> Decision:
     """What a lane that is free at ``now`` takes from the queue, oldest first.
 
-    Where more waits than a batch may hold, it takes a full batch. Else it takes its share, one lane's part: everything,
-    where there is one lane. A lane that took all of it would leave the others idle now, and everybody waiting for one
-    long forward. First come, first served: a request that does not fit any more closes the batch and nobody
-    overtakes it, so none starves. A request with
-    more rows than a batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests
-    met on the way are sorted out and never taken.
+    It takes its share, one lane's part of all that waits, as far as a batch may hold it: a lane that took more would
+    leave the others idle now, and everybody waiting for one long forward. First come, first served: a request that does
+    not fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a batch may
+    have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on the way are sorted out and
+    never taken.
     """
     take: list[Request] = []
     expired: list[Request] = []
@@ -62,6 +69,6 @@ def schedule(queue: Iterable[Request], policy: BatchPolicy, now: float) -> Decis
         deadlines = [request.deadline for request in take if request.deadline is not None]
         wake_at = min([take[0].arrived + policy.timeout, *deadlines])
         take = []
-    if not closed:  # this is all that waits and lives; the other lanes are here for their part of it
-        take = take[: -(-len(take) // policy.lanes)]
+    waiting = len(queue) - len(expired) - len(cancelled)
+    take = take[: -(-waiting // policy.lanes)]
     return Decision(tuple(take), tuple(expired), tuple(cancelled), wake_at)
