@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 
@@ -9,16 +10,24 @@ import numpy as np
 import pytest
 
 from narsil.backends.fake import FakeBackend, FakeBehaviour
-from narsil.bench.load import Load, LoadError, Outcome, _schedule, run_load
+from narsil.bench.load import Load, LoadError, Outcome, choose_client, run_load, schedule
 from narsil.bench.measure import BUCKET_EDGES_S, Measurement, deviation, measure, ratio, reference_scores, summarize
 from narsil.bench.pictures import draw
-from narsil.bench.report import make_report, ratio_lines, render_table, write_report
+from narsil.bench.report import loaded_by, make_report, ratio_lines, render_table, write_report
 from narsil.bench.workload import Workload
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.validate import RequestLimits
 from tests.support import SCHEMA, engine_with, grpc_server
 
 WORKLOAD = Workload(SCHEMA, rows=5, bodies=30)
+NATIVE_IS_BUILT = importlib.util.find_spec("narsil._load") is not None
+needs_native = pytest.mark.skipif(not NATIVE_IS_BUILT, reason="narsil._load is not built")
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "grpcio"])
+def client(request) -> str:
+    """What the load is made with: either gives the same answers."""
+    return request.param
 
 
 @pytest.mark.parametrize("max_ids", [1, 3])
@@ -41,54 +50,107 @@ def test_another_seed_gives_other_bodies():
 
 def test_poisson_arrivals_keep_their_rate_on_average_and_uniform_ones_exactly():
     load = Load("", WORKLOAD, requests=20_000, rate=100.0)
-    times = np.array(list(_schedule(load, 100.0)))
+    times = schedule(load, 100.0)
     assert (np.diff(times) >= 0).all()
     assert times[-1] == pytest.approx(200.0, rel=0.05)
     assert np.diff(times).std() == pytest.approx(0.01, rel=0.05)  # exponential gaps: deviation equals the mean
-    even = np.array(list(_schedule(Load("", WORKLOAD, requests=5, rate=10.0, arrivals="uniform"), 10.0)))
+    even = schedule(Load("", WORKLOAD, requests=5, rate=10.0, arrivals="uniform"), 10.0)
     np.testing.assert_allclose(even, [0, 0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize("protocol", ["predictor", "narsil"])
 @pytest.mark.parametrize("rate", [None, 400.0])
-def test_a_load_counts_checks_and_compares_every_reply(protocol, rate):
+@pytest.mark.parametrize("connections", [1, 2])
+def test_a_load_counts_checks_and_compares_every_reply(client, protocol, rate, connections):
     expected = reference_scores(FakeBackend(SCHEMA), WORKLOAD, 8)
     with engine_with(lanes=2) as engine, grpc_server(engine) as address:
-        load = Load(address, WORKLOAD, protocol, requests=50, warmup=3, concurrency=4, rate=rate, keep=8)
+        load = Load(
+            address, WORKLOAD, protocol, requests=50, warmup=3, concurrency=4, rate=rate, keep=8,
+            connections=connections, client=client,
+        )  # fmt: skip
         found = measure("fake", load, expected=expected)
         assert engine.statistics().answered == 53
     assert found.errors == {}
     assert found.max_abs_deviation == 0.0
+    assert (found.client, found.connections) == (client, connections)
+    assert found.client_cpu_us_per_req > 0
     assert sum(found.histogram) == 50
     assert found.p50_ms <= found.p90_ms <= found.p99_ms <= found.p999_ms
 
 
-def test_an_open_loop_charges_the_server_for_the_time_a_request_was_due():
+def test_an_open_loop_charges_the_server_for_the_time_a_request_was_due(client):
     """One forward holds everybody up: requests due meanwhile wait, and their latency says so."""
     behaviour = FakeBehaviour(hold=threading.Event())
     with engine_with(behaviour) as engine, grpc_server(engine) as address:
-        load = Load(address, WORKLOAD, requests=40, warmup=0, rate=200.0, arrivals="uniform")
+        load = Load(address, WORKLOAD, requests=40, warmup=0, rate=200.0, arrivals="uniform", client=client)
         outcome = run_load(load, on_measure=threading.Timer(0.5, behaviour.hold.set).start)
     assert len(outcome.latencies) == 40
     assert outcome.latencies.max() > 0.15
     assert np.median(outcome.latencies) > 0.05
 
 
-def test_failures_are_counted_by_kind_and_have_no_latency():
+def test_failures_are_counted_by_kind_and_have_no_latency(client):
     behaviour = FakeBehaviour(fail_if=lambda batch: bool(batch.values[0] % 2))
     with engine_with(behaviour) as engine, grpc_server(engine) as address:
-        outcome = run_load(Load(address, WORKLOAD, requests=30, warmup=0, concurrency=1))
+        outcome = run_load(Load(address, WORKLOAD, requests=30, warmup=0, concurrency=1, client=client))
     assert set(outcome.errors) == {"INTERNAL"}
     assert len(outcome.latencies) == 30 - outcome.errors["INTERNAL"] > 0
 
 
-def test_a_server_that_answers_nothing_rightly_is_an_error_at_once():
+def test_a_server_that_answers_nothing_rightly_is_an_error_at_once(client):
     with (
         engine_with(FakeBehaviour(fail_if=lambda batch: True)) as engine,
         grpc_server(engine) as address,
         pytest.raises(LoadError, match=r"every warmup request failed: \{'INTERNAL': 5\}"),
     ):
-        run_load(Load(address, WORKLOAD, requests=5, warmup=5))
+        run_load(Load(address, WORKLOAD, requests=5, warmup=5, client=client))
+
+
+def test_a_server_that_is_not_there_is_an_error(client, tmp_path):
+    target = f"unix:{tmp_path / 'nobody'}"
+    with pytest.raises(LoadError, match=f"no server answers at {target}"):
+        run_load(Load(target, WORKLOAD, timeout_s=0.2, client=client))
+
+
+def test_progress_and_the_two_moments_are_heard_in_their_order(client):
+    heard: list[str] = []
+    behaviour = FakeBehaviour(hold=threading.Event())
+
+    def on_progress(done: int) -> None:
+        heard.append("progress")
+        behaviour.hold.set()
+
+    with engine_with(behaviour) as engine, grpc_server(engine) as address:
+        run_load(
+            Load(address, WORKLOAD, requests=3, warmup=0, client=client),
+            on_measure=lambda: heard.append("measure"),
+            on_progress=on_progress,
+            on_measured=lambda: heard.append("measured"),
+        )
+    assert heard[0] == "measure"
+    assert heard[-1] == "measured"
+    assert set(heard[1:-1]) == {"progress"}
+
+
+def test_the_client_is_the_native_one_where_it_is_built_and_takes_the_target():
+    best = "native" if NATIVE_IS_BUILT else "grpcio"
+    assert choose_client("auto") == best
+    assert choose_client("auto", ["127.0.0.1:1", "[::1]:1", "unix:/run/narsil"]) == best
+    assert choose_client("auto", ["127.0.0.1:1", "dns:///localhost:1"]) == "grpcio"
+    assert choose_client("grpcio", ["127.0.0.1:1"]) == "grpcio"
+
+
+@needs_native
+def test_a_target_that_the_native_client_does_not_take_is_an_error_where_it_is_asked_for():
+    with pytest.raises(LoadError, match="dns:///localhost:1 is none of HOST:PORT"):
+        choose_client("native", ["dns:///localhost:1"])
+
+
+def test_the_native_client_that_is_not_built_is_an_error_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_client("auto") == "grpcio"
+    with pytest.raises(LoadError, match="native client is not built"):
+        choose_client("native")
 
 
 def made(name: str, samples: float, deviation: float | None = 0.0, **changes) -> Measurement:
@@ -121,6 +183,15 @@ def test_deviation_is_the_largest_difference_of_any_score():
     outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2]), 1: np.float32([0.5, 0.9])})
     assert deviation(outcome, [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]) == pytest.approx(0.4)
     assert deviation(outcome, []) is None
+
+
+def test_a_report_says_what_made_the_load():
+    native, both = made("a", 1, client="native"), [made("a", 1, client="native"), made("b", 1, connections=4)]
+    assert loaded_by(make_report([[native]])) == "load: native client, 1 connection"
+    assert loaded_by(make_report([[one] for one in both])) == (
+        "load: grpcio client, 4 connections; native client, 1 connection"
+    )
+    assert loaded_by({"rows": [{"name": "of an older report"}]}) == "load: grpcio client, 1 connection"
 
 
 def test_a_busy_client_is_called_client_bound():

@@ -1,30 +1,32 @@
-"""The load generator: closed loop (a fixed number of requests in flight) or open loop (arrivals by the clock).
+"""A load against a server: closed loop (a fixed number of requests in flight) or open loop (arrivals by the clock).
 
-It runs in a process of its own, so that neither its interpreter nor its memory is the server's or the reporter's,
-and drives grpcio's callback interface, the cheapest of those it has. Latency in the open loop counts from the
-intended send time, so a client that falls behind shows it instead of hiding it.
+It runs in a process of its own, so that neither its interpreter nor its memory is the server's or the reporter's.
+Latency in the open loop counts from the intended send time, so a client that falls behind shows it instead of hiding
+it. What sends the requests is a driver: `load_native` or `load_grpc`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Literal, get_args
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.bench.workload import Protocol, Workload, method, score_reader
+from narsil.bench.workload import Protocol, Workload, score_reader
 from narsil.errors import NarsilError
 
 Arrivals = Literal["poisson", "uniform"]
+ClientName = Literal["native", "grpcio"]
+ClientChoice = Literal["auto", "native", "grpcio"]
+CLIENT_CHOICES: tuple[str, ...] = get_args(ClientChoice)
 
 
 class LoadError(NarsilError):
@@ -45,9 +47,11 @@ class Load:
     arrivals: Arrivals = "poisson"
     timeout_s: float = 30.0
     keep: int = 0  # replies to bodies 0 .. keep - 1 come back for comparison
+    connections: int = 1  # over which the requests are spread
+    client: ClientChoice = "auto"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What came of a load. Latencies in seconds, in order of completion; failed requests have none."""
 
@@ -57,17 +61,76 @@ class Outcome:
     client_cpu_s: float
     scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # body number -> (B,)
     late_s: float = 0.0  # open loop: the furthest that sending fell behind its schedule
+    client: ClientName = "grpcio"  # what made the load
 
     @property
     def requests(self) -> int:
         """Requests that ended, well or badly."""
         return len(self.latencies) + sum(self.errors.values())
 
+    @property
+    def client_cpu_us_per_req(self) -> float:
+        """What a request cost the client, microseconds of processor time."""
+        return self.client_cpu_s / self.requests * 1e6
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a driver brings back from one loop, warmup or measured."""
+
+    latencies: NDArray[np.float64]
+    errors: dict[str, int]
+    replies: dict[int, bytes]  # body number -> serialized reply, of the bodies to keep
+    late_s: float = 0.0
+
+
+OnProgress = Callable[[int], None]
+
+
+class Driver(typing.Protocol):
+    """Sends requests over connections that it owns, and checks every reply. Made connected."""
+
+    def closed_loop(self, requests: int, concurrency: int, on_progress: OnProgress) -> Part:
+        """``concurrency`` requests in flight until ``requests`` have ended."""
+
+    def open_loop(self, due: NDArray[np.float64], on_progress: OnProgress) -> Part:
+        """Request n is sent ``due[n]`` seconds from now; latencies count from then."""
+
+    def close(self) -> None:
+        """Lets go of the connections."""
+
+
+def choose_client(choice: ClientChoice, targets: Sequence[str] = ()) -> ClientName:
+    """The client for all loads of a comparison: the native one where it is built and takes every target.
+
+    Raises LoadError where the native one is asked for and cannot be had.
+    """
+    if choice == "grpcio":
+        return choice
+    problem = _native_problem(targets)
+    if problem and choice == "native":
+        raise LoadError(problem)
+    return "grpcio" if problem else "native"
+
+
+def _native_problem(targets: Sequence[str]) -> str:
+    if importlib.util.find_spec("narsil._load") is None:
+        return "the native client is not built (it needs a C++ compiler and libnghttp2-dev); take --client grpcio"
+    from narsil import _load
+
+    for target in targets:
+        if not _load.is_target(target):
+            return (
+                f"{target} is none of HOST:PORT, [IPV6]:PORT and unix:PATH, which the native client takes; "
+                "take --client grpcio"
+            )
+    return ""
+
 
 def run_load(
     load: Load,
     on_measure: Callable[[], None] = lambda: None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = lambda done: None,
     on_measured: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Runs a load in a child process.
@@ -75,9 +138,10 @@ def run_load(
     ``on_measure`` is called when the warmup has ended and the measured part begins, ``on_measured`` when it has
     ended: the moments to read the server's CPU clock. Raises LoadError when the child fails.
     """
+    client = choose_client(load.client, [load.target])
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_child, args=(theirs, load), daemon=True)
+    child = context.Process(target=_child, args=(theirs, load, client), daemon=True)
     child.start()
     theirs.close()
     try:
@@ -104,136 +168,56 @@ def run_load(
         ours.close()
 
 
-def _child(pipe: Connection, load: Load) -> None:
+def _child(pipe: Connection, load: Load, client: ClientName) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; this process ends with it
     try:
-        pipe.send(("outcome", _Generator(load, pipe).run()))
+        pipe.send(("outcome", _warm_up_and_measure(pipe, load, client)))
+    except NarsilError as error:
+        pipe.send(("failed", str(error)))
     except Exception as error:  # the parent reports it: this process has no console of its own
         pipe.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-class _Generator:
-    """Sends the load and takes the replies. Replies come on grpcio's own thread."""
+def _warm_up_and_measure(pipe: Connection, load: Load, client: ClientName) -> Outcome:
+    def on_progress(done: int) -> None:
+        pipe.send(("progress", done))
 
-    def __init__(self, load: Load, pipe: Connection) -> None:
-        self._load = load
-        self._pipe = pipe
-        self._bodies = load.workload.serialized(load.protocol)
-        self._read = score_reader(load.protocol, load.workload.schema.tasks[0])
-        self._latencies: list[float] = []
-        self._errors: dict[str, int] = {}
-        self._scores: dict[int, NDArray[np.float32]] = {}
-        self._lock = threading.Lock()
-        self._all_done = threading.Event()
-
-    def run(self) -> Outcome:
-        load = self._load
-        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        with grpc.insecure_channel(load.target, options) as channel:
-            try:
-                grpc.channel_ready_future(channel).result(load.timeout_s)
-            except grpc.FutureTimeoutError:
-                raise LoadError(f"no server answers at {load.target}") from None
-            self._call: Any = channel.unary_unary(method(load.protocol))
-            self._closed_loop(load.warmup, max(load.concurrency, 1))
-            warm_errors = dict(self._errors)
-            if load.warmup and sum(warm_errors.values()) == load.warmup:
-                raise LoadError(f"every warmup request failed: {warm_errors}")
-            self._latencies.clear()
-            self._errors.clear()
-            self._pipe.send(("measure", None))
-            self._pipe.recv()
-            cpu, began = _cpu_s(), time.perf_counter()
-            late = self._open_loop(load.rate) if load.rate else self._closed_loop(load.requests, load.concurrency)
-            wall, cpu = time.perf_counter() - began, _cpu_s() - cpu
-            self._pipe.send(("measured", None))
-        return Outcome(np.array(self._latencies), self._errors, wall, cpu, self._scores, late)
-
-    def _closed_loop(self, requests: int, concurrency: int) -> float:
-        if not requests:
-            return 0.0
-        numbers = iter(range(requests))
-        self._expect(requests)
-
-        def send_next() -> None:
-            with self._lock:
-                number = next(numbers, None)
-            if number is not None:
-                self._send(number, time.perf_counter(), send_next)
-
-        for _ in range(min(concurrency, requests)):
-            send_next()
-        self._wait()
-        return 0.0
-
-    def _open_loop(self, rate: float) -> float:
-        self._expect(self._load.requests)
-        began = time.perf_counter()
-        late = 0.0
-        for number, offset in enumerate(_schedule(self._load, rate)):
-            due = began + offset
-            while (ahead := due - time.perf_counter()) > 0:
-                time.sleep(ahead)
-            late = max(late, -ahead)
-            self._send(number, due, lambda: None)
-        self._wait()
-        return late
-
-    def _send(self, number: int, since: float, then: Callable[[], None]) -> None:
-        body = number % len(self._bodies)
-        future = self._call.future(self._bodies[body], timeout=self._load.timeout_s)
-        future.add_done_callback(lambda ended: self._ended(ended, body, since, then))
-
-    def _ended(self, future: Any, body: int, since: float, then: Callable[[], None]) -> None:
-        now = time.perf_counter()
-        code = future.code()
-        problem = None if code is grpc.StatusCode.OK else code.name
-        if problem is None:
-            problem = self._check(future.result(), body)
-        with self._lock:
-            if problem is None:
-                self._latencies.append(now - since)
-            else:
-                self._errors[problem] = self._errors.get(problem, 0) + 1
-            self._left -= 1
-            left = self._left
-        if left:
-            then()
+    driver = connect(load, client)
+    try:
+        warm = driver.closed_loop(load.warmup, load.concurrency, lambda done: None)
+        if load.warmup and sum(warm.errors.values()) == load.warmup:
+            raise LoadError(f"every warmup request failed: {warm.errors}")
+        due = None if load.rate is None else schedule(load, load.rate)
+        pipe.send(("measure", None))
+        pipe.recv()
+        cpu, began = time.process_time(), time.perf_counter()
+        if due is None:
+            part = driver.closed_loop(load.requests, load.concurrency, on_progress)
         else:
-            self._all_done.set()
-
-    def _check(self, reply: bytes, body: int) -> str | None:
-        """What is wrong with a reply; keeps its scores if they are asked for."""
-        try:
-            scores = self._read(reply)
-        except Exception as error:  # whatever a hostile or broken server sends must not stall the loop
-            return f"unreadable reply: {type(error).__name__}"
-        if len(scores) != self._load.workload.rows:
-            return f"{len(scores)} scores for {self._load.workload.rows} rows"
-        if body < self._load.keep:
-            self._scores[body] = scores
-        return None
-
-    def _expect(self, requests: int) -> None:
-        self._left = requests
-        self._all_done.clear()
-
-    def _wait(self) -> None:
-        """Until the last reply; reports progress at most ten times a second."""
-        total = self._left
-        while not self._all_done.wait(0.1):
-            self._pipe.send(("progress", total - self._left))
+            part = driver.open_loop(due, on_progress)
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+        pipe.send(("measured", None))
+    finally:
+        driver.close()
+    read = score_reader(load.protocol, load.workload.schema.tasks[0])
+    scores = {body: read(reply) for body, reply in {**warm.replies, **part.replies}.items()}
+    return Outcome(part.latencies, part.errors, wall, cpu, scores, part.late_s, client)
 
 
-def _schedule(load: Load, rate: float) -> Iterator[float]:
-    """Seconds from the start at which each request is due."""
+def connect(load: Load, client: ClientName) -> Driver:
+    """A driver for a load, connected to its server. Raises LoadError where none answers."""
+    if client == "native":
+        from narsil.bench.load_native import NativeDriver
+
+        return NativeDriver(load)
+    from narsil.bench.load_grpc import GrpcioDriver
+
+    return GrpcioDriver(load)
+
+
+def schedule(load: Load, rate: float) -> NDArray[np.float64]:
+    """(requests,) seconds from the start at which each request is due, ascending."""
     if load.arrivals == "uniform":
-        yield from (number / rate for number in range(load.requests))
-        return
+        return np.arange(load.requests) / rate
     gaps = np.random.default_rng((load.workload.seed, 1 << 32)).exponential(1 / rate, load.requests)
-    yield from np.cumsum(gaps).tolist()
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
+    return np.cumsum(gaps)

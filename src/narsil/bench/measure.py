@@ -43,6 +43,8 @@ class Measurement:
     max_abs_deviation: float | None  # of the scores, from the reference
     late_ms: float = 0.0  # open loop: how far the client fell behind its schedule
     rate: float | None = None  # open loop: requests per second asked for
+    client: str = "grpcio"  # what made the load
+    connections: int = 1
     histogram: tuple[int, ...] = field(default=(), repr=False)  # counts per BUCKET_EDGES_S
 
     @property
@@ -82,11 +84,13 @@ def measure(
         errors=outcome.errors,
         peak_mib=None if server is None else server.peak_mib(),
         server_cpu_us_per_req=(cpu[1] - cpu[0]) / outcome.requests * 1e6 if len(cpu) == 2 else None,
-        client_cpu_us_per_req=outcome.client_cpu_s / outcome.requests * 1e6,
+        client_cpu_us_per_req=outcome.client_cpu_us_per_req,
         client_busy=outcome.client_cpu_s / outcome.wall_s,
         max_abs_deviation=deviation(outcome, expected),
         late_ms=outcome.late_s * 1e3,
         rate=load.rate,
+        client=outcome.client,
+        connections=load.connections,
         histogram=tuple(int(n) for n in np.histogram(outcome.latencies, BUCKET_EDGES_S)[0]),
     )
 
@@ -136,6 +140,8 @@ def summarize(runs: Sequence[Measurement]) -> Measurement:
         max_abs_deviation=max((r.max_abs_deviation for r in runs if r.max_abs_deviation is not None), default=None),
         late_ms=max(run.late_ms for run in runs),
         rate=first.rate,
+        client=", ".join(sorted({run.client for run in runs})),
+        connections=first.connections,
         histogram=tuple(int(n) for n in np.sum([run.histogram for run in runs], axis=0)),
     )
 

@@ -91,6 +91,8 @@ _DETAILS = {
     "largest deviation of a score": ("max_abs_deviation", ".2e"),
     "server CPU per request, µs": ("server_cpu_us_per_req", ",.0f"),
     "server peak memory, MiB": ("peak_mib", ",.0f"),
+    "client": ("client", "s"),
+    "client's connections": ("connections", ",d"),
     "client CPU per request, µs": ("client_cpu_us_per_req", ",.0f"),
     "client busy, share of a core": ("client_busy", ".2f"),
 }
@@ -112,6 +114,7 @@ def by_concurrency(report: Report) -> dict[int, list[Mapping[str, Any]]]:
 def render_table(report: Report, title: str) -> Table:
     """The report as a table for the terminal."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.caption, table.caption_justify = loaded_by(report), "left"
     table.add_column("", min_width=30)  # the one that wraps where the terminal is narrow
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -122,6 +125,14 @@ def render_table(report: Report, title: str) -> Table:
             table.add_row(row["name"], *(cell(row, key, style) for key, style in COLUMNS.values()))
         table.add_section()
     return table
+
+
+def loaded_by(report: Report) -> str:
+    """Who made the load, in words; reports from before there was a choice were made by grpcio."""
+    clients = sorted({(row.get("client", "grpcio"), row.get("connections", 1)) for row in report["rows"]})
+    return "load: " + "; ".join(
+        f"{name} client, {count} connection{'' if count == 1 else 's'}" for name, count in clients
+    )
 
 
 def render_one(row: Mapping[str, Any]) -> Table:

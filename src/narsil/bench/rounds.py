@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.bench.load import Load
+from narsil.bench.load import ClientChoice, Load, choose_client
 from narsil.bench.measure import Measurement, Ratio, measure, ratio
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
@@ -34,6 +34,8 @@ class Plan:
     requests: Mapping[int, int] | int = 1000
     warmup: int = 50
     rounds: int = 3
+    connections: int = 1
+    client: ClientChoice = "auto"  # chosen once, so that every contender is loaded by the same
 
     def requests_at(self, concurrency: int) -> int:
         """Requests of one measurement at this concurrency."""
@@ -54,6 +56,7 @@ def run_rounds(
     ``on_event`` hears what is being done and how many requests have been sent in it.
     """
     runs: Runs = {}
+    client = choose_client(plan.client)
     for number in range(plan.rounds):
         for contender in contenders:
             for group in _groups(contender, plan.concurrencies):
@@ -69,6 +72,8 @@ def run_rounds(
                             warmup=plan.warmup,
                             concurrency=concurrency,
                             keep=KEEP,
+                            connections=plan.connections,
+                            client=client,
                         )
                         done = _Increments(what, on_event)
                         found = measure(contender.name, load, server, expected, done)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from narsil.bench.load import Arrivals, Load
+from narsil.bench.load import CLIENT_CHOICES, Arrivals, ClientChoice, Load
 from narsil.bench.workload import Protocol, Workload
 from narsil.cli.targets import schema_for, target_option
 
@@ -20,6 +20,13 @@ from narsil.cli.targets import schema_for, target_option
 )
 @click.option(
     "--concurrency", type=click.IntRange(1, 10_000), default=16, show_default=True, help="Requests in flight."
+)
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="HTTP/2 connections that the requests are spread over.",
 )
 @click.option("--requests", type=click.IntRange(1), default=1000, show_default=True, help="Requests to measure.")
 @click.option("--warmup", type=click.IntRange(0), default=50, show_default=True, help="Requests sent before.")
@@ -40,6 +47,13 @@ from narsil.cli.targets import schema_for, target_option
     show_default=True,
     help="Seconds until a request counts as failed.",
 )
+@click.option(
+    "--client",
+    type=click.Choice(CLIENT_CHOICES),
+    default="auto",
+    show_default=True,
+    help="What makes the load; auto: the native client where it is built.",
+)
 @click.option("--verify", type=click.Path(path_type=Path), help="Artifact to hold the scores against (a direct call).")
 @click.option("--server-pid", type=int, help="Process id of the server, to report its CPU and memory.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the measurement here.")
@@ -48,6 +62,7 @@ def command(
     protocol: Protocol,
     schema: Path | None,
     concurrency: int,
+    connections: int,
     requests: int,
     warmup: int,
     batch_size: int,
@@ -57,6 +72,7 @@ def command(
     bodies: int,
     seed: int,
     timeout: float,
+    client: ClientChoice,
     verify: Path | None,
     server_pid: int | None,
     json_path: Path | None,
@@ -83,7 +99,18 @@ def command(
 
         expected = reference_scores(load_backend(open_artifact(verify), tune_kernels=False), workload, KEEP)
     load = Load(
-        target, workload, protocol, requests, warmup, concurrency, rate, arrivals, timeout, KEEP if expected else 0
+        target,
+        workload,
+        protocol,
+        requests,
+        warmup,
+        concurrency,
+        rate,
+        arrivals,
+        timeout,
+        keep=KEEP if expected else 0,
+        connections=connections,
+        client=client,
     )
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{requests} requests to {target}", total=requests)
