@@ -40,10 +40,10 @@ def schedule(queue: Waiting, policy: BatchPolicy, now: float) -> Decision:
     """What a lane that is free at ``now`` takes from the queue, oldest first.
 
     It takes its share, one lane's part of all that waits, as far as a batch may hold it: a lane that took more would
-    leave the others idle now, and everybody waiting for one long forward. First come, first served: a request that does
-    not fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a batch may
-    have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on the way are sorted out and
-    never taken.
+    leave the others idle now, and everybody waiting for one long forward. First come, first served: a request that
+    does not fit any more closes the batch and nobody overtakes it, so none starves. A request with more rows than a
+    batch may have is taken alone (the lane runs it in pieces). Expired and cancelled requests met on the way are
+    sorted out and never taken.
     """
     take: list[Request] = []
     expired: list[Request] = []
