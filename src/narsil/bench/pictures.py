@@ -1,4 +1,4 @@
-"""Two pictures of a report: bars for throughput and latency, and how latencies are distributed.
+"""Two pictures of a report: bars for throughput and latency, and how latencies are distributed; and one of a profile.
 
 Receives a report (never live measurements), writes PNG files. Needs matplotlib: the ``bench`` extra.
 """
@@ -27,6 +27,52 @@ def draw(report: Report, folder: Path, title: str) -> list[Path]:
     _draw_bars(report, title, bars)
     _draw_distribution(report, title, distribution)
     return [bars, distribution]
+
+
+def draw_profile(profile: Mapping[str, Any], path: Path, title: str) -> Path:
+    """Where a forward's time goes: a bar per contender, cut into its parts; beside it, how much of a large matrix
+    product's speed each part reaches. ``profile`` is what benchmarks/profile_forward.py writes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contenders = profile["contenders"]
+    places = np.arange(len(contenders))[::-1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.55 * len(contenders)), width_ratios=(3, 2))
+    figure.suptitle(title, fontsize=13, x=0.02, ha="left", weight="bold")
+    start = np.zeros(len(contenders))
+    for part, color in zip(profile["parts"], (*COLORS[:4], BASELINE_COLOR), strict=True):
+        widths = np.array([one["parts_us_per_row"][part] for one in contenders])
+        left.barh(places, widths, left=start, color=color, label=part)
+        start += widths
+    for place, end, one in zip(places, start, contenders, strict=True):
+        left.text(end, place, f" {one['rows_per_s']:,.0f} rows/s ({one['times_torchscript']:.1f}x)", va="center")
+    _frame(left, places, contenders, "time by part (shorter is better)", float(start.max()) * 1.12)
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    _draw_roofline(right, contenders, places)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _draw_roofline(axis: Any, contenders: Sequence[Mapping[str, Any]], places: Any) -> None:
+    shown = {"dense": COLORS[1], "interaction": COLORS[2], "over": COLORS[3]}
+    height = 0.8 / len(shown)
+    for number, (part, color) in enumerate(shown.items()):
+        for place, one in zip(places, contenders, strict=True):
+            if "roofline" not in one:
+                continue
+            found = one["roofline"][part]
+            share, at = found["share_of_matrix_product"] * 100, place + 0.4 - height * (number + 0.5)
+            axis.barh(at, share, height=height * 0.9, color=color)
+            axis.text(share, at, f" {share:.0f} %, {found['gflop_per_s']:,.0f} GFLOP/s", va="center", fontsize=7)
+    _frame(axis, places, contenders, "of a large matrix product's speed, same core and run", 100)
+    axis.set_xlim(0, 135)
+    axis.set_xticks([0, 25, 50, 75, 100])
+    axis.set_yticklabels([])
 
 
 def _colors(report: Report) -> dict[str, str]:
