@@ -142,20 +142,19 @@ def _roofline(artifact: Artifact, parts: dict[str, float], peak: dict[str, float
             "share_of_matrix_product": ideal / parts[part],
         }
     read = info.tables * info.row_bytes
-    assert info.deviation is not None
     return {
         "precision": info.precision,
         "note": info.note,
         "kinds": {part: [layer.kind for layer in layers] for part, layers in work.items()},
-        "max_abs_deviation": info.deviation.max_abs,
+        "max_abs_deviation": info.deviation.max_abs if info.deviation else None,
         "roofline": roofline,
         "lookup": {"bytes_per_row": read, "gb_per_s": read / parts["lookup"] / 1e3},
     }
 
 
 def _info(artifact: Artifact) -> CompiledInfo:
-    assert artifact.tables is not None
-    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, artifact.tables.stat().st_size)
+    size = artifact.tables.stat().st_size if artifact.tables else 0
+    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, size)
 
 
 def _shapes(compiled: dict[str, Artifact]) -> set[tuple[int, int]]:
@@ -253,7 +252,7 @@ def _print(profile: dict[str, Any], console: Console) -> None:
     for one in profile["contenders"]:
         share = one.get("roofline", {}).get("over", {}).get("share_of_matrix_product")
         parts = (f"{one['parts_us_per_row'][part]:.2f}" for part in PARTS)
-        last = "–" if share is None else f"{share:.0%}"
+        last = "-" if share is None else f"{share:.0%}"
         table.add_row(one["name"], f"{one['rows_per_s']:,.0f}", f"{one['times_torchscript']:.2f}", *parts, last)
     console.print(table)
     peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in profile["matrix_product"]["gflop_per_s"].items())
