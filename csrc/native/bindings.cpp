@@ -122,6 +122,7 @@ void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::a
     one_hot = one_hot && found.one_hot;
   }
   if (own > rows) throw py::value_error("fewer rows than the calls have");
+  if (rows > INT32_MAX / schema.features()) throw py::value_error("dense is too short: nobody has room for so many rows");
   if (one_hot != lengths.is_none()) throw py::value_error("lengths are for jagged batches, and for all of them");
   if (values.dtype().itemsize() != (schema.wide_ids ? 8 : 4) || values.dtype().kind() != 'i')
     throw py::value_error("values have another type than the schema's ids");

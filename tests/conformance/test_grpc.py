@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import grpc
 import numpy as np
@@ -23,6 +21,7 @@ from narsil.errors import DeadlineExceeded, ForwardFailed, InvalidRequest, Model
 from narsil.protos import predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.validate import RequestLimits
+from tests.conformance.serving import predict_torchrec, serving
 from tests.support import (
     PATIENCE_S,
     SCHEMA,
@@ -44,28 +43,6 @@ WORKER = BatchPolicy(max_requests=1)
 def kind(request) -> str:
     """The transport under test."""
     return request.param
-
-
-@contextmanager
-def serving(kind, behaviour=None, *, limits=None, message_bytes=16 << 20, **engine) -> Iterator[tuple[str, object]]:
-    with (
-        engine_with(behaviour, **engine) as made,
-        grpc_server(made, limits, kind, max_message_bytes=message_bytes) as address,
-    ):
-        try:
-            yield address, made
-        finally:
-            if behaviour is not None and behaviour.hold is not None:
-                behaviour.hold.set()
-
-
-def predict_torchrec(channel: grpc.Channel, features, timeout: float = PATIENCE_S):
-    """A client that knows predictor.proto alone."""
-    call = channel.unary_unary(
-        "/predictor.Predictor/Predict", response_deserializer=predictor_pb2.PredictionResponse.FromString
-    )
-    reply = call(predictor_body(features), timeout=timeout)
-    return np.array(reply.predictions["default"].data, dtype=np.float32)
 
 
 @pytest.mark.parametrize("make", [one_hot, jagged])

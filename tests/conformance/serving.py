@@ -1,0 +1,73 @@
+"""A transport of either kind over a fake engine, as every test of this suite wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+
+from narsil.backends.fake import FakeBehaviour
+from narsil.bench.workload import predictor_body
+from narsil.dataflow import Features
+from narsil.engine.engine import Engine
+from narsil.protos import predictor_pb2
+from narsil.transports.validate import RequestLimits
+from tests.support import PATIENCE_S, engine_with, grpc_transport
+
+
+@contextmanager
+def serving(
+    kind: str,
+    behaviour: FakeBehaviour | None = None,
+    *,
+    limits: RequestLimits | None = None,
+    message_bytes: int = 16 << 20,
+    **engine: Any,
+) -> Iterator[tuple[str, Engine]]:
+    """Yields the address and the engine. Whatever a test holds is let go of at the end."""
+    with serving_transport(kind, behaviour, limits=limits, message_bytes=message_bytes, **engine) as (address, made, _):
+        yield address, made
+
+
+@contextmanager
+def serving_transport(
+    kind: str,
+    behaviour: FakeBehaviour | None = None,
+    *,
+    limits: RequestLimits | None = None,
+    message_bytes: int = 16 << 20,
+    options: dict[str, Any] | None = None,
+    **engine: Any,
+) -> Iterator[tuple[str, Engine, Any]]:
+    """As serving, and yields the transport too. ``options`` are the transport's own."""
+    with (
+        engine_with(behaviour, **engine) as made,
+        grpc_transport(made, limits, kind, max_message_bytes=message_bytes, **(options or {})) as (
+            transport,
+            address,
+            _,
+        ),
+    ):
+        try:
+            yield address, made, transport
+        finally:
+            if behaviour is not None and behaviour.hold is not None:
+                behaviour.hold.set()
+
+
+def predict_torchrec(channel: grpc.Channel, features: Features, timeout: float = PATIENCE_S) -> Any:
+    """Scores, by a client that knows predictor.proto alone."""
+    call = channel.unary_unary(
+        "/predictor.Predictor/Predict", response_deserializer=predictor_pb2.PredictionResponse.FromString
+    )
+    reply = call(predictor_body(features), timeout=timeout)
+    return np.array(reply.predictions["default"].data, dtype=np.float32)
+
+
+def scores_in(message: bytes) -> Any:
+    """Of a serialized PredictionResponse."""
+    reply = predictor_pb2.PredictionResponse.FromString(message)
+    return np.array(reply.predictions["default"].data, dtype=np.float32)

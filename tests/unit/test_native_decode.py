@@ -1,0 +1,429 @@
+"""What native code makes of a message, beside what the portable codec makes of it. Through a real plane and socket."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from narsil.client import build_request
+from narsil.dataflow import Features, Jagged, OneHot, StageTimes
+from narsil.engine.collate import Collator
+from narsil.errors import InvalidRequest, ModelNotFound
+from narsil.models.schema import Feature, ModelSchema
+from narsil.native import AVAILABLE, NativeFeatures
+from narsil.protos import narsil_pb2, predictor_pb2
+from narsil.transports.base import ServedModel, wires
+from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.validate import RequestLimits
+from tests.support import SCHEMA
+
+if not AVAILABLE:
+    pytest.skip("built without the native extension", allow_module_level=True)
+
+from narsil._native import Call, Plane, collate
+from tests.conformance.http2_client import Answer, RawClient
+
+LIMITS = RequestLimits(max_rows=60, max_ids=2000)
+WIDE = ModelSchema(
+    dense_dim=2,
+    features=(Feature("small", "t_small", rows=5, dim=4), Feature("vast", "t_vast", rows=1 << 40, dim=4)),
+)
+ONE = ModelSchema(dense_dim=0, features=(Feature("only", "t_only", rows=3, dim=4),))
+SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE}
+SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+class Loop:
+    """A plane, one connection to it, and one thread that is client, network and lane in turn."""
+
+    def __init__(self, schema: ModelSchema, path: str) -> None:
+        self.schema = schema
+        self.model = ServedModel("fake", "1", "fake", schema, LIMITS)
+        self.wires = {wire.method: wire for wire in wires(self.model)}
+        kinds = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
+        self.plane = Plane(
+            kinds,
+            schema.dense_dim,
+            schema.rows.tolist(),
+            schema.id_dtype.itemsize == 8,
+            LIMITS.max_rows,
+            LIMITS.max_ids,
+            "fake",
+            "1",
+        )
+        self.plane.listen_unix(path)
+        self._client = RawClient(f"unix:{path}")
+        self._streams: dict[int, int] = {}
+
+    def take(self, method: str, body: bytes) -> Call:
+        """The message as the plane hands it out."""
+        stream = self._client.call(body, method)
+        while True:
+            calls, _ = self.plane.poll(10)
+            if calls:
+                self._streams[calls[0].id] = stream
+                return calls[0]
+
+    def end(self, call: Call) -> Answer:
+        """What the client gets, once the call has been answered."""
+        self.plane.flush()
+        return self._client.answer(self._streams.pop(call.id))
+
+    def decode(self, method: str, body: bytes) -> Features | None:
+        """What native code reads, or None where it leaves the message alone."""
+        call = self.take(method, body)
+        assert call.body == body
+        features = NativeFeatures(call).portable() if call.decoded else None
+        call.fail(0, "")
+        self.end(call)
+        return features
+
+    def portable(self, method: str, body: bytes) -> Features | None:
+        """What the portable codec reads, or None where it refuses."""
+        try:
+            return self.wires[method].decode(body)[0]
+        except (InvalidRequest, ModelNotFound):
+            return None
+
+    def close(self) -> None:
+        self._client.socket.close()
+        self.plane.stop(0)
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory) -> Iterator[dict[str, Loop]]:
+    folder = tmp_path_factory.mktemp("planes")
+    made = {name: Loop(schema, str(folder / name)) for name, schema in SCHEMAS.items()}
+    yield made
+    for loop in made.values():
+        loop.close()
+
+
+def same(one: Features, other: Features, schema: ModelSchema) -> None:
+    """Equal in every row, whatever the layout."""
+    assert (one.rows, one.ids) == (other.rows, other.ids)
+    assert type(one.sparse) is type(other.sparse)
+    a, b = Collator(schema).collate([one]), Collator(schema).collate([other])
+    np.testing.assert_array_equal(a.dense, b.dense)
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+    np.testing.assert_array_equal(a.values, b.values)
+
+
+@st.composite
+def payloads(draw, schema: ModelSchema) -> tuple[str, bytes]:
+    """(method, message) that is right in every point, on either wire, in any of the forms of which a client has the
+    choice."""
+    rows = draw(st.integers(1, 12))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    longest = draw(st.sampled_from([None, 0, 1, 3]))
+    dense = random.standard_normal((rows, schema.dense_dim), dtype=np.float32)
+    count = schema.num_features
+    narrow = bool(schema.id_dtype.itemsize == 4)
+    on_predictor = draw(st.booleans())
+    shape = (count, rows) if on_predictor else (rows, count)
+    lengths = np.ones(shape, np.int32) if longest is None else random.integers(0, longest + 1, shape).astype(np.int32)
+    limits = np.broadcast_to(schema.rows[:, None] if on_predictor else schema.rows, shape)
+    if on_predictor:
+        limits = np.minimum(limits, 1 << 31)
+    values = random.integers(0, np.repeat(limits.ravel(), lengths.ravel()))
+    if on_predictor:
+        message = predictor_pb2.PredictionRequest(batch_size=rows)
+        message.float_features.num_features = schema.dense_dim
+        message.float_features.values = dense.tobytes()
+        message.id_list_features.num_features = count
+        message.id_list_features.lengths = lengths.tobytes()
+        message.id_list_features.values = values.astype(np.int32).tobytes()
+        if draw(st.booleans()):  # as TorchRec's client does
+            message.id_score_list_features.num_features = 0
+            message.embedding_features.num_features = 0
+            message.unary_features.num_features = 0
+        return predictor.METHOD, message.SerializeToString()
+    wide = not narrow or draw(st.booleans())
+    own = narsil_pb2.PredictRequest(
+        model_name=draw(st.sampled_from(["", "fake"])),
+        model_version=draw(st.sampled_from(["", "1"])),
+        request_id=draw(st.sampled_from(["", "r1", "naïve"])),
+        batch_size=rows,
+        dense=dense.tobytes(),
+    )
+    own.sparse.num_features = count
+    own.sparse.id_type = int(wide)
+    own.sparse.values = values.astype(np.int64 if wide else np.int32).tobytes()
+    if longest is not None or draw(st.booleans()):
+        own.sparse.lengths = lengths.tobytes()
+    return narsil_v1.METHOD, own.SerializeToString()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@SLOW
+@given(data=st.data())
+def test_a_right_message_of_the_common_form_is_read_and_gives_the_same_rows(loops, name, data):
+    loop = loops[name]
+    method, body = data.draw(payloads(loop.schema))
+    expected = loop.portable(method, body)
+    found = loop.decode(method, body)
+    assert expected is not None
+    assert found is not None or "naïve".encode() in body
+    if found is not None:
+        same(found, expected, loop.schema)
+
+
+@st.composite
+def damage(draw, body: bytes) -> bytes:
+    """The message with some bytes changed, cut out, doubled or put in, small numbers and borders more often."""
+    out = bytearray(body)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(out)))
+        kind = draw(st.sampled_from(["set", "cut", "put", "double", "front"]))
+        byte = draw(st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 10, 0x12, 0x1A, 0x22, 0x2A, 0x32, 0x7F, 0x80, 0xFF]))
+        if kind == "set" and at < len(out):
+            out[at] = byte
+        elif kind == "cut":
+            del out[at : at + draw(st.integers(1, 8))]
+        elif kind == "put":
+            out[at:at] = bytes([byte])
+        elif kind == "double":
+            out += out[at : at + draw(st.integers(1, 40))]
+        elif kind == "front":  # a field of any number and wire type, before all others or behind
+            field = bytes([draw(st.integers(0, 7)) << 3 | draw(st.sampled_from([0, 2])), draw(st.sampled_from([0, 1]))])
+            out = bytearray(field) + out if draw(st.booleans()) else out + bytearray(field)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@settings(SLOW, max_examples=400)
+@given(data=st.data())
+def test_damaged_messages_are_never_read_otherwise_than_the_portable_codec_reads_them(loops, name, data):
+    loop = loops[name]
+    method, body = data.draw(payloads(loop.schema))
+    body = data.draw(damage(body))
+    found = loop.decode(method, body)
+    if found is None:
+        return  # left to the portable codec, whatever it is
+    expected = loop.portable(method, body)
+    assert expected is not None, "native code took what the portable codec refuses"
+    same(found, expected, loop.schema)
+
+
+def numbers(field: int, value: int) -> bytes:
+    return bytes([field << 3]) + narsil_v1.put_uint(1, value)[1:]
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        (predictor.METHOD, b"\x0a\x00"),  # batch_size as a message
+        (predictor.METHOD, b"\x22\x00" * 10_001),  # more fields than any message has
+        (predictor.METHOD, b"\x22\x02\x08\x01"),  # a feature that the model does not take
+        (predictor.METHOD, b"\x0b"),  # a group
+        (narsil_v1.METHOD, b"\x22\x00"),  # batch_size as bytes
+        (narsil_v1.METHOD, b"\x1a\x01\xff"),  # a request_id that is not UTF-8
+        (narsil_v1.METHOD, b"\x0a\x05other"),  # another model
+        (narsil_v1.METHOD, b"\x3a\x00"),  # an empty context
+    ],
+)
+def test_what_is_unusual_is_left_to_the_portable_codec(loops, method, extra):
+    right = {
+        predictor.METHOD: predictor_pb2.PredictionRequest(
+            batch_size=1,
+            float_features={"num_features": 3, "values": bytes(12)},
+            id_list_features={"num_features": 4, "lengths": b"\1\0\0\0" * 4, "values": bytes(16)},
+        ).SerializeToString(),
+        narsil_v1.METHOD: build_request(np.zeros((1, 3)), np.zeros((1, 4), int)),
+    }[method]
+    loop = loops["narrow"]
+    assert loop.decode(method, right) is not None
+    assert loop.decode(method, right + extra) is None
+    assert loop.decode(method, extra + right) is None
+
+
+@pytest.mark.parametrize("body", [b"", b"\x08\x01", b"\xff" * 11, b"\x08" + b"\x80" * 10 + b"\x01"])
+def test_what_is_no_request_is_left_alone(loops, body):
+    for loop, method in itertools.product(loops.values(), (predictor.METHOD, narsil_v1.METHOD)):
+        assert loop.decode(method, body) is None
+
+
+@pytest.mark.parametrize("dense", [np.nan, np.inf, -np.inf])
+def test_dense_values_that_are_not_finite_are_left_for_the_portable_codec_to_explain(loops, dense):
+    body = build_request(np.full((1, 3), dense), np.zeros((1, 4), int))
+    assert loops["narrow"].decode(narsil_v1.METHOD, body) is None
+
+
+@pytest.mark.parametrize(("row", "feature"), [(0, 0), (11, 3), (5, 1)])
+@pytest.mark.parametrize("wrong", [-1, -(2**31), 2**31 - 1, "limit"])
+@pytest.mark.parametrize("bags", ["one", "jagged"])
+def test_an_id_outside_its_table_is_found_wherever_it_stands(loops, row, feature, wrong, bags):
+    loop = loops["narrow"]
+    ids = np.zeros((12, 4), dtype=np.int32)
+    ids[row, feature] = SCHEMA.rows[feature] if wrong == "limit" else wrong
+    lengths = np.ones_like(ids)
+    values = ids.ravel()
+    if bags == "jagged":
+        lengths[0, 0], values = 2, np.concatenate([[0], values]).astype(np.int32)
+    own = narsil_pb2.PredictRequest(batch_size=12, dense=bytes(12 * 12))
+    own.sparse.num_features, own.sparse.values, own.sparse.lengths = 4, values.tobytes(), lengths.tobytes()
+    assert loop.decode(narsil_v1.METHOD, own.SerializeToString()) is None
+    values[int(bags == "jagged") + row * 4 + feature] = SCHEMA.rows[feature] - 1
+    own.sparse.values = values.tobytes()
+    assert loop.decode(narsil_v1.METHOD, own.SerializeToString()) is not None
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@SLOW
+@given(data=st.data())
+def test_fusing_natively_gives_the_tensors_of_the_portable_collator(loops, name, data):
+    loop, schema = loops[name], SCHEMAS[name]
+    bodies = data.draw(st.lists(payloads(schema), min_size=1, max_size=6))
+    padding = data.draw(st.integers(0, 9))
+    taken = [(loop.take(method, body), method, body) for method, body in bodies]
+    kept = [entry for entry in taken if entry[0].decoded]
+    try:
+        if not kept:
+            return
+        expected = Collator(schema, padding.__add__).collate([loop.portable(method, body) for _, method, body in kept])
+        collator = Collator(schema, padding.__add__)
+        collator._dense = np.full(4000, np.nan, np.float32)  # what the batch before has left
+        collator._values = np.full(4000, -1, schema.id_dtype)
+        found = collator.collate([NativeFeatures(call) for call, _, _ in kept])
+        assert (found.rows, found.one_hot) == (expected.rows, expected.one_hot)
+        for tensor in ("dense", "lengths", "values"):
+            one, other = getattr(found, tensor), getattr(expected, tensor)
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+    finally:
+        for call, _, _ in taken:
+            call.fail(0, "")
+            loop.end(call)
+
+
+@SLOW
+@given(
+    count=st.integers(1, 40),
+    tasks=st.lists(st.text(max_size=6), unique=True, max_size=3),
+    batch=st.tuples(st.integers(0, 300), st.integers(0, 1 << 40)),
+    times=st.tuples(st.floats(0, 10), st.floats(0, 1e-3)),
+    request_id=st.text(st.characters(max_codepoint=127), max_size=200),
+    seed=st.integers(0, 1000),
+)
+def test_answers_are_byte_for_byte_the_portable_codec_s(loops, count, tasks, batch, times, request_id, seed):
+    loop = loops["narrow"]
+    random = np.random.default_rng(seed)
+    dense, ids = random.random((count, 3), np.float32), random.integers(0, 7, (count, 4))
+    scores = {task: random.standard_normal(count, dtype=np.float32) for task in tasks}
+    stage = StageTimes(times[0], 0.0, times[1], *batch)
+    for method, body in (
+        (narsil_v1.METHOD, build_request(dense, ids, request_id=request_id)),
+        (predictor.METHOD, predictor_body(dense, ids)),
+    ):
+        call = loop.take(method, body)
+        assert call.decoded
+        call.answer_scores(scores, *batch, *times)
+        answer = loop.end(call)
+        if method == narsil_v1.METHOD:
+            features = narsil_v1.decode(body, SCHEMA, LIMITS)
+            expected = narsil_v1.encode(features, "fake", "1", scores, stage)
+        else:
+            expected = predictor.encode(scores)
+        assert answer.status == 0
+        assert answer.messages == [expected]
+
+
+def predictor_body(dense: np.ndarray, ids: np.ndarray) -> bytes:
+    return predictor_pb2.PredictionRequest(
+        batch_size=len(dense),
+        float_features={"num_features": dense.shape[1], "values": dense.tobytes()},
+        id_list_features={
+            "num_features": ids.shape[1],
+            "lengths": np.ones(ids.size, np.int32).tobytes(),
+            "values": np.ascontiguousarray(ids.T, np.int32).tobytes(),
+        },
+    ).SerializeToString()
+
+
+def test_a_message_s_arrays_outlive_its_call(loops):
+    loop = loops["narrow"]
+    ids = np.arange(240).reshape(60, 4) % 7
+    call = loop.take(narsil_v1.METHOD, build_request(np.ones((60, 3)), ids))
+    call.fail(0, "")
+    loop.end(call)
+    dense, values, lengths = call.arrays()  # made after the call has ended
+    del call
+    for _ in range(20):  # what would lie there now
+        loop.decode(narsil_v1.METHOD, build_request(np.zeros((60, 3)), np.zeros((60, 4), int)))
+    assert (dense == 1).all()
+    np.testing.assert_array_equal(values.reshape(60, 4), ids)
+    assert lengths is None
+    with pytest.raises(ValueError, match="read-only"):
+        values[0] = 1
+
+
+def test_collate_refuses_buffers_that_the_batch_would_overrun(loops):
+    loop = loops["narrow"]
+    call = loop.take(narsil_v1.METHOD, build_request(np.zeros((5, 3)), np.zeros((5, 4), int)))
+    undecoded = loop.take(narsil_v1.METHOD, b"\xff")
+    foreign = loops["one"].take(narsil_v1.METHOD, build_request(np.zeros((5, 0)), np.zeros((5, 1), int)))
+    dense, values, lengths = np.empty(15, np.float32), np.empty(20, np.int32), np.empty(20, np.int32)
+    collate([call], 5, dense, values, None)
+    for wrong, why in [
+        (([], 5, dense, values, None), "no calls"),
+        (([call], 4, dense, values, None), "fewer rows"),
+        (([call], 6, dense, values, None), "dense is too short"),
+        (([call], 5, dense, values[:19], None), "values is too short"),
+        (([call], 5, dense, values.astype(np.int64), None), "another type"),
+        (([call], 5, dense, values.astype(np.uint32), None), "another type"),
+        (([call], 5, dense, values, lengths), "lengths are for jagged"),
+        (([call], 5, dense, values[::-1], None), "contiguous"),
+        (([call, undecoded], 10, dense, values, None), "not decoded"),
+        (([call, foreign], 10, dense, values, None), "not decoded by this schema"),
+        (([call], 2**61, dense, values, None), "too short"),
+        (([call], -1, dense, values, None), "fewer rows"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            collate(*wrong)
+    dense.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        collate([call], 5, dense, values, None)
+    for one in (call, undecoded):
+        one.fail(0, "")
+        loop.end(one)
+    foreign.fail(0, "")
+    loops["one"].end(foreign)
+
+
+def test_a_call_is_answered_once(loops):
+    loop = loops["narrow"]
+    call = loop.take(narsil_v1.METHOD, build_request(np.zeros((1, 3)), np.zeros((1, 4), int)))
+    call.fail(5, "the first")
+    call.fail(6, "the second")
+    call.answer(b"the third")
+    call.answer_scores({}, 1, 1, 0.0, 0.0)
+    answer = loop.end(call)
+    assert (answer.status, answer.detail, answer.messages) == (5, "the first", [])
+
+
+def test_scores_of_another_type_or_layout_are_answered_right_and_of_another_shape_refused(loops):
+    loop = loops["narrow"]
+    call = loop.take(narsil_v1.METHOD, build_request(np.zeros((3, 3)), np.zeros((3, 4), int)))
+    with pytest.raises(ValueError, match="float32"):
+        call.answer_scores({"default": np.zeros((3, 1), np.float32)}, 1, 3, 0.0, 0.0)
+    call.answer_scores({"default": np.arange(6, dtype=np.float64)[::2]}, 1, 3, 0.0, 0.0)
+    reply = narsil_pb2.PredictResponse.FromString(loop.end(call).messages[0])
+    assert np.frombuffer(reply.scores[0].values, np.float32).tolist() == [0.0, 2.0, 4.0]
+
+
+def test_one_hot_and_jagged_company(loops):
+    """The kinds that the properties compare are in fact both there."""
+    loop = loops["narrow"]
+    assert isinstance(
+        loop.decode(narsil_v1.METHOD, build_request(np.zeros((1, 3)), np.zeros((1, 4), int))).sparse, OneHot
+    )
+    own = narsil_pb2.PredictRequest(batch_size=1, dense=bytes(12))
+    own.sparse.num_features, own.sparse.lengths = 4, bytes(16)
+    found = loop.decode(narsil_v1.METHOD, own.SerializeToString())
+    assert isinstance(found.sparse, Jagged)
+    assert found.ids == 0
