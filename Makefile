@@ -13,7 +13,7 @@ help: ## list the targets
 
 setup: $(SETUP) ## make .venv with the pinned dependencies, the generated code and the native extensions
 
-demo: setup system-packages ## package a model, serve it four ways, print the table (about five minutes)
+demo: setup system-packages ## package a model, serve it in every way, print the table (about five minutes)
 	$(BIN)/python benchmarks/demo.py
 
 lint: setup ## ruff, mypy strict, import layers

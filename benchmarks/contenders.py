@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from narsil.bench.rounds import Contender
@@ -51,3 +51,22 @@ def baseline(binary: Path, model_file: Path) -> Contender:
 def narsil(name: str, model: Path, **options: object) -> Contender:
     """Narsil with these settings."""
     return Contender(name, lambda concurrency: narsil_server(model, **options))
+
+
+def compiled(model: Path, precisions: Sequence[str], report: Callable[[str], None] = print) -> list[Contender]:
+    """Narsil on the model compiled in each of these precisions, beside it on disk. One that cannot be compiled here is
+    left out, after one line of explanation. A second call finds the compiled folders."""
+    contenders = []
+    for precision in precisions:
+        out = model.with_name(f"{model.name}-{precision}")
+        done = subprocess.run(
+            [sys.executable, "-m", "narsil", "compile", str(model), "--precision", precision, "--out", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            report(f"compiled {precision} is left out: {(done.stderr.strip() or 'unknown reason').splitlines()[-1]}")
+            continue
+        contenders.append(narsil(f"Narsil compiled {precision}, batch mode", out, backend="compiled"))
+    return contenders

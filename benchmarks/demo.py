@@ -1,4 +1,4 @@
-"""``make demo``: package a model, serve it four ways, load each alike, print one table and draw two pictures."""
+"""``make demo``: package a model, serve it in every way, load each alike, print one table and draw two pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from contenders import BASELINE, baseline, baseline_threads, build_baseline, narsil
+from contenders import BASELINE, baseline, baseline_threads, build_baseline, compiled, narsil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -19,6 +19,7 @@ from narsil.bench.workload import Workload
 from narsil.models.artifact import Artifact, open_artifact
 from narsil.models.dlrm import DlrmConfig, random_weights
 from narsil.models.packager import package_dlrm
+from narsil.native import AVAILABLE
 
 TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
 
@@ -40,6 +41,20 @@ def main() -> None:
         ),
         narsil("Narsil ONNX Runtime FP32 backend, batch mode", artifact.path, backend="onnx"),
     ]
+    if AVAILABLE:
+        contenders.insert(
+            1,
+            narsil(
+                "Narsil torch backend, batch mode, over grpcio",
+                artifact.path,
+                backend="torch",
+                device=arguments.device,
+                transport="grpcio",
+            ),
+        )
+    if arguments.device == "cpu":
+        with console.status("compiling the model in three precisions (once, about half a minute)"):
+            contenders += compiled(artifact.path, ("fp32", "bf16", "int8"), console.print)
     with console.status("building the C++ baseline (once, about a minute)"):
         binary = build_baseline(console.print)
     if binary is not None and artifact.torchscript is not None:
@@ -71,8 +86,8 @@ def main() -> None:
     for line in ratio_lines(report):
         console.print(f"  {line}")
     console.print(
-        "\nmax dev: largest difference of a score from a direct call of the INT8 artifact; the FP32 row differs by "
-        "the tables' quantization.\n"
+        "\nmax dev: largest difference of a score from a direct call of the INT8 artifact. ONNX differs by the tables' "
+        "quantization; a compiled model by what its precision rounds, which `narsil compile` bounds.\n"
         f"numbers: {arguments.out / 'demo.json'}\npictures: {', '.join(str(picture) for picture in pictures)}\n"
         f"next: narsil serve --model {artifact.path}   and then: narsil predict\n"
         f"({time.monotonic() - began:.0f} s)"

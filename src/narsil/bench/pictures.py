@@ -14,7 +14,7 @@ import numpy as np
 from narsil.bench.report import Report, by_concurrency
 
 BASELINE_COLOR = "#8d99ae"
-COLORS = ("#0b6e4f", "#2a9d8f", "#e9a23b", "#c8553d", "#6d597a", "#355070")
+COLORS = ("#0b6e4f", "#2a9d8f", "#e9a23b", "#c8553d", "#6d597a", "#355070", "#b56576", "#577590")
 
 
 def draw(report: Report, folder: Path, title: str) -> list[Path]:
