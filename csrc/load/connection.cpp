@@ -10,7 +10,6 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
-#include <stdexcept>
 
 namespace narsil::load {
 namespace {
@@ -27,13 +26,6 @@ constexpr std::size_t kFrameHeader = 9;
 std::string text_of(int error) {
   std::array<char, 128> buffer{};
   return strerror_r(error, buffer.data(), buffer.size());
-}
-
-std::string timeout_header(Nanos timeout) {
-  const Nanos milliseconds = std::max<Nanos>(1, (timeout + 999'999) / 1'000'000);
-  constexpr Nanos kMost = 99'999'999;  // eight digits
-  return milliseconds <= kMost ? std::to_string(milliseconds) + "m"
-                               : std::to_string(std::min(kMost, milliseconds / 1000)) + "S";
 }
 
 std::string_view view(const std::uint8_t* bytes, std::size_t size) {
@@ -149,9 +141,7 @@ struct Connection::Callbacks {
   }
 };
 
-Http2::Http2(const std::string& authority, const std::string& method, Nanos timeout, const std::string& user_agent) {
-  using Callbacks = Connection::Callbacks;
-  if (nghttp2_session_callbacks_new(&callbacks) != 0 || nghttp2_option_new(&option) != 0) throw std::bad_alloc();
+void Connection::install(nghttp2_session_callbacks* callbacks) {
   nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, Callbacks::on_begin_headers);
   nghttp2_session_callbacks_set_on_header_callback(callbacks, Callbacks::on_header);
   nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, Callbacks::on_data);
@@ -159,34 +149,12 @@ Http2::Http2(const std::string& authority, const std::string& method, Nanos time
   nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, Callbacks::on_stream_close);
   nghttp2_session_callbacks_set_send_data_callback(callbacks, Callbacks::send_body);
   nghttp2_session_callbacks_set_data_source_read_length_callback(callbacks, Callbacks::data_size);
-  nghttp2_option_set_no_closed_streams(option, 1);
-  add_header(":method", "POST");
-  add_header(":scheme", "http");
-  add_header(":path", method);
-  add_header(":authority", authority);
-  add_header("te", "trailers");
-  add_header("grpc-timeout", timeout_header(timeout));
-  add_header("content-type", "application/grpc");
-  add_header("grpc-accept-encoding", "identity");
-  add_header("user-agent", user_agent);
-}
-
-Http2::~Http2() {
-  nghttp2_session_callbacks_del(callbacks);
-  nghttp2_option_del(option);
-}
-
-void Http2::add_header(const std::string& name, const std::string& value) {
-  std::string& n = texts_.emplace_back(name);
-  std::string& v = texts_.emplace_back(value);
-  headers.push_back({reinterpret_cast<std::uint8_t*>(n.data()), reinterpret_cast<std::uint8_t*>(v.data()), n.size(),
-                     v.size(), NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE});
 }
 
 Connection::Connection(const Http2& http2, const Expected& expected, Calls& calls, int epoll, const Address& address,
                        Nanos not_before)
     : http2_(http2), expected_(expected), calls_(calls), epoll_(epoll), address_(address), not_before_(not_before) {
-  if (nghttp2_session_client_new2(&session_, http2.callbacks, this, http2.option) != 0) throw std::bad_alloc();
+  if (nghttp2_session_client_new2(&session_, http2.callbacks(), this, http2.option()) != 0) throw std::bad_alloc();
   const std::array<nghttp2_settings_entry, 3> settings = {{
       {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
       {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
@@ -231,7 +199,7 @@ bool Connection::submit(Call& call) {
   call.position = active_.size();
   active_.push_back(&call);
   const std::int32_t stream =
-      nghttp2_submit_request(session_, nullptr, http2_.headers.data(), http2_.headers.size(), &provider, &call);
+      nghttp2_submit_request(session_, nullptr, http2_.headers().data(), http2_.headers().size(), &provider, &call);
   if (stream < 0) {
     active_.pop_back();
     draining_ = true;

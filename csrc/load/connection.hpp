@@ -9,32 +9,14 @@
 #include <sys/uio.h>
 
 #include <cstdint>
-#include <deque>
 #include <string>
 #include <vector>
 
 #include "load/call.hpp"
+#include "load/http2.hpp"
 #include "load/target.hpp"
 
 namespace narsil::load {
-
-// What all connections of a client share: nghttp2's callbacks and options, and the headers of every request.
-class Http2 {
- public:
-  Http2(const std::string& authority, const std::string& method, Nanos timeout, const std::string& user_agent);
-  ~Http2();
-  Http2(const Http2&) = delete;
-  Http2& operator=(const Http2&) = delete;
-
-  nghttp2_session_callbacks* callbacks = nullptr;
-  nghttp2_option* option = nullptr;
-  std::vector<nghttp2_nv> headers;
-
- private:
-  void add_header(const std::string& name, const std::string& value);
-
-  std::deque<std::string> texts_;  // what headers point to
-};
 
 class Connection {
  public:
@@ -61,10 +43,11 @@ class Connection {
   void goodbye();  // tells the server, and closes
   void close(const std::string& reason);
 
-  // What nghttp2 calls; see connection.cpp.
-  struct Callbacks;
+  // Has nghttp2 call the connections.
+  static void install(nghttp2_session_callbacks* callbacks);
 
  private:
+  struct Callbacks;
   enum class State { waiting, connecting, open, closed };
 
   // Bytes to send: a piece of a body, or (base null) of small_ from `offset`.

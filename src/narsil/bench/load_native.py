@@ -1,4 +1,4 @@
-"""The load's driver in C++ (`narsil._load`): one thread on nghttp2, a twentieth of what grpcio costs a request."""
+"""The load's driver in C++ (`narsil._load`): one thread on nghttp2, a fraction of grpcio's cost a request."""
 
 from __future__ import annotations
 
