@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("fbgemm_gpu")
 
 from narsil.backends.registry import load_backend
+from narsil.bench.load import choose_client
 from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.dataflow import Features, OneHot
 from narsil.engine.collate import Collator
@@ -130,7 +131,14 @@ def test_predict_names_the_line_that_is_wrong(server, tmp_path, row, message):
 
 
 @pytest.mark.parametrize("protocol", ["predictor", "narsil"])
-@pytest.mark.parametrize("arrivals", [["--concurrency", 4], ["--rate", 200, "--arrivals", "poisson"]])
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        ["--concurrency", 4],
+        ["--rate", 200, "--arrivals", "poisson"],
+        ["--concurrency", 4, "--connections", 2, "--client", "grpcio"],
+    ],
+)
 def test_bench_measures_checks_and_writes_json(server, model, tmp_path, protocol, arrivals):
     path = tmp_path / "bench.json"
     narsil(
@@ -145,6 +153,8 @@ def test_bench_measures_checks_and_writes_json(server, model, tmp_path, protocol
     assert row["max_abs_deviation"] < 1e-5
     assert row["server_cpu_us_per_req"] > 0
     assert row["peak_mib"] > 10
+    assert row["client"] == ("grpcio" if "grpcio" in arrivals else choose_client("auto"))
+    assert row["connections"] == (2 if "--connections" in arrivals else 1)
 
 
 def test_bench_of_a_server_that_is_not_there_says_so():

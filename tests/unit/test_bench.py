@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from narsil.bench.load import Load, LoadError, Outcome, choose_client, run_load,
 from narsil.bench.measure import BUCKET_EDGES_S, Measurement, deviation, measure, ratio, reference_scores, summarize
 from narsil.bench.pictures import draw
 from narsil.bench.report import loaded_by, make_report, ratio_lines, render_table, write_report
+from narsil.bench.servers import AttachedServer, ServerDied, cpu_seconds
 from narsil.bench.workload import Workload
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.validate import RequestLimits
@@ -183,6 +188,18 @@ def test_deviation_is_the_largest_difference_of_any_score():
     outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2]), 1: np.float32([0.5, 0.9])})
     assert deviation(outcome, [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]) == pytest.approx(0.4)
     assert deviation(outcome, []) is None
+
+
+def test_a_servers_cpu_time_is_read_from_its_own_clock():
+    before, found, after = time.process_time(), cpu_seconds(os.getpid()), time.process_time()
+    assert before <= found <= after
+
+
+def test_a_server_that_has_ended_is_said_so():
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    with pytest.raises(ServerDied, match=f"there is no process {ended.pid}"):
+        AttachedServer(ended.pid).cpu_s()
 
 
 def test_a_report_says_what_made_the_load():
