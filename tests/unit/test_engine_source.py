@@ -1,0 +1,138 @@
+"""A source: requests that idle lanes fetch by themselves."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from narsil.backends.fake import FakeBehaviour
+from narsil.dataflow import Request
+from narsil.engine.queue import QueueLimits
+from narsil.engine.scheduler import BatchPolicy
+from narsil.errors import Draining, QueueFull
+from tests.support import PATIENCE_S, engine_with, request, wait_until
+
+
+class FakeSource:
+    """Requests as a test puts them; None is a wake."""
+
+    def __init__(self) -> None:
+        self.arrivals: queue.Queue[Sequence[Request] | None] = queue.Queue()
+        self.polling = 0
+        self.closed = ""
+        self._lock = threading.Lock()
+
+    def poll(self, timeout: float | None) -> Sequence[Request]:
+        with self._lock:
+            self.polling += 1
+        try:
+            found = self.arrivals.get(timeout != 0, timeout or PATIENCE_S)
+        except queue.Empty:
+            found = None
+        finally:
+            with self._lock:
+                self.polling -= 1
+        return found or ()
+
+    def wake(self) -> None:
+        self.arrivals.put(None)
+
+    def close(self, why: str) -> None:
+        self.closed = why
+
+
+def test_an_idle_lane_runs_what_its_source_gives():
+    source = FakeSource()
+    with engine_with() as engine:
+        engine.attach(source)
+        made = [request(rows) for rows in (1, 2, 3)]
+        source.arrivals.put(made)
+        results = [one.reply.wait() for one in made]
+        assert [len(result.scores["default"]) for result in results] == [1, 2, 3]
+        assert engine.statistics().submitted == engine.statistics().answered == 3
+
+
+def test_requests_still_come_by_submit_and_wake_a_lane_that_polls():
+    source = FakeSource()
+    with engine_with() as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 1)
+        made = request()
+        engine.submit(made)
+        assert made.reply.wait().error is None
+
+
+def test_what_the_source_gives_and_the_queue_refuses_is_delivered_as_that_error():
+    source, behaviour = FakeSource(), FakeBehaviour(hold=threading.Event())
+    policy, limits = BatchPolicy(max_requests=1), QueueLimits(max_requests=2)
+    with engine_with(behaviour, policy=policy, limits=limits) as engine:
+        engine.attach(source)
+        made = [request() for _ in range(4)]
+        source.arrivals.put(made)
+        refused = [one.reply.wait() for one in made[2:]]
+        assert all(isinstance(result.error, QueueFull) for result in refused)
+        behaviour.hold.set()
+        assert all(one.reply.wait().error is None for one in made[:2])
+        assert engine.statistics().rejected == 2
+
+
+def test_a_lane_that_is_full_leaves_the_rest_to_one_that_polls():
+    source, behaviour = FakeSource(), FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour, lanes=2, policy=BatchPolicy(max_requests=1)) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 2)
+        source.arrivals.put([request(1), request(2)])
+        wait_until(lambda: sorted(behaviour.forwards) == [1, 2])
+
+
+def test_a_batch_timeout_bounds_the_poll():
+    source = FakeSource()
+    with engine_with(policy=BatchPolicy(timeout=0.01)) as engine:
+        engine.attach(source)
+        made = request(arrived=engine.now())
+        source.arrivals.put([made])
+        assert made.reply.wait().error is None
+
+
+def test_once_detached_lanes_wait_for_submit_again():
+    source = FakeSource()
+    with engine_with(lanes=3) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 3)
+        engine.attach(None)
+        wait_until(lambda: source.polling == 0)
+        made = request()
+        engine.submit(made)
+        assert made.reply.wait().error is None
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_draining_closes_the_source_and_ends_lanes_that_poll(lanes):
+    source = FakeSource()
+    with engine_with(lanes=lanes) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == lanes)
+        assert engine.drain(PATIENCE_S)
+        assert "shutting down" in source.closed
+        assert source.polling == 0
+
+
+def test_what_arrives_while_the_engine_drains_is_told_so():
+    source, behaviour = FakeSource(), FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour) as engine:
+        engine.attach(source)
+        running = request()
+        source.arrivals.put([running])
+        wait_until(lambda: behaviour.forwards == [1])
+        late = request()
+        source.arrivals.put([late])
+        drained = threading.Thread(target=engine.drain, args=(PATIENCE_S,))
+        drained.start()
+        wait_until(lambda: bool(source.closed))
+        behaviour.hold.set()
+        assert running.reply.wait().error is None
+        assert isinstance(late.reply.wait().error, Draining)
+        drained.join(PATIENCE_S)
