@@ -217,6 +217,9 @@ Session::Session(Shared& shared) : shared_(shared), resets_(shared.config.max_re
       {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW},
       {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, MAX_FRAME},
       {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, static_cast<uint32_t>(shared.config.max_header_bytes)},
+#if NGHTTP2_VERSION_NUM >= 0x013200
+      {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1},  // no tree of priorities for peers to grow
+#endif
   };
   if (nghttp2_submit_settings(session_, NGHTTP2_FLAG_NONE, settings, std::size(settings)) ||
       nghttp2_session_set_local_window_size(session_, NGHTTP2_FLAG_NONE, 0, CONNECTION_WINDOW)) {
