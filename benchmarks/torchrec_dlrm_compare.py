@@ -52,9 +52,11 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--narsil-backend", choices=["torch", "onnx"], default="torch")
+    parser.add_argument("--narsil-backend", choices=["torch", "onnx", "compiled"], default="torch")
     parser.add_argument("--narsil-torch-model", type=Path, help="model_default.pt or an artifact folder")
     parser.add_argument("--narsil-onnx-model", type=Path, help="artifact folder or .onnx, for --narsil-backend onnx")
+    parser.add_argument("--narsil-compiled-model", type=Path, help="compiled folder, for --narsil-backend compiled")
+    parser.add_argument("--narsil-transport", choices=["auto", "native", "grpcio"], default="auto")
     parser.add_argument("--narsil-execution-mode", choices=["batch", "worker"], default="batch")
     parser.add_argument("--narsil-batch-size", type=int, default=16, help="requests a batch")
     parser.add_argument("--narsil-batch-timeout-ms", type=float, default=0.0)
@@ -64,6 +66,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--connections", type=int, default=1, help="that the requests in flight are spread over")
     parser.add_argument("--batch-size", type=int, default=100, help="rows a request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,12 +91,18 @@ def _narsil(arguments: argparse.Namespace, artifact: Artifact) -> Contender:
     model = artifact.path
     if arguments.narsil_backend == "onnx" and arguments.narsil_onnx_model is not None:
         model = arguments.narsil_onnx_model
+    if arguments.narsil_backend == "compiled":
+        if arguments.narsil_compiled_model is None:
+            raise NarsilError("--narsil-backend compiled needs --narsil-compiled-model; see `narsil compile`")
+        model = arguments.narsil_compiled_model
     return narsil(
         f"Narsil {arguments.narsil_backend} backend, {mode} mode"
         + (", 1 lane" if lanes == 1 else f", {lanes} lanes" if lanes else "")
-        + (", module as saved" if arguments.narsil_no_tune_kernels else ""),
+        + (", module as saved" if arguments.narsil_no_tune_kernels else "")
+        + ("" if arguments.narsil_transport == "auto" else f", over {arguments.narsil_transport}"),
         model,
         backend=arguments.narsil_backend,
+        transport=arguments.narsil_transport,
         execution_mode=mode,
         lanes=lanes,
         batch_size=arguments.narsil_batch_size,
@@ -110,7 +119,14 @@ def _measure(
     with console.status("scoring the reference rows with direct calls of the artifact"):
         expected = reference_scores(load_backend(artifact, tune_kernels=False), workload, KEEP)
     rounds = 1 if arguments.skip_torchrec else max(3, arguments.rounds)
-    plan = Plan(workload, (arguments.concurrency,), arguments.requests, arguments.warmup, rounds)
+    plan = Plan(
+        workload,
+        (arguments.concurrency,),
+        arguments.requests,
+        arguments.warmup,
+        rounds,
+        connections=arguments.connections,
+    )
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True)
     with bar as progress:
         task = progress.add_task("starting", total=rounds * len(contenders) * arguments.requests)

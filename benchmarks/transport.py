@@ -14,8 +14,9 @@ from contenders import build_baseline
 from rich.console import Console
 from rich.progress import Progress
 
+from narsil.bench.measure import Ratio, ratio
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
-from narsil.bench.rounds import Contender, Plan, ratios, run_rounds
+from narsil.bench.rounds import Contender, Plan, Runs, ratios, run_rounds
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
 from narsil.models.dlrm import DlrmConfig
@@ -57,13 +58,22 @@ def main() -> int:
         runs = run_rounds(
             contenders, plan, on_event=lambda what, done: progress.update(task, description=what, advance=done)
         )
-    report = make_report(list(runs.values()), ratios(runs, CPP) if binary is not None else [])
+    compared = [] if binary is None else [*ratios(runs, CPP), *_cpu_ratios(runs)]
+    report = make_report(list(runs.values()), compared)
     console.print(render_table(report, "no model: what surrounds a forward, medians of interleaved rounds"))
     for line in ratio_lines(report):
         console.print(f"  {line}")
     if arguments.json is not None:
         write_report(report, arguments.json)
     return 1 if any(row["errors"] for row in report["rows"]) else 0
+
+
+def _cpu_ratios(runs: Runs) -> list[Ratio]:
+    return [
+        ratio(found, runs[CPP, concurrency], "server_cpu_us_per_req")
+        for (name, concurrency), found in runs.items()
+        if name != CPP
+    ]
 
 
 def _narsil(transport: str, lanes: int):

@@ -148,7 +148,12 @@ def render_one(row: Mapping[str, Any]) -> Table:
 
 def ratio_lines(report: Report) -> list[str]:
     """The report's ratios in words, a line per contender and concurrency."""
-    words = {"samples_per_s": "throughput", "p50_ms": "median latency"}
+    words = {
+        "samples_per_s": "throughput",
+        "p50_ms": "median latency",
+        "p99_ms": "99th percentile of latency",
+        "server_cpu_us_per_req": "server's processor time a request",
+    }
     lines: dict[tuple[int, str, str], list[str]] = {}
     for one in report["ratios"]:
         figure = f"{one['median']:.2f}x the {words[one['metric']]} ({one['min']:.2f} to {one['max']:.2f})"
