@@ -161,7 +161,8 @@ def test_progress_is_reported_while_it_runs():
 
     def on_progress(done: int) -> None:
         seen.append(done)
-        gate.set()
+        if done == 1:
+            gate.set()
 
     def handle(body: bytes, context: Any) -> bytes:
         assert body == b"first" or gate.wait(20)
@@ -169,7 +170,9 @@ def test_progress_is_reported_while_it_runs():
 
     with grpc_server(handle) as target, client_of(target, [b"first", b"second"]) as client:
         client.closed_loop(2, 1, on_progress=on_progress)
-    assert seen[0] == 1
+    assert seen[0] in (0, 1)
+    assert 1 in seen
+    assert seen == sorted(seen)
 
 
 def test_a_client_takes_unix_sockets_and_ipv6(tmp_path):
@@ -413,7 +416,7 @@ def test_a_reply_after_the_timeout_counts_for_nothing():
         peer.reply(peer.request(), RIGHT)
         peer.until_gone()
 
-    with http2_server(script) as target, client_of(target, timeout_s=0.3) as client:
+    with http2_server(script) as target, client_of(target, timeout_s=1.0) as client:
         result = client.closed_loop(2, 1)
     assert result.errors == {"DEADLINE_EXCEEDED": 1}
     assert len(result.latencies) == 1
@@ -643,7 +646,7 @@ def test_damaged_replies_never_crash_or_lose_a_request():
                 raw[at : at + dice.randrange(3)] = dice.randbytes(dice.randrange(3))
             peer.socket.sendall(raw)
 
-    with http2_server(script) as target, client_of(target, timeout_s=0.2, reconnects=1000) as client:
+    with http2_server(script) as target, client_of(target, timeout_s=0.5, reconnects=1000) as client:
         result = client.closed_loop(150, 3)
     assert len(result.latencies) + sum(result.errors.values()) == 150
     assert len(result.latencies) > 10

@@ -7,7 +7,7 @@ it. What sends the requests is a driver: `load_native` or `load_grpc`.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import multiprocessing
 import signal
 import time
@@ -114,12 +114,15 @@ def choose_client(choice: ClientChoice, targets: Sequence[str] = ()) -> ClientNa
 
 
 def _native_problem(targets: Sequence[str]) -> str:
-    if importlib.util.find_spec("narsil._load") is None:
-        return "the native client is not built (it needs a C++ compiler and libnghttp2-dev); take --client grpcio"
-    from narsil import _load
-
+    try:
+        native = importlib.import_module("narsil._load")
+    except ImportError as error:
+        return (
+            "the native client is not there; it needs a C++ compiler and libnghttp2-dev when Narsil is built, or take "
+            f"--client grpcio ({error})"
+        )
     for target in targets:
-        if not _load.is_target(target):
+        if not native.is_target(target):
             return (
                 f"{target} is none of HOST:PORT, [IPV6]:PORT and unix:PATH, which the native client takes; "
                 "take --client grpcio"
