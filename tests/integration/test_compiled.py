@@ -299,6 +299,19 @@ def test_auto_falls_back_from_a_wrong_checksum_and_compiled_refuses(copy, small,
     np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=1e-5, rtol=0)
     with pytest.raises(ArtifactError, match=r"cannot run compiled: .* does not match the SHA-256"):
         load_backend(artifact, "compiled")
+    copy.tables.unlink()
+    artifact = open_artifact(copy.path, spare=True)
+    assert load_backend(artifact, "auto", "cpu").name == "torch"
+    with pytest.raises(ArtifactError, match="cannot run compiled"):
+        load_backend(artifact, "compiled", "cpu")
+
+
+def test_a_folder_for_another_device_is_refused_and_auto_falls_back(copy, caplog):
+    rewrite(copy.path, lambda manifest: manifest["compiled"].update(device="cuda"))
+    with pytest.raises(ConfigError, match=r"compiled for cuda and cannot run on cpu; use --device cuda"):
+        load_backend(open_artifact(copy.path), "compiled", "cpu")
+    assert load_backend(open_artifact(copy.path), "auto", "cpu").name == "torch"
+    assert "compiled for cuda, not cpu" in caplog.text
 
 
 def test_a_damaged_artifact_is_not_spared_where_there_is_nothing_to_fall_back_to(copy):

@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("fbgemm_gpu")
 
-from narsil.backends.fused import PARTS, FusedBackend, Geometry, Library
+from narsil.backends.fused import PARTS, FusedBackend, Geometry, Library, Network
 from narsil.backends.planner import LADDERS, Workbench, choose, climb
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ForwardFailed
 from narsil.models.compiled import SCALE_BIAS_BYTES, processor_flags
 from narsil.models.compiler import _build
-from narsil.models.core import read_parts
+from narsil.models.core import read_parts, realigned
 from narsil.models.dlrm import DlrmConfig, random_weights
 from narsil.models.packager import package_dlrm
 from narsil.models.packing import kinds_here
@@ -131,6 +131,17 @@ def test_it_scores_as_the_artifact(subject, kind):
 def test_a_rows_score_is_the_same_bits_in_any_batch(subject, kind):
     backend = subject.backend(kind)
     assert_invariant(backend, backend.share(), subject.schema)
+
+
+def test_tables_of_another_alignment_score_the_same(subject):
+    bench, batch = subject.bench, subject.batch(50, 3)
+    lookup = realigned(bench.parts.lookup, bench.geometry.rows, bench.parts.dim, 16)
+    row_bytes = -(-(bench.parts.dim + SCALE_BIAS_BYTES) // 16) * 16
+    geometry = replace(bench.geometry, row_bytes=row_bytes, starts=lookup.offsets)
+    layers = bench.layers(("fp32",) * len(bench.linears))
+    network = Network(bench.library, geometry, layers, len(bench.parts.dense), np.asarray(lookup.weights))
+    expected = subject.backend("fp32").run(batch)["default"]
+    np.testing.assert_array_equal(FusedBackend(network, subject.schema).run(batch)["default"], expected)
 
 
 @pytest.mark.parametrize("kind", HERE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fbgemm_gpu  # noqa: F401 - registers the lookup
@@ -23,13 +24,14 @@ from narsil.backends.base import Backend
 from narsil.backends.fused import FusedBackend, Network
 from narsil.backends.kernels import bucket
 from narsil.dataflow import Batch, Floats, Scores
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, ConfigError
 from narsil.models.artifact import Artifact
 from narsil.models.compiled import CompiledInfo, machine_problem
-from narsil.models.core import HOST, INT8
+from narsil.models.compiler import gpu_flags
+from narsil.models.core import DEVICE, HOST, INT8
 from narsil.models.schema import ModelSchema
 
-__all__ = ["InductorBackend", "load_compiled", "why_not"]
+__all__ = ["CudaBackend", "InductorBackend", "compiled_device", "load_compiled", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,16 @@ _TILE_ROWS = 64  # of a batch-invariant run
 
 def why_not(artifact: Artifact) -> str | None:
     """Why the compiled model cannot run here; None where it can. Raises ArtifactError where its manifest is damaged."""
-    return artifact.damage or machine_problem(_info(artifact), str(torch.__version__))
+    if artifact.damage:
+        return artifact.damage
+    info = _info(artifact)
+    gpu = gpu_flags() if info.device == "cuda" else ()
+    return machine_problem(info, str(torch.__version__), gpu)
+
+
+def compiled_device(artifact: Artifact) -> str:
+    """cpu or cuda: what the folder was compiled for."""
+    return _info(artifact).device
 
 
 def load_compiled(artifact: Artifact, intra_op_threads: int = 1, *, batch_invariant: bool = False) -> Backend:
@@ -57,29 +68,36 @@ def load_compiled(artifact: Artifact, intra_op_threads: int = 1, *, batch_invari
         if intra_op_threads > 1:
             log.warning("the compiled backend runs each forward on one thread; more lanes use more cores")
         return FusedBackend(Network.load(artifact, info), artifact.schema)
+    if info.device == "cuda":
+        if batch_invariant:
+            raise ConfigError("batch_invariant is not to be had on a GPU; compile for the CPU")
+        return CudaBackend.load(artifact, info)
     return InductorBackend.load(artifact, info, intra_op_threads, batch_invariant=batch_invariant)
 
 
 def _info(artifact: Artifact) -> CompiledInfo:
     if artifact.compiled is None or artifact.tables is None:
         raise ArtifactError(f"{artifact.path} holds no compiled model; make one with `narsil compile {artifact.path}`")
+    if artifact.damage:
+        raise ArtifactError(f"{artifact.path} cannot run compiled: {artifact.damage}")
     return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, artifact.tables.stat().st_size)
 
 
 class Lookup:
-    """FBGEMM's pooled lookup in INT8 tables."""
+    """FBGEMM's pooled lookup in INT8 tables, on the device that the weights lie on."""
 
     def __init__(self, weights: torch.Tensor, info: CompiledInfo) -> None:
-        tables = info.tables
-        nothing = torch.empty(0, dtype=torch.uint8)
+        tables, device = info.tables, weights.device
+        nothing = torch.empty(0, dtype=torch.uint8, device=device)
+        place = HOST if device.type == "cpu" else DEVICE
         self.width = tables * info.dim
         self._operator: Callable[..., torch.Tensor] = (
             torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
         )
         self._before = (
-            *(weights, nothing, torch.full((tables,), HOST, dtype=torch.int32)),
-            *(torch.tensor(info.offsets), torch.full((tables,), INT8, dtype=torch.uint8)),
-            *(torch.arange(0, self.width + 1, info.dim, dtype=torch.int32), self.width),
+            *(weights, nothing, torch.full((tables,), place, dtype=torch.int32, device=device)),
+            *(torch.tensor(info.offsets, device=device), torch.full((tables,), INT8, dtype=torch.uint8, device=device)),
+            *(torch.arange(0, self.width + 1, info.dim, dtype=torch.int32, device=device), self.width),
             *(0, 0, info.dim, 0, 0),  # the largest dim among the tables of each type
         )
         self._after = (_POOLING[info.pooling], None, _FP32, None, None, info.row_alignment)
@@ -158,15 +176,13 @@ class InductorBackend(Backend):
         return np.concatenate(parts)
 
     def _ends(self, batch: Batch) -> NDArray[Any]:
-        """(T * B + 1,) where each bag begins in values, in their type."""
+        """As _ends_of; those of one id a bag are kept."""
         bags = len(batch.lengths)
-        if batch.one_hot:
-            if len(self._ones) <= bags or self._ones.dtype != batch.values.dtype:
-                self._ones = np.arange(2 * bags + 1, dtype=batch.values.dtype)
-            return self._ones[: bags + 1]
-        ends = np.zeros(bags + 1, dtype=batch.values.dtype)
-        np.cumsum(batch.lengths, out=ends[1:])
-        return ends
+        if not batch.one_hot:
+            return _ends_of(batch)
+        if len(self._ones) <= bags or self._ones.dtype != batch.values.dtype:
+            self._ones = np.arange(2 * bags + 1, dtype=batch.values.dtype)
+        return self._ones[: bags + 1]
 
     def share(self) -> InductorBackend:
         """Another container over the same code and tables."""
@@ -179,6 +195,58 @@ class InductorBackend(Backend):
     def close(self) -> None:
         """Frees the container."""
         self._container.close()
+
+
+class CudaBackend(Backend):
+    """The inductor engine on a GPU: lookup and core on a stream of the lane's own, tables in the GPU's memory."""
+
+    name = "compiled"
+
+    def __init__(self, shared: _Gpu, schema: ModelSchema) -> None:
+        self.schema = schema
+        self.device = "cuda"
+        self._shared = shared
+        self._stream = torch.cuda.Stream()
+        # torch's own runner: it holds the GIL, but only for as long as it takes to start the kernels.
+        self._run = torch._inductor.aoti_load_package(str(shared.package))
+
+    @classmethod
+    def load(cls, artifact: Artifact, info: CompiledInfo) -> CudaBackend:
+        """As load_compiled, which has looked whether it can run here."""
+        assert artifact.compiled is not None and artifact.tables is not None  # noqa: PT018, S101 - _info has looked
+        weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c")).cuda()
+        return cls(_Gpu(artifact.compiled, Lookup(weights, info)), artifact.schema)
+
+    def run(self, batch: Batch) -> Scores:
+        """As Backend.run."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            host = (batch.values, _ends_of(batch), np.ascontiguousarray(batch.dense))
+            values, ends, dense = (_tensor(array).cuda(non_blocking=True) for array in host)
+            pooled = self._shared.lookup(values, ends)
+            rows = max(batch.rows, _LEAST_ROWS)
+            if batch.rows < rows:
+                dense, pooled = dense.repeat(rows, 1), pooled.repeat(rows, 1)
+            scores: NDArray[np.float32] = self._run(dense, pooled)[: batch.rows].cpu().numpy()
+        return {self.schema.tasks[0]: scores}
+
+    def share(self) -> CudaBackend:
+        """Another stream and another runner over the same tables."""
+        return CudaBackend(self._shared, self.schema)
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """What all instances on a GPU use together."""
+
+    package: Path
+    lookup: Lookup
+
+
+def _ends_of(batch: Batch) -> NDArray[Any]:
+    """(T * B + 1,) where each bag begins in values, in their type."""
+    ends = np.zeros(len(batch.lengths) + 1, dtype=batch.values.dtype)
+    np.cumsum(batch.lengths, out=ends[1:])
+    return ends
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -57,10 +57,12 @@ def load_backend(
 
 
 def _choose(artifact: Artifact, device: str | None) -> str:
-    if artifact.compiled is not None and device in (None, "cpu") and _torch_problem() is None:
-        from narsil.backends.compiled import why_not
+    if artifact.compiled is not None and _torch_problem() is None:
+        from narsil.backends.compiled import compiled_device, why_not
 
         problem = why_not(artifact)
+        if problem is None and device is not None and not _same(compiled_device(artifact), device):
+            problem = f"it was compiled for {compiled_device(artifact)}, not {device}"
         if problem is None or artifact.torchscript is None:
             return "compiled"
         log.warning("%s cannot run compiled: %s. Falling back to the torch backend", artifact.path, problem)
@@ -80,10 +82,10 @@ def _choose(artifact: Artifact, device: str | None) -> str:
 def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
     if problem := _torch_problem():
         raise ConfigError(f"the compiled backend needs torch and fbgemm ({problem}); install narsil[cpu]")
-    if device not in (None, "cpu"):
-        raise ConfigError(f"{artifact.path} is compiled for the CPU and cannot run on {device}; use --device cpu")
-    from narsil.backends.compiled import load_compiled
+    from narsil.backends.compiled import compiled_device, load_compiled
 
+    if device is not None and not _same(baked := compiled_device(artifact), device):
+        raise ConfigError(f"{artifact.path} is compiled for {baked} and cannot run on {device}; use --device {baked}")
     return load_compiled(artifact, intra_op_threads, batch_invariant=batch_invariant)
 
 

@@ -165,12 +165,12 @@ def processor_flags() -> tuple[str, ...]:
     return ()
 
 
-def machine_problem(info: CompiledInfo, torch_version: str) -> str | None:
-    """Why this machine cannot run what was compiled, with what to do; None where it can."""
+def machine_problem(info: CompiledInfo, torch_version: str, gpu: tuple[str, ...] = ()) -> str | None:
+    """Why this machine cannot run what was compiled, with what to do; None where it can. ``gpu``: its GPU's flags."""
     again = "compile the model again here with `narsil compile`"
     if info.machine != platform.machine():
         return f"it was compiled for {info.machine} and this machine is {platform.machine()}; {again}"
-    lacking = sorted(set(info.instructions) - set(processor_flags()))
+    lacking = sorted(set(info.instructions) - set(processor_flags()) - set(gpu))
     if lacking:
         return f"it was compiled for a processor with {', '.join(lacking[:6])}, which this one lacks; {again}"
     if info.torch != torch_version:

@@ -30,7 +30,7 @@ from narsil.models.packager import Progress, check_out, replace_folder
 from narsil.models.packing import Packed, kinds_here, write_packed
 from narsil.models.torchrec import load_torchscript
 
-__all__ = ["DEFAULT_LIMITS", "ENGINE_CHOICES", "Chosen", "Judge", "compile_artifact"]
+__all__ = ["DEFAULT_LIMITS", "ENGINE_CHOICES", "Chosen", "Judge", "compile_artifact", "gpu_flags"]
 
 # Largest absolute deviation of a score that a compile may show, by precision.
 DEFAULT_LIMITS = {"fp32": 1e-5, "bf16": 2e-3, "int8": 2e-3, "auto": 2e-3}
@@ -38,6 +38,7 @@ ENGINE_CHOICES = ("auto", "fused", "inductor")
 
 _REVISION = 6  # of what this file generates: an older one's output is no answer from the cache
 _EXAMPLE_ROWS = 128  # of the inputs that torch.export traces; any number of rows runs
+_GPU_ALIGNMENT = 16  # bytes; of table rows, for FBGEMM's GPU operator
 _TAIL = 64  # zero bytes after the tables: vector loads of the last row may reach beyond it
 _FORWARD = Path(__file__).with_name("forward.cpp")
 # Sums keep the order in which they are written, which makes a row's score the same in every block.
@@ -100,13 +101,13 @@ def compile_artifact(
     if cached := _cached(out, key):
         return cached, True
     check_out(out)
-    candidates = _candidates(precision, engine)
+    candidates = _candidates(precision, engine, device)
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        info, parts = _write_tables(source, script, staging, report)
-        info = replace(info, engine=engine, device=device, limit=limit, key=key)
+        info, parts = _write_tables(source, script, staging, device, report)
+        info = replace(info, engine=engine, limit=limit, key=key)
         for number, candidate in enumerate(candidates):
             last = number == len(candidates) - 1
             if _attempt(source, staging, replace(info, precision=candidate), parts, judge, report, must=last):
@@ -164,6 +165,16 @@ def _check_device(device: str) -> None:
             )
 
 
+def gpu_flags() -> tuple[str, ...]:
+    """What the GPU of this machine runs, as its compilers name it; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    major, minor = torch.cuda.get_device_capability()
+    return (f"sm_{major}{minor}",)
+
+
 def _engine(engine: str, device: str) -> str:
     """The engine to compile for: the fused one wherever it runs."""
     if engine not in ENGINE_CHOICES:
@@ -184,7 +195,7 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-def _candidates(precision: str, engine: str) -> tuple[str, ...]:
+def _candidates(precision: str, engine: str, device: str) -> tuple[str, ...]:
     """The precisions to try in turn. Raises ConfigError where this processor lacks the one asked for."""
     instead = "; use another precision, or auto for what pays here"
     if engine == "fused":
@@ -195,11 +206,11 @@ def _candidates(precision: str, engine: str) -> tuple[str, ...]:
 
     if precision == "int8":
         raise ConfigError("int8 needs the fused engine, and with it an x86 processor with AVX-512 and VNNI" + instead)
-    has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "auto":
         return ("bf16", "fp32") if has_bf16 else ("fp32",)
     if precision == "bf16" and not has_bf16:
-        raise ConfigError("this processor has no vector instructions for bf16" + instead)
+        raise ConfigError("this device has no vector instructions for bf16" + instead)
     return (precision,)
 
 
@@ -225,7 +236,7 @@ def _key(source: Artifact, script: Path, asked: Sequence[Any], calibration: Cali
         "asked": list(asked),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "instructions": processor_flags(),
+        "instructions": [*processor_flags(), *gpu_flags()],
     }
     digest.update(json.dumps(described, sort_keys=True).encode())
     if calibration is not None:
@@ -244,14 +255,21 @@ def _cached(out: Path, key: str) -> Artifact | None:
         return None
 
 
-def _write_tables(source: Artifact, script: Path, staging: Path, report: Progress) -> tuple[CompiledInfo, Any]:
+def _write_tables(
+    source: Artifact, script: Path, staging: Path, device: str, report: Progress
+) -> tuple[CompiledInfo, Any]:
     """Writes tables.bin and the TorchScript file. What is described is not yet compiled for anything."""
     import torch
 
-    from narsil.models.core import read_parts
+    from narsil.models.core import read_parts, realigned
 
     report("tables", 0, 1)
     parts = read_parts(load_torchscript(script, "cpu"), source.schema, script.name)
+    instructions = processor_flags()
+    if device == "cuda":
+        rows = [feature.rows for feature in source.schema.features]
+        parts = replace(parts, lookup=realigned(parts.lookup, rows, parts.dim, _GPU_ALIGNMENT))
+        instructions += gpu_flags()
     with (staging / artifacts.TABLES_FILE).open("wb") as file:
         file.write(memoryview(parts.lookup.weights.numpy()))
         file.write(bytes(_TAIL))
@@ -259,10 +277,10 @@ def _write_tables(source: Artifact, script: Path, staging: Path, report: Progres
     report("tables", 1, 1)
     info = CompiledInfo(
         engine="",
-        device="",
+        device=device,
         precision="",
         machine=platform.machine(),
-        instructions=processor_flags(),
+        instructions=instructions,
         torch=str(torch.__version__),
         key="",
         dense_dim=parts.dense_dim,
@@ -315,9 +333,9 @@ def _compile(parts: Any, info: CompiledInfo, path: Path) -> None:
 
     from narsil.models.core import Core
 
-    core = Core(parts, "bf16" if info.precision == "bf16" else "fp32").eval()
-    dense = torch.rand(_EXAMPLE_ROWS, info.dense_dim)
-    pooled = torch.rand(_EXAMPLE_ROWS, info.tables * info.dim)
+    core = Core(parts, "bf16" if info.precision == "bf16" else "fp32").eval().to(info.device)
+    dense = torch.rand(_EXAMPLE_ROWS, info.dense_dim, device=info.device)
+    pooled = torch.rand(_EXAMPLE_ROWS, info.tables * info.dim, device=info.device)
     rows = torch.export.Dim("rows", min=2, max=1 << 24)
     options = {"freezing": True, "aot_inductor.metadata": {"narsil": info.signature}}
     with torch.no_grad(), _quiet(), _one_thread():

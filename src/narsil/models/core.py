@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from narsil.errors import ArtifactError
+from narsil.models.compiled import SCALE_BIAS_BYTES
 from narsil.models.schema import ModelSchema
 from narsil.models.torchrec import schema_of, table_operators
 
-__all__ = ["HOST", "INT8", "Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts"]
+__all__ = ["DEVICE", "HOST", "INT8", "Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts", "realigned"]
 
 Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
-INT8, HOST = 2, 3  # FBGEMM's SparseType and EmbeddingLocation
+INT8 = 2  # FBGEMM's SparseType
+DEVICE, HOST = 0, 3  # FBGEMM's EmbeddingLocation
 _LAYER = re.compile(
     r"(?:.*\.)?(?:(dense_arch)\.model\._mlp\.(\d+)\._linear|(over_arch)\.model\.0\._mlp\.(\d+)\._linear"
     r"|(over_arch)\.model\.(1))\.(weight|bias)"
@@ -145,6 +147,20 @@ def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
     )
     _check_chain(parts, name)
     return parts
+
+
+def realigned(lookup: Lookup, rows: Sequence[int], dim: int, alignment: int) -> Lookup:
+    """The same tables with rows padded to another alignment: FBGEMM's GPU operator wants 16 bytes."""
+    used = dim + SCALE_BIAS_BYTES
+    before, after = (-(-used // step) * step for step in (lookup.row_alignment, alignment))
+    weights = torch.zeros(sum(rows) * after, dtype=torch.uint8)
+    offsets, at = [], 0
+    for start, count in zip(lookup.offsets, rows, strict=True):
+        table = lookup.weights[start : start + count * before].view(count, before)
+        weights[at : at + count * after].view(count, after)[:, :used] = table[:, :used]
+        offsets.append(at)
+        at += count * after
+    return Lookup(weights, tuple(offsets), alignment)
 
 
 def _layers(state: Mapping[str, Tensor], name: str) -> dict[str, list[Linear]]:
