@@ -31,6 +31,33 @@ constexpr double TEND_S = 0.25;          // between two looks at the connections
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
+// A socket that listens there; -1 and errno where it cannot.
+int listening(const addrinfo& where, int port, bool reuse_port) {
+  const int fd = socket(where.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  sockaddr_storage address{};
+  std::memcpy(&address, where.ai_addr, where.ai_addrlen);
+  auto& place = where.ai_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(address).sin6_port
+                                            : reinterpret_cast<sockaddr_in&>(address).sin_port;
+  place = htons(static_cast<uint16_t>(port));
+  const int on = 1;
+  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  if (reuse_port) setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
+  if (!bind(fd, reinterpret_cast<sockaddr*>(&address), where.ai_addrlen) && !listen(fd, 1024)) return fd;
+  const int problem = errno;
+  close(fd);
+  errno = problem;
+  return -1;
+}
+
+int port_of(int fd) {
+  sockaddr_storage bound{};
+  socklen_t size = sizeof bound;
+  getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &size);
+  return ntohs(bound.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(bound).sin6_port
+                                           : reinterpret_cast<sockaddr_in&>(bound).sin_port);
+}
+
 }  // namespace
 
 double monotonic_seconds() {
@@ -92,30 +119,29 @@ int Plane::listen_tcp(const std::string& host, int port, bool reuse_port) {
   const int problem = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
   if (problem) throw std::system_error(EADDRNOTAVAIL, std::generic_category(), gai_strerror(problem));
   const std::unique_ptr<addrinfo, void (*)(addrinfo*)> guard(found, freeaddrinfo);
-  // The first address that can be bound: localhost may name one of a family that is switched off here.
-  int fd = -1, error = EADDRNOTAVAIL;
-  for (const addrinfo* at = found; at && fd < 0; at = at->ai_next) {
-    fd = socket(at->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0) {
-      error = errno;
+  // Every address that the name has here, on one port: localhost is of two families, and one may be switched off.
+  std::vector<int> sockets;
+  std::vector<std::string> seen;
+  int error = EADDRNOTAVAIL;
+  for (const addrinfo* at = found; at; at = at->ai_next) {
+    if (at->ai_family != AF_INET && at->ai_family != AF_INET6) continue;
+    std::string address(reinterpret_cast<const char*>(at->ai_addr), at->ai_addrlen);
+    if (std::find(seen.begin(), seen.end(), address) != seen.end()) continue;
+    seen.push_back(std::move(address));
+    const int fd = listening(*at, port, reuse_port);
+    if (fd >= 0) {
+      sockets.push_back(fd);
+      if (!port) port = port_of(fd);
       continue;
     }
-    const int on = 1;
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (reuse_port) setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
-    if (bind(fd, at->ai_addr, at->ai_addrlen) || listen(fd, 1024)) {
-      error = errno;
-      close(fd);
-      fd = -1;
-    }
+    error = errno;
+    if (error == EAFNOSUPPORT || error == EADDRNOTAVAIL) continue;
+    std::for_each(sockets.begin(), sockets.end(), close);
+    throw std::system_error(error, std::generic_category());
   }
-  if (fd < 0) throw std::system_error(error, std::generic_category());
-  sockaddr_storage bound{};
-  socklen_t size = sizeof bound;
-  getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &size);
-  add_listener(fd);
-  return ntohs(bound.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(bound).sin6_port
-                                           : reinterpret_cast<sockaddr_in&>(bound).sin_port);
+  if (sockets.empty()) throw std::system_error(error, std::generic_category());
+  for (const int fd : sockets) add_listener(fd);
+  return port;
 }
 
 void Plane::listen_unix(const std::string& path) {
