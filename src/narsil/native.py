@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, TypeGuard
 
 from narsil.dataflow import Features, Jagged, OneHot, Payload
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from narsil._native import Call
 
 try:
-    import narsil._native  # noqa: F401
+    import_module("narsil._native")
 except ImportError as error:
     MISSING = str(error)  # why it cannot be used
 else:
