@@ -29,6 +29,9 @@ bench: setup system-packages ## measure against the C++ server, write benchmarks
 	$(BIN)/python benchmarks/demo.py --out benchmarks/results --requests 3000 --rounds 5
 	$(BIN)/python benchmarks/torchrec_dlrm_compare.py --narsil-torch-model models/demo --narsil-no-tune-kernels \
 	  --requests 3000 --json benchmarks/results/module_as_saved.json
+	$(BIN)/python benchmarks/transport.py --json benchmarks/results/transport.json
+	$(BIN)/python benchmarks/crowd.py --json benchmarks/results/crowd.json
+	$(BIN)/python benchmarks/profile_forward.py --model models/demo --out benchmarks/results
 	$(BIN)/python benchmarks/render_reports.py
 
 reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results

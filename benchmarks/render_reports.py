@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from narsil.bench.pictures import draw
-from narsil.bench.report import COLUMNS, Report, by_concurrency, cell, ratio_lines
+from narsil.bench.report import COLUMNS, Report, by_concurrency, cell, loaded_by, ratio_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = ROOT / "benchmarks" / "texts"
+TITLES = {
+    "module_as_saved": "The module as it was saved",
+    "transport": "Transports alone: no model behind them",
+    "crowd": "A crowd: 200 connections, 1000 requests in flight on Narsil, 200 on the baseline",
+}
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def main() -> None:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    measured = reports.pop("profile", None)
     if "demo" not in reports:
         sys.exit("benchmarks/results/demo.json is missing: run `make bench`")
     demo = reports["demo"]
@@ -26,13 +32,18 @@ def main() -> None:
     draw(demo, RESULTS, title)
     summary = (TEXTS / "benchmarks.md").read_text()
     blocks = {"table": tables(demo), "ratios": bullets(ratio_lines(demo)), "machine": machine(demo)}
+    blocks["load"] = f"In the table above: {loaded_by(demo).removeprefix('load: ')}."
+    blocks["profile"] = profile(measured) if measured else "Not measured here: it needs AVX-512."
     blocks["others"] = "\n\n".join(
-        f"### {name}\n\n{tables(report)}\n{bullets(ratio_lines(report))}"
+        f"### {TITLES.get(name, name)}\n\n{tables(report)}\n{bullets(ratio_lines(report))}\n\n{loaded_by(report)}"
         for name, report in reports.items()
         if name != "demo"
     )
     (ROOT / "BENCHMARKS.md").write_text(fill(summary, blocks))
-    runs = "\n\n".join(f"## {name}\n\n{machine(report)}\n\n{every_run(report)}" for name, report in reports.items())
+    runs = "\n\n".join(
+        f"## {name}\n\n{machine(report)}\n\n{loaded_by(report)}\n\n{every_run(report)}"
+        for name, report in reports.items()
+    )
     (ROOT / "REPORTS.md").write_text(fill((TEXTS / "reports.md").read_text(), {"runs": runs}))
     readme = ROOT / "README.md"
     head, _, rest = readme.read_text().partition(BEGIN)
@@ -55,6 +66,43 @@ def tables(report: Report) -> str:
         body = [[row["name"], *(cell(row, key, style) for key, style in COLUMNS.values())] for row in rows]
         parts.append(f"{heading}, {rows[0]['batch_size']} rows a request:\n\n{markdown(['', *COLUMNS], body)}")
     return "\n\n".join(parts) + "\n"
+
+
+def profile(measured: Mapping[str, Any]) -> str:
+    """The profile of a forward as a table, and what its roofline stands on."""
+    parts = measured["parts"]
+    header = [
+        "",
+        "rows/s",
+        "times",
+        *(f"{part}, µs" for part in parts),
+        "of a matrix product: dense",
+        "over",
+        "max dev",
+    ]
+    body = []
+    for one in measured["contenders"]:
+        roof = one.get("roofline")
+        shares = [f"{roof[part]['share_of_matrix_product']:.0%}" if roof else "-" for part in ("dense", "over")]
+        deviation = one.get("max_abs_deviation")
+        body.append(
+            [
+                one["name"],
+                f"{one['rows_per_s']:,.0f}",
+                f"{one['times_torchscript']:.2f}",
+                *(f"{one['parts_us_per_row'][part]:.2f}" for part in parts),
+                *shares,
+                f"{deviation:.0e}" if deviation is not None else "-",
+            ]
+        )
+    product = measured["matrix_product"]
+    speeds = ", ".join(f"{kind} {speed:,.0f}" for kind, speed in product["gflop_per_s"].items())
+    return (
+        f"{markdown(header, body)}\n\nMicroseconds a row, {measured['rows']} rows a forward, medians of "
+        f"{measured['rounds']} interleaved rounds. A matrix product of {product['size']} x {product['size']} by torch's "
+        f"fastest kernel reaches, on the same core in the same run, GFLOP/s: {speeds}. `make bench` measures it with "
+        "`benchmarks/profile_forward.py`."
+    )
 
 
 def every_run(report: Report) -> str:
