@@ -24,8 +24,8 @@ namespace {
 
 constexpr int kBlockRows = 12;     // at most; 12 rows x 2 vectors of sums fill the registers
 constexpr int64_t kPanel = 32;     // outputs that a block computes at once: 2 vectors
-constexpr int64_t kRowsAhead = 4;  // how many rows ahead the table rows of first ids are asked for
-constexpr int64_t kIdsAhead = 4;   // and those of a bag's later ids, in ids
+constexpr int64_t kRowsAhead = 1;  // how many rows ahead the table rows of a bag's first ids are asked for
+constexpr int64_t kIdsAhead = 32;  // how many ids these are, and how many ids ahead the later ones are asked for
 
 enum Kind : int64_t { kFp32, kBf16, kInt16, kInt8 };
 enum Status : int { kOk, kBadId, kBadLengths };
@@ -273,7 +273,35 @@ void ask(const uint8_t* row, const Model& model) {
   asm volatile("prefetcht0 (%0)" ::"r"(row + model.row_bytes - 1));
 }
 
-// Pooled embeddings of one bag, to (dim,) floats padded to a multiple of 16 with zeros.
+// V vectors of a bag's pooled embedding, from column `from` on. Of the last, `inside` says which lanes are the table's.
+template <int V, class Id>
+void pool_columns(const Model& model, const uint8_t* base, const Id* ids, int64_t count, float share, int64_t from,
+                  __mmask16 inside, float* out) {
+  __m512 sums[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sums[v] = _mm512_setzero_ps();
+  for (int64_t n = 0; n < count; ++n) {
+    const uint8_t* row = base + static_cast<int64_t>(ids[n]) * model.row_bytes;
+    if (from == 0 && n + kIdsAhead < count) ask(base + static_cast<int64_t>(ids[n + kIdsAhead]) * model.row_bytes, model);
+    uint32_t head;
+    std::memcpy(&head, row, 4);
+    const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(head)));
+    const __m512 scale = _mm512_broadcastss_ps(pair), bias = _mm512_broadcastss_ps(_mm_movehdup_ps(pair));
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const uint8_t* at = row + 4 + from + 16 * v;
+      const __m128i bytes = v + 1 < V ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
+                                      : _mm_maskz_loadu_epi8(inside, at);
+      sums[v] = _mm512_add_ps(sums[v], _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), scale, bias));
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v)
+    _mm512_storeu_ps(out + from + 16 * v,
+                     _mm512_maskz_mul_ps(v + 1 < V ? 0xffff : inside, sums[v], _mm512_set1_ps(share)));
+}
+
+// The pooled embedding of one bag, (dim,) floats padded to a multiple of 16 with zeros. False: an id is out of bounds.
 template <class Id>
 bool pool(const Model& model, int64_t table, const Id* ids, int64_t count, float* out) {
   const uint8_t* base = model.table_bytes + model.table_starts[table];
@@ -281,20 +309,15 @@ bool pool(const Model& model, int64_t table, const Id* ids, int64_t count, float
   for (int64_t n = 0; n < count; ++n)
     if (static_cast<uint64_t>(static_cast<int64_t>(ids[n])) >= limit) return false;
   const float share = model.mean[table] && count > 1 ? 1.0f / static_cast<float>(count) : 1.0f;
-  for (int64_t k = 0; k < model.dim; k += 16) {
-    const __mmask16 inside = static_cast<__mmask16>(model.dim - k >= 16 ? 0xffff : (1 << (model.dim - k)) - 1);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t n = 0; n < count; ++n) {
-      const uint8_t* row = base + static_cast<int64_t>(ids[n]) * model.row_bytes;
-      if (k == 0 && n + kIdsAhead < count) ask(base + static_cast<int64_t>(ids[n + kIdsAhead]) * model.row_bytes, model);
-      uint32_t head;
-      std::memcpy(&head, row, 4);
-      const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(head)));
-      const __m512 scale = _mm512_broadcastss_ps(pair), bias = _mm512_broadcastss_ps(_mm_movehdup_ps(pair));
-      const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(inside, row + 4 + k)));
-      sum = _mm512_add_ps(sum, _mm512_fmadd_ps(codes, scale, bias));
+  for (int64_t from = 0; from < model.dim; from += 64) {
+    const int64_t left = std::min<int64_t>(model.dim - from, 64), vectors = (left + 15) / 16;
+    const __mmask16 inside = static_cast<__mmask16>(0xffff >> (16 * vectors - left));
+    switch (vectors) {
+      case 1: pool_columns<1>(model, base, ids, count, share, from, inside, out); break;
+      case 2: pool_columns<2>(model, base, ids, count, share, from, inside, out); break;
+      case 3: pool_columns<3>(model, base, ids, count, share, from, inside, out); break;
+      default: pool_columns<4>(model, base, ids, count, share, from, inside, out);
     }
-    _mm512_storeu_ps(out + k, _mm512_maskz_mul_ps(inside, sum, _mm512_set1_ps(share)));
   }
   return true;
 }
@@ -356,13 +379,14 @@ int64_t bag(const Rows& rows, const Scratch& scratch, int64_t table, int64_t row
   return rows.lengths ? rows.lengths[number] : 1;
 }
 
-// Asks for the table rows of one row's first ids.
+// Asks for the table rows of the first ids in each of a row's bags.
 template <class Id>
 void fetch(const Model& model, const Rows& rows, const Scratch& scratch, int64_t row) {
   for (int64_t table = 0; table < model.tables; ++table) {
     const Id* ids;
-    if (!bag(rows, scratch, table, row, &ids)) continue;
-    ask(model.table_bytes + model.table_starts[table] + static_cast<int64_t>(ids[0]) * model.row_bytes, model);
+    const int64_t count = std::min(bag(rows, scratch, table, row, &ids), kIdsAhead);
+    for (int64_t n = 0; n < count; ++n)
+      ask(model.table_bytes + model.table_starts[table] + static_cast<int64_t>(ids[n]) * model.row_bytes, model);
   }
 }
 
