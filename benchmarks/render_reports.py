@@ -99,9 +99,9 @@ def profile(measured: Mapping[str, Any]) -> str:
     speeds = ", ".join(f"{kind} {speed:,.0f}" for kind, speed in product["gflop_per_s"].items())
     return (
         f"{markdown(header, body)}\n\nMicroseconds a row, {measured['rows']} rows a forward, medians of "
-        f"{measured['rounds']} interleaved rounds. A matrix product of {product['size']} x {product['size']} by torch's "
-        f"fastest kernel reaches, on the same core in the same run, GFLOP/s: {speeds}. `make bench` measures it with "
-        "`benchmarks/profile_forward.py`."
+        f"{measured['rounds']} interleaved rounds. A matrix product of {product['size']} x {product['size']}, by "
+        f"torch's fastest kernel, reaches, on the same core in the same run, GFLOP/s: {speeds}. `make bench` measures "
+        "it, with `benchmarks/profile_forward.py`."
     )
 
 
