@@ -329,8 +329,9 @@ void Plane::accept_all() {
         const int refused = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
         if (refused >= 0) close(refused);
         spare_ = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        if (refused < 0) break;  // there was none
         ++shared_.statistics.connections_refused;
-        if (refused >= 0) continue;
+        continue;
       }
       if (errno == ECONNABORTED || errno == EINTR) continue;
       break;

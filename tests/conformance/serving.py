@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from narsil.bench.workload import predictor_body
 from narsil.dataflow import Features
 from narsil.engine.engine import Engine
 from narsil.protos import predictor_pb2
+from narsil.transports.base import ServedModel
 from narsil.transports.validate import RequestLimits
 from tests.support import PATIENCE_S, engine_with, grpc_transport
 
@@ -39,13 +41,12 @@ def serving_transport(
     *,
     limits: RequestLimits | None = None,
     message_bytes: int = 16 << 20,
-    options: dict[str, Any] | None = None,
     **engine: Any,
 ) -> Iterator[tuple[str, Engine, Any]]:
-    """As serving, and yields the transport too. ``options`` are the transport's own."""
+    """As serving, and yields the transport too."""
     with (
         engine_with(behaviour, **engine) as made,
-        grpc_transport(made, limits, kind, max_message_bytes=message_bytes, **(options or {})) as (
+        grpc_transport(made, limits, kind, max_message_bytes=message_bytes) as (
             transport,
             address,
             _,
@@ -56,6 +57,19 @@ def serving_transport(
         finally:
             if behaviour is not None and behaviour.hold is not None:
                 behaviour.hold.set()
+
+
+@contextmanager
+def native_transport(engine: Engine, **options: Any) -> Iterator[tuple[Any, str]]:
+    """The native transport with these NativeOptions, and its address. It needs no event loop to live in."""
+    from narsil.transports.native import NativeOptions, NativeTransport
+
+    model = ServedModel("fake", "1", "fake", engine.schema)
+    transport = NativeTransport(engine, model, NativeOptions(**{"port": 0, **options}))
+    try:
+        yield transport, asyncio.run(transport.start())
+    finally:
+        asyncio.run(transport.stop(PATIENCE_S))
 
 
 def predict_torchrec(channel: grpc.Channel, features: Features, timeout: float = PATIENCE_S) -> Any:
