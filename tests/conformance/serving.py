@@ -14,6 +14,7 @@ from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import predictor_body
 from narsil.dataflow import Features
 from narsil.engine.engine import Engine
+from narsil.engine.queue import QueueLimits
 from narsil.protos import predictor_pb2
 from narsil.transports.base import ServedModel
 from narsil.transports.validate import RequestLimits
@@ -27,10 +28,13 @@ def serving(
     *,
     limits: RequestLimits | None = None,
     message_bytes: int = 16 << 20,
+    engine_limits: QueueLimits | None = None,
     **engine: Any,
 ) -> Iterator[tuple[str, Engine]]:
     """Yields the address and the engine. Whatever a test holds is let go of at the end."""
-    with serving_transport(kind, behaviour, limits=limits, message_bytes=message_bytes, **engine) as (address, made, _):
+    with serving_transport(
+        kind, behaviour, limits=limits, message_bytes=message_bytes, engine_limits=engine_limits, **engine
+    ) as (address, made, _):
         yield address, made
 
 
@@ -41,11 +45,12 @@ def serving_transport(
     *,
     limits: RequestLimits | None = None,
     message_bytes: int = 16 << 20,
+    engine_limits: QueueLimits | None = None,
     **engine: Any,
 ) -> Iterator[tuple[str, Engine, Any]]:
     """As serving, and yields the transport too."""
     with (
-        engine_with(behaviour, **engine) as made,
+        engine_with(behaviour, limits=engine_limits, **engine) as made,
         grpc_transport(made, limits, kind, max_message_bytes=message_bytes) as (
             transport,
             address,
