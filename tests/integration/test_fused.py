@@ -83,7 +83,7 @@ class Subject:
                 row_bytes,
                 lookup.offsets,
                 tuple(self.schema.rows.tolist()),
-                parts.pooling == "mean",
+                (parts.pooling == "mean",) * parts.tables,
             ),
             self.schema,
             parts,

@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.backends.registry import load_backend
+from narsil.errors import ArtifactError
 from narsil.models.artifact import open_artifact
 from narsil.models.torchrec import derive_schema
 from tests.fixtures_models import batch_of
@@ -76,10 +77,22 @@ def package(module: Any, features: int, path: Path) -> Any:
     return scripted
 
 
-def dlrm(path: Path, rows: Sequence[int], names: Sequence[str], keys: Sequence[str] | None = None) -> Any:
-    """``keys``: the request's order of the features, where it is not the tables'."""
+def dlrm(
+    path: Path,
+    rows: Sequence[int],
+    names: Sequence[str],
+    keys: Sequence[str] | None = None,
+    averaged: Sequence[str] = (),
+) -> Any:
+    """``keys``: the request's order of the features, where it is not the tables'; ``averaged``: pooled by mean."""
     tables = [
-        EmbeddingBagConfig(name=f"t_{name}", embedding_dim=16, num_embeddings=count, feature_names=[name])
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            embedding_dim=16,
+            num_embeddings=count,
+            feature_names=[name],
+            pooling=PoolingType.MEAN if name in averaged else PoolingType.SUM,
+        )
         for name, count in zip(names, rows, strict=True)
     ]
     torch.manual_seed(3)
@@ -237,17 +250,26 @@ def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: P
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+@pytest.mark.parametrize("averaged", [(), ("user", "hour"), NAMES], ids=["sum", "sum and mean", "mean"])
 @pytest.mark.parametrize("keys", [NAMES, ("hour", "shop", "ad", "user")], ids=["the tables' order", "another order"])
-def test_it_compiles_to_the_same_scores(keys: Sequence[str], tmp_path: Path) -> None:
+def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[str], tmp_path: Path) -> None:
     from narsil.backends.judge import ArtifactJudge
+    from narsil.models.compiled import processor_flags
     from narsil.models.compiler import compile_artifact
+    from narsil.models.packing import kinds_here
 
-    dlrm(tmp_path / "model_default.pt", ROWS, NAMES, keys)
+    if len(averaged) == 2 and not kinds_here(processor_flags()):
+        pytest.skip("mixed pooling needs the fused engine")
+    dlrm(tmp_path / "model_default.pt", ROWS, NAMES, keys, averaged)
     source = open_artifact(tmp_path / "model_default.pt")
     assert [feature.name for feature in source.schema.features] == list(keys)
+    assert {feature.name for feature in source.schema.features if feature.pooling == "mean"} == set(averaged)
     compiled, _ = compile_artifact(source, tmp_path / "compiled", ArtifactJudge(), precision="auto")
     backend = load_backend(compiled, "compiled")
     for longest in (None, 4):
         batch = batch_of(source.schema.rows.tolist(), DENSE, 100, longest=longest)
         expected = direct(tmp_path / "model_default.pt", batch)
         np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=2e-3, rtol=0)
+    if len(averaged) == 2:
+        with pytest.raises(ArtifactError, match="which the inductor engine does not run"):
+            compile_artifact(source, tmp_path / "other", ArtifactJudge(), engine="inductor")

@@ -92,13 +92,14 @@ class Geometry:
     row_bytes: int
     starts: tuple[int, ...]  # (T,) bytes
     rows: tuple[int, ...]  # (T,)
-    mean: bool  # whether bags are averaged
+    mean: tuple[bool, ...]  # (T,) whether bags are averaged
 
     @classmethod
     def of(cls, info: CompiledInfo, schema: ModelSchema) -> Geometry:
         """A compiled artifact's."""
         rows = tuple(feature.rows for feature in schema.features)
-        return cls(info.dense_dim, info.dim, info.row_bytes, info.offsets, rows, info.pooling == "mean")
+        mean = tuple(feature.pooling == "mean" for feature in schema.features)
+        return cls(info.dense_dim, info.dim, info.row_bytes, info.offsets, rows, mean)
 
 
 class Network:
@@ -115,7 +116,7 @@ class Network:
         self.library = library
         self.geometry = geometry
         starts, rows = np.array(geometry.starts, np.int64), np.array(geometry.rows, np.int64)
-        mean = np.full(len(rows), geometry.mean, np.uint8)
+        mean = np.array(geometry.mean, np.uint8)
         described = (_Layer * len(layers))(*map(_described, layers))
         self._kept = (tuple(layers), tables, starts, rows, mean, described)
         extents = [extent for layer in layers for extent in (layer.shape.inputs, layer.shape.outputs)]

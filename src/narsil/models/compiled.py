@@ -122,9 +122,15 @@ class CompiledInfo:
         if not 1 <= self.row_alignment <= 4096 or self.dim < 1:
             raise ArtifactError("the manifest's compiled section has impossible sizes; compile the model again")
         dims = {feature.dim for feature in schema.features} | {self.dim}
-        poolings = {feature.pooling for feature in schema.features} | {self.pooling}
+        poolings = {feature.pooling for feature in schema.features}
+        mixed = len(poolings) > 1 and self.pooling == "mixed" and self.engine == "fused"
         counts = {schema.num_features, self.tables, len(self.offsets)}
-        if len(dims) != 1 or len(poolings) != 1 or len(counts) != 1 or self.dense_dim != schema.dense_dim:
+        if (
+            len(dims) != 1
+            or not (mixed or poolings == {self.pooling})
+            or len(counts) != 1
+            or self.dense_dim != schema.dense_dim
+        ):
             raise ArtifactError("the manifest's schema and compiled section differ; compile the model again")
         if self.engine == "fused":
             self._check_layers()

@@ -107,6 +107,10 @@ def compile_artifact(
     try:
         staging.mkdir(parents=True)
         info, parts = _write_tables(source, script, staging, device, report)
+        if info.pooling == "mixed" and engine != "fused":
+            raise ArtifactError(
+                f"{source.path} has sum and mean pooling beside each other, which the inductor engine does not run"
+            )
         info = replace(info, engine=engine, limit=limit, key=key)
         for number, candidate in enumerate(candidates):
             last = number == len(candidates) - 1

@@ -64,7 +64,7 @@ class DlrmParts:
     lookup: Lookup
     tables: int  # T
     dim: int
-    pooling: str  # sum or mean
+    pooling: str  # sum, mean, or mixed: as the schema says of each feature
 
     @property
     def dense_dim(self) -> int:
@@ -126,24 +126,22 @@ def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
     if actual != schema:
         raise ArtifactError(f"{name} and its manifest describe different models; package the model again")
     dims, poolings = {feature.dim for feature in schema.features}, {feature.pooling for feature in schema.features}
-    if len(dims) != 1 or len(poolings) != 1:
-        raise ArtifactError(f"{name} mixes dims or poolings; a DLRM that can be compiled has one of each")
+    if len(dims) != 1:
+        raise ArtifactError(f"{name} has tables of {len(dims)} dims; a DLRM that can be compiled has one")
     if len(schema.tasks) != 1:
         raise ArtifactError(f"{name} scores {len(schema.tasks)} tasks; a DLRM that can be compiled scores one")
     tbes = table_operators(module)
-    if len(tbes) != 1:
-        raise ArtifactError(f"{name} holds {len(tbes)} groups of tables; a DLRM that can be compiled holds one")
-    order = [schema.index[feature] for table in tbes[0].feature_names_per_table for feature in table]
+    order = _interaction_order(module, tbes, schema, name)
     layers = _layers(module.state_dict(), name)
     over = layers["over_arch"]
     over[0] = Linear(_reordered(over[0].weight, order, dims.copy().pop(), name), over[0].bias)
     parts = DlrmParts(
         tuple(layers["dense_arch"]),
         tuple(over),
-        _lookup(tbes[0], order, name),
+        _lookup(tbes, schema, name),
         schema.num_features,
         dims.pop(),
-        poolings.pop(),
+        poolings.pop() if len(poolings) == 1 else "mixed",
     )
     _check_chain(parts, name)
     return parts
@@ -205,16 +203,55 @@ def _reordered(weight: Tensor, order: Sequence[int], dim: int, name: str) -> Ten
     return moved
 
 
-def _lookup(tbe: Any, order: Sequence[int], name: str) -> Lookup:
-    """The tables, their offsets brought into the schema's order."""
-    if set(tbe.weights_tys.tolist()) != {INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
-        raise ArtifactError(f"{name}: tables are not INT8 with FP16 scale and bias; package the model with INT8 tables")
-    if set(tbe.weights_placements.tolist()) != {HOST}:
-        raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
-    offsets = dict(zip(order, tbe.weights_offsets.tolist(), strict=True))
-    return Lookup(
-        tbe.weights_host, tuple(offsets[position] for position in range(len(order))), max(int(tbe.row_alignment), 1)
-    )
+def _interaction_order(module: Any, tbes: Sequence[Any], schema: ModelSchema, name: str) -> list[int]:
+    """The features, as positions in the schema, in the order in which forward multiplies them.
+
+    Where tables differ in pooling, TorchRec looks them up in groups and then picks them by name.
+    """
+    picked = [
+        [value.node().inputsAt(1).toIValue() for value in joined.inputs()]
+        for node in module.graph.nodes()
+        if node.kind() == "prim::CallMethod" and node.s("name") == "to_dict"
+        for joined in _lists_of_items(node.output())
+    ]
+    if not picked and len(tbes) == 1:
+        picked = [[feature for table in tbes[0].feature_names_per_table for feature in table]]
+    if len(picked) != 1 or sorted(picked[0]) != sorted(schema.index):
+        raise ArtifactError(f"{name} joins its embeddings in an order that is not plain to see; it cannot be compiled")
+    return [schema.index[feature] for feature in picked[0]]
+
+
+def _lists_of_items(named: Any) -> list[Any]:
+    """The lists that are made of a dict's items alone."""
+    lists = [use.user for item in named.uses() for use in item.user.output().uses()]
+    return [
+        node
+        for position, node in enumerate(lists)
+        if node.kind() == "prim::ListConstruct"
+        and node not in lists[:position]
+        and all(value.node().kind() == "aten::__getitem__" for value in node.inputs())
+    ]
+
+
+def _lookup(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Lookup:
+    """The tables of all groups, their offsets in the schema's order."""
+    offsets: dict[int, int] = {}
+    alignments = {max(int(tbe.row_alignment), 1) for tbe in tbes}
+    start = 0
+    for tbe in tbes:
+        if set(tbe.weights_tys.tolist()) != {INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
+            raise ArtifactError(
+                f"{name}: tables are not INT8 with FP16 scale and bias; package the model with INT8 tables"
+            )
+        if set(tbe.weights_placements.tolist()) != {HOST}:
+            raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
+        features = [schema.index[feature] for table in tbe.feature_names_per_table for feature in table]
+        offsets |= {position: start + at for position, at in zip(features, tbe.weights_offsets.tolist(), strict=True)}
+        start += tbe.weights_host.numel()
+    if len(alignments) != 1:
+        raise ArtifactError(f"{name}: its groups of tables differ in alignment; package the model again")
+    weights = tbes[0].weights_host if len(tbes) == 1 else torch.cat([tbe.weights_host for tbe in tbes])
+    return Lookup(weights, tuple(offsets[position] for position in range(len(offsets))), alignments.pop())
 
 
 def _check_chain(parts: DlrmParts, name: str) -> None:
