@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test bench reports clean system-packages native-packages
+.PHONY: help setup demo lint test sanitize fuzz bench reports clean system-packages native-packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -24,6 +24,36 @@ lint: setup ## ruff, mypy strict, import layers
 
 test: setup ## all tests
 	$(BIN)/pytest
+
+# The native extensions with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package: the one that is in
+# use stays as it is. The interpreter's own leaks are not looked for; the replayed corpus's are.
+SANITIZE := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
+NATIVE_TESTS := tests/conformance $(wildcard tests/unit/test_native_*.py tests/unit/test_load_*.py tests/integration/test_load_*.py)
+sanitize: setup ## the native code's tests and the fuzzers' corpus under ASan and UBSan
+	rm -rf $(SANITIZE) && mkdir -p $(SANITIZE)
+	cp -rs $(CURDIR)/src $(SANITIZE)/src && rm -f $(SANITIZE)/src/narsil/*.so
+	NARSIL_NATIVE=1 NARSIL_CXXFLAGS='$(SANITIZERS)' $(BIN)/python setup.py --quiet build_ext \
+	  --build-temp $(SANITIZE)/objects --build-lib $(SANITIZE)/src
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/src \
+	  $(BIN)/pytest -p no:cacheprovider -k 'not grpcio' $(NATIVE_TESTS)
+	for target in decode session; do \
+	  $(CXX) -std=c++17 $(SANITIZERS) -Icsrc csrc/fuzz/$$target.cpp csrc/fuzz/replay.cpp $(FUZZED) -lnghttp2 \
+	    -o $(SANITIZE)/$$target && $(SANITIZE)/$$target csrc/fuzz/corpus/$$target || exit 1; \
+	done
+
+FUZZ_SECONDS ?= 60
+FUZZED := csrc/native/session.cpp csrc/native/decode.cpp csrc/native/collate.cpp
+fuzz: ## FUZZ_SECONDS of libFuzzer (clang) for each of the native parsers
+	mkdir -p build/fuzz
+	for target in decode session; do \
+	  mkdir -p build/fuzz/$$target.corpus && \
+	  clang++ -std=c++17 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -O1 -g -Icsrc \
+	    csrc/fuzz/$$target.cpp $(FUZZED) -lnghttp2 -o build/fuzz/$$target && \
+	  build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=build/fuzz/$$target. build/fuzz/$$target.corpus csrc/fuzz/corpus/$$target || exit 1; \
+	done
 
 bench: setup system-packages ## measure against the C++ server, write benchmarks/results and render the reports
 	$(BIN)/python benchmarks/demo.py --out benchmarks/results --requests 3000 --rounds 5
