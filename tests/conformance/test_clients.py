@@ -174,7 +174,7 @@ def test_memory_is_steady_over_many_requests(kind):
         run(load(address, 3000))
         before = rss()
         run(load(address, requests))
-        assert rss() - before < 8 << 20
+        assert rss() - before < 16 << 20
 
 
 CPP_CLIENT = r"""
