@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,15 @@ def copy(small, tmp_path) -> Artifact:
     """A copy that a test may damage."""
     shutil.copytree(small.out, tmp_path / "copy")
     return open_artifact(tmp_path / "copy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As lanes run: threads of one forward would wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
