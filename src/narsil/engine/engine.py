@@ -18,7 +18,7 @@ from narsil.clock import Clock, MonotonicClock
 from narsil.dataflow import Features, Request, Result, StageTimes
 from narsil.engine.lane import Lane
 from narsil.engine.queue import QueueLimits, RequestQueue
-from narsil.engine.scheduler import BatchPolicy, schedule
+from narsil.engine.scheduler import BatchPolicy, Decision, schedule
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, QueueFull, RequestError
 
 log = logging.getLogger(__name__)
@@ -165,56 +165,65 @@ class Engine:
 
     def _take(self, woken: threading.Condition) -> Sequence[Request] | None:
         """What the calling lane runs next; waits for it in the source, or on ``woken``. None ends the lane."""
-        arrived = self._source.poll(0.0) if self._source is not None else ()
-        polled = False
+        wait: float | None = 0.0  # first a look at what has arrived while it ran
+        parked = False
         while True:
-            wait: float | None = None
+            source = self._source
+            arrived = () if source is None else source.poll(wait)
             with self._lock:
-                if polled:
+                if parked:
                     self._polling -= 1
-                    polled = False
-                ended: list[tuple[Request, Result]] = []
-                for request in arrived:
-                    try:
-                        self._admit(request, ended)
-                    except RequestError as error:
-                        ended.append((request, Result(error=error)))
-                arrived = ()
-                # While draining no company can come: nobody waits for it.
-                policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
+                ended = self._admit_all(arrived)
                 now = self._clock.now()
-                decision = schedule(self._queue, policy, now)
+                decision = self._decide(now)
                 ended += self._end_unrun(decision.expired, decision.cancelled)
-                for request in decision.take:
-                    self._queue.remove(request)
+                parked, wait = False, 0.0
                 if decision.take:
-                    self._stats.batches += 1
-                    self._stats.rows += sum(request.rows for request in decision.take)
-                    self._stats.running += len(decision.take)
-                    if len(self._queue):  # what is left is another lane's share, or its time has come too
-                        self._wake(1)
+                    self._begin(decision.take)
                 elif not ended:
                     if self._draining and not len(self._queue):
-                        self._wake(1)  # for the same reason
+                        self._wake(1)  # another lane ends too
                         return None
                     if self._source is None:
                         self._sleep(woken, decision.wake_at)
                         continue
                     self._polling += 1
-                    polled = True
+                    parked = True
                     wait = None if decision.wake_at is None else max(0.0, decision.wake_at - now)
                 self._signal_if_idle()
             _deliver(ended)
             if decision.take:
                 return decision.take
-            if polled and self._source is not None:
-                arrived = self._source.poll(wait)
+
+    def _decide(self, now: float) -> Decision:
+        # While draining no company can come: nobody waits for it.
+        policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
+        return schedule(self._queue, policy, now)
+
+    def _begin(self, batch: Sequence[Request]) -> None:
+        for request in batch:
+            self._queue.remove(request)
+        self._stats.batches += 1
+        self._stats.rows += sum(request.rows for request in batch)
+        self._stats.running += len(batch)
+        if len(self._queue):  # what is left is another lane's share, or its time has come too
+            self._wake(1)
 
     def _sleep(self, woken: threading.Condition, until: float | None) -> None:
         self._sleeping.append(woken)
         self._clock.wait(woken, until)
         if woken in self._sleeping:  # its time came, rather than work
             self._sleeping.remove(woken)
+
+    def _admit_all(self, requests: Iterable[Request]) -> list[tuple[Request, Result]]:
+        """Queues what it can; returns those that ended by it: refused, or displaced."""
+        ended: list[tuple[Request, Result]] = []
+        for request in requests:
+            try:
+                self._admit(request, ended)
+            except RequestError as error:
+                ended.append((request, Result(error=error)))
+        return ended
 
     def _admit(self, request: Request, ended: list[tuple[Request, Result]]) -> None:
         """Queues the request or raises. Whom it displaces, dead requests alone, is appended to ``ended``."""
