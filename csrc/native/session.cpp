@@ -112,21 +112,35 @@ extern "C" __attribute__((weak)) void nghttp2_option_set_stream_reset_rate_limit
 struct Session::Callbacks {
   static Session& self(void* user) { return *static_cast<Session*>(user); }
 
+  // libnghttp2 is C: where memory is short, the connection ends instead of an exception passing through it.
+  template <class Body>
+  static int guarded(const Body& body) noexcept {
+    try {
+      return body();
+    } catch (...) {
+      return NGHTTP2_ERR_CALLBACK_FAILURE;
+    }
+  }
+
   static int begin_frame(nghttp2_session*, const nghttp2_frame_hd* frame, void* user) {
     return self(user).continuation_allowed(*frame) ? 0 : NGHTTP2_ERR_CALLBACK_FAILURE;
   }
 
   static int begin_headers(nghttp2_session*, const nghttp2_frame* frame, void* user) {
-    if (frame->hd.type == NGHTTP2_HEADERS && frame->headers.cat == NGHTTP2_HCAT_REQUEST)
+    if (frame->hd.type != NGHTTP2_HEADERS || frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;
+    return guarded([&] {
       self(user).begin(frame->hd.stream_id);
-    return 0;
+      return 0;
+    });
   }
 
   static int header(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,
                     const uint8_t* value, size_t value_size, uint8_t, void* user) {
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;  // trailers say nothing that matters here
-    Call* const call = self(user).find(frame->hd.stream_id);
-    return call ? self(user).header(*call, name, name_size, value, value_size) : 0;
+    return guarded([&] {
+      Call* const call = self(user).find(frame->hd.stream_id);
+      return call ? self(user).header(*call, name, name_size, value, value_size) : 0;
+    });
   }
 
   static int frame(nghttp2_session*, const nghttp2_frame* frame, void* user) {
@@ -137,20 +151,25 @@ struct Session::Callbacks {
     Call* const call = session.find(frame->hd.stream_id);
     if (!call) return 0;
     call->touched = session.shared_.now;
-    if (frame->hd.type == NGHTTP2_HEADERS && frame->headers.cat == NGHTTP2_HCAT_REQUEST) session.headers_done(*call);
-    if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) session.half_closed(*call);
-    return 0;
+    return guarded([&] {
+      if (frame->hd.type == NGHTTP2_HEADERS && frame->headers.cat == NGHTTP2_HCAT_REQUEST) session.headers_done(*call);
+      if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) session.half_closed(*call);
+      return 0;
+    });
   }
 
   static int data(nghttp2_session*, uint8_t, int32_t stream, const uint8_t* data, size_t size, void* user) {
-    Call* const call = self(user).find(stream);
-    if (call) self(user).take(*call, data, size);
-    return 0;
+    return guarded([&] {
+      if (Call* const call = self(user).find(stream)) self(user).take(*call, data, size);
+      return 0;
+    });
   }
 
   static int closed(nghttp2_session*, int32_t stream, uint32_t, void* user) {
-    self(user).closed(stream);
-    return 0;
+    return guarded([&] {
+      self(user).closed(stream);
+      return 0;
+    });
   }
 
   // A call that was answered before its request was whole: the peer is told to stop sending. And a peer that breaks the
@@ -176,7 +195,11 @@ struct Session::Callbacks {
     if (call.out_sent < call.out.size()) return static_cast<ssize_t>(count);
     if (call.finished) {
       *flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
-      self(user).submit_trailers(call);
+      const int failed = guarded([&] {
+        self(user).submit_trailers(call);
+        return 0;
+      });
+      if (failed) return failed;
     } else if (!count) {
       return NGHTTP2_ERR_DEFERRED;
     }

@@ -165,7 +165,11 @@ class NativeTransport(Transport):
 
     def poll(self, timeout: float | None) -> Sequence[Request]:
         """See narsil.engine.engine.Source."""
-        return self._arrived(*self._plane.poll(timeout))
+        try:
+            return self._arrived(*self._plane.poll(timeout))
+        except MemoryError:  # what it happened to is lost; the lane, which would end by it, is not
+            log.exception("short of memory")
+            return ()
 
     def wake(self) -> None:
         """See narsil.engine.engine.Source."""
