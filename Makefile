@@ -82,6 +82,7 @@ $(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec tensordict torchmetrics \
 	  tqdm pyre-extensions pyvers cloudpickle importlib_metadata orjson typing_inspect
+	@$(BIN)/python -c 'from narsil.native import MISSING; MISSING and print("without the native data plane:", MISSING)'
 	@touch $@
 
 # Debian packages: as root they are installed, otherwise named. Without the first, grpcio serves and loads; without the

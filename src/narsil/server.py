@@ -197,7 +197,7 @@ def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) 
             "libnghttp2-dev), then install Narsil again"
         )
     if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
-        log.info("transport: grpcio")
+        log.info("transport: grpcio%s", f" (no native one: {MISSING})" if MISSING else "")
         return GrpcAioTransport(engine, model, grpc_options(settings))
     from narsil.transports.native import NativeOptions, NativeTransport
 
