@@ -469,6 +469,7 @@ void Plane::tend() {
     const bool stuck = !connection.out.empty() && now - connection.written_at > config.stall_s;
     const bool gone = connection.asked_at > 0 && now - connection.asked_at > config.keepalive_timeout_s;
     if (connection.session.calls()) connection.used_at = now;
+    if (connection.out.empty() && now - connection.written_at > 1) std::string().swap(connection.out);  // see WRITE_BLOCK
     const bool unused = now - connection.used_at > config.idle_s;
     if (late || stuck || gone || unused) {
       ++shared_.statistics.connections_timed_out;

@@ -49,7 +49,8 @@ class NativeOptions:
     host: str = "127.0.0.1"  # or unix:PATH
     port: int = 50051  # 0: any free one
     max_message_bytes: int = 16 << 20
-    max_buffered_bytes: int = 1 << 29  # of messages that are still arriving or wait for a lane to take them
+    # Of messages that are still arriving or wait for a lane to take them, and of answers that clients do not read.
+    max_buffered_bytes: int = 1 << 29
     limits: Mapping[str, float] = field(default_factory=dict)  # others, by the names that _native.Plane gives them
 
 
