@@ -119,7 +119,7 @@ struct Call {
   bool finished = false;    // no more messages will be added
   size_t header_bytes = 0;
   size_t charged = 0;  // bytes of its messages counted against the plane's budget
-  size_t unsent = 0;   // bytes of its answers, counted likewise until it ends
+  size_t unsent = 0;   // bytes of its answers that its client has not let through, counted likewise
   std::shared_ptr<Buffer> body;  // the message that is arriving
   uint8_t prefix[5] = {};
   size_t prefix_have = 0;

@@ -191,6 +191,9 @@ struct Session::Callbacks {
     const size_t count = std::min(room, call.out.size() - call.out_sent);
     if (count) std::memcpy(to, call.out.data() + call.out_sent, count);
     call.out_sent += count;
+    const size_t counted = std::min(count, call.unsent);
+    call.unsent -= counted;
+    self(user).shared_.buffered -= counted;
     call.touched = self(user).shared_.now;
     if (call.out_sent < call.out.size()) return static_cast<ssize_t>(count);
     if (call.finished) {

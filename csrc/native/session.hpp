@@ -14,7 +14,7 @@ struct Config {
   std::unordered_map<std::string, Method> methods;
   size_t max_message = 16u << 20;      // bytes of one message
   size_t max_buffered = 512u << 20;    // bytes of messages that are still arriving or that no lane has taken, and of
-                                       // the answers of calls that have not ended
+                                       // answers that clients do not let through
   size_t max_streams = 1024;           // calls in flight on one connection
   size_t max_connections = 8192;
   size_t max_watchers = 256;           // calls that watch the server's health
