@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import resource
 import socket
 import struct
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -684,3 +685,58 @@ def test_a_socket_that_is_in_use_and_a_file_that_is_none_are_left_alone(tmp_path
     for wrong in ("/" + "x" * 200, "", str(tmp_path / "nowhere" / "narsil.sock")):
         with pytest.raises(OSError, match="cannot listen on unix:"), native(host=f"unix:{wrong}"):
             pass
+
+
+# --- everything at once
+
+
+def _erratic(address: str, seed: int, stop: threading.Event) -> None:
+    """A client that asks, cancels, sends nonsense and goes away as the dice fall."""
+    dice = random.Random(seed)
+    while not stop.is_set():
+        with suppress(OSError, AssertionError), RawClient(address) as client:
+            live = []
+            for _ in range(dice.randrange(1, 40)):
+                turn = dice.random()
+                if turn < 0.5:
+                    live.append(client.call(predictor_body(jagged(1 + dice.randrange(5), dice.randrange(100)))))
+                elif turn < 0.7 and live:
+                    client.send(reset(live.pop(dice.randrange(len(live)))))
+                elif turn < 0.8:
+                    client.call(b"\xff")
+                elif turn < 0.85:
+                    client.call(b"", narsil_v1.METHOD_GET_MODEL)
+                elif turn < 0.9:
+                    stream = client.next_stream()
+                    client.headers(stream, request_headers(REFLECTION))
+                    client.frame(DATA, 0, stream, grpc_message(b"\x3a\x00") * dice.randrange(1, 25))
+                elif live:
+                    client.answer(live.pop())
+            if dice.random() < 0.5:
+                for stream in live:
+                    client.answer(stream)
+
+
+@pytest.mark.parametrize("end", ["clients", "plane"])
+def test_a_storm_of_everything_leaves_nothing_behind(end):
+    behaviour = FakeBehaviour(seconds_per_forward=0.0005)
+    with (
+        engine_with(behaviour, lanes=4) as made,
+        native_transport(made, limits={"helper_s": 0.001, "max_resets": 100_000}) as (transport, address),
+    ):
+        stop = threading.Event()
+        clients = [threading.Thread(target=_erratic, args=(address, seed, stop)) for seed in range(6)]
+        for client in clients:
+            client.start()
+        wait_until(lambda: made.statistics().answered > 500)
+        if end == "plane":
+            asyncio.run(transport.stop(0.2))
+        stop.set()
+        for client in clients:
+            client.join(PATIENCE_S)
+            assert not client.is_alive()
+        wait_until(lambda: transport.statistics()["open_calls"] == transport.statistics()["open_connections"] == 0)
+        wait_until(lambda: made.statistics().queued + made.statistics().running == 0)
+        if end == "clients":
+            wait_until(lambda: not transport._requests)
+        assert made.statistics().failed == 0
