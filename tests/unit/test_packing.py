@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError
-from narsil.models.packing import PANEL, LayerShape, kinds_here, pack, pack_logit, read_packed, write_packed
+from narsil.models.packing import PANEL, LayerShape, fits, kinds_here, pack, pack_logit, read_packed, write_packed
 
 ALL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c", "fma", "avx512_bf16", "avx512_vnni")
+MOST_INPUTS = 1 << 16  # of a layer in integers
 
 
 @dataclass
@@ -54,19 +57,43 @@ def test_fp32_weights_are_kept_and_bf16_ones_rounded_to_even():
     assert unpacked(pack(layer, "bf16", signed=False))[0, :3].tolist() == [0x3F80, 0x3F82, 0x3F81]
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("same_sign", [True, False])
-def test_no_input_can_overflow_the_sums_of_int16(signed, same_sign):
-    layer = linear(64, 1000)
-    if same_sign:
-        layer.weight = np.abs(layer.weight)
-    packed = pack(layer, "int16", signed=signed)
+@given(
+    inputs=st.sampled_from([1, 2, 3, 64, 65, 1000, 4099, MOST_INPUTS]),
+    weights=st.sampled_from(["normal", "positive", "negative", "equal", "one large", "tiny", "large"]),
+    signed=st.booleans(),
+    kind=st.sampled_from(["int8", "int16"]),
+    seed=st.integers(0, 99),
+)
+def test_no_input_can_overflow_the_sums(inputs, weights, signed, kind, seed):
+    layer = linear(3, inputs, seed)
+    change = {
+        "positive": np.abs,
+        "negative": lambda weight: -np.abs(weight),
+        "equal": np.ones_like,
+        "one large": lambda weight: np.where(np.arange(inputs) == 0, 1e30, weight),
+        "tiny": lambda weight: weight * 1e-44,
+        "large": lambda weight: weight * 1e37,
+    }.get(weights, np.copy)
+    layer.weight = change(layer.weight).astype(np.float32)
+    packed = pack(layer, kind, signed=signed)
     codes = unpacked(packed).astype(np.int64)
-    worst = codes if not signed else np.abs(codes)
-    highest = np.maximum(worst, 0).sum(axis=1) * packed.shape.levels
-    lowest = np.minimum(worst, 0).sum(axis=1) * packed.shape.levels
-    assert highest.max() < 2**31
-    assert lowest.min() >= -(2**31)
+    most = {"int8": 127, "int16": 2**15 - 1}[kind]
+    assert np.abs(codes).max() <= most
+    lowest, highest = np.minimum(codes, 0).sum(axis=1), np.maximum(codes, 0).sum(axis=1)
+    if signed:
+        lowest, highest = lowest - highest, highest - lowest
+    assert (highest * packed.shape.levels < 2**31).all()
+    assert (lowest * packed.shape.levels >= -(2**31)).all()
+
+
+def test_a_layer_of_too_many_inputs_for_exact_sums_is_no_integers():
+    for kind in ("int8", "int16"):
+        assert fits(kind, MOST_INPUTS)
+        assert not fits(kind, MOST_INPUTS + 1)
+        with pytest.raises(ArtifactError, match=f"65537 inputs are too many for {kind}"):
+            LayerShape(MOST_INPUTS + 1, 1, kind, signed=False).check()
+    assert fits("fp32", MOST_INPUTS + 1)
+    assert fits("bf16", MOST_INPUTS + 1)
 
 
 def test_an_output_without_weights_is_its_bias():

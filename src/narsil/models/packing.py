@@ -35,7 +35,8 @@ _SHIFT = 128  # int8: what makes bytes of an input that may be negative
 _LEVELS_INT8 = {True: 127, False: 255}  # by whether the input may be negative
 _LEVELS_INT16 = {True: 4095, False: 8191}
 _MOST_SUM = 2**31 - 1
-_MOST_INPUTS_INT16 = 1 << 16  # beyond, int16 weights would have too few levels left
+_MOST_INPUTS = 1 << 16  # beyond, sums of int8 could leave 32 bits, and int16 weights would have too few levels left
+_LEAST_STEP = 1e-30  # of a weight: smaller ones round to zero
 _ALIGN = 64
 _MOST_SIZE = 1 << 24
 
@@ -72,6 +73,8 @@ class LayerShape:
             raise ArtifactError("the manifest's layers have impossible sizes; compile the model again")
         if self.kind not in KINDS or type(self.signed) is not bool:
             raise ArtifactError("the manifest's layers are of unknown kinds; compile the model again")
+        if not fits(self.kind, self.inputs):
+            raise ArtifactError(f"{self.inputs} inputs are too many for {self.kind}; compile the model again")
 
     @property
     def dwords(self) -> int:
@@ -128,7 +131,7 @@ def kinds_here(flags: Sequence[str]) -> tuple[str, ...]:
 
 def fits(kind: str, inputs: int) -> bool:
     """Whether a layer of so many inputs can be of a kind."""
-    return kind != "int16" or inputs <= _MOST_INPUTS_INT16
+    return kind not in ("int8", "int16") or inputs <= _MOST_INPUTS
 
 
 def pack(linear: HasWeights, kind: str, *, signed: bool) -> Packed:
@@ -210,7 +213,7 @@ def _steps(wide: Floats, shape: LayerShape) -> NDArray[np.float64]:
         positive, negative = np.maximum(exact, 0).sum(axis=1), np.maximum(-exact, 0).sum(axis=1)
         worst = positive + negative if shape.signed else np.maximum(positive, negative)
         steps = np.maximum(worst / (_MOST_SUM // shape.levels - shape.inputs), largest / (2**15 - 1))
-    result: NDArray[np.float64] = np.where(steps > 0, steps, 1.0)
+    result: NDArray[np.float64] = np.maximum(steps, _LEAST_STEP)
     return result.astype(np.float32).astype(np.float64)  # as forward.cpp will read it
 
 
