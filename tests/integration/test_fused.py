@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -197,13 +199,57 @@ def test_lengths_that_do_not_add_up_are_refused(small):
         backend.run(replace(small.batch(30, None), values=batch.values[:7]))
 
 
-def test_a_number_that_is_none_stays_one(small):
+@pytest.mark.parametrize("kind", HERE)
+def test_a_number_that_is_none_stays_one_and_touches_no_other_row(small, kind):
+    batch, backend = small.batch(3, None), small.backend(kind)
+    expected = backend.run(batch)["default"]
+    for column in range(small.schema.dense_dim):
+        dense = batch.dense.copy()
+        dense[1, column] = np.nan
+        found = backend.run(replace(batch, dense=dense))["default"]
+        assert np.isnan(found[1])
+        np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.skipif("int8" not in HERE, reason="needs VNNI")
+@pytest.mark.parametrize("kind", ["int16", "int8"])
+def test_an_infinity_is_no_number_once_it_is_to_be_an_integer(small, kind):
     batch = small.batch(3, None)
     dense = batch.dense.copy()
-    dense[1, 2] = np.nan
-    found = small.backend("fp32").run(replace(batch, dense=dense))["default"]
+    dense[1, 2] = -np.inf
+    found = small.backend(kind).run(replace(batch, dense=dense))["default"]
     assert np.isnan(found[1])
     assert np.isfinite(found[[0, 2]]).all()
+
+
+def test_no_rows_have_no_scores(small):
+    batch = small.batch(1, None)
+    none = Batch(0, batch.dense[:0], batch.lengths[:0], batch.values[:0], one_hot=True)
+    for empty in (none, replace(none, one_hot=False)):
+        assert small.backend("fp32").run(empty)["default"].shape == (0,)
+
+
+def test_nothing_beyond_the_last_tables_last_byte_is_read(subject):
+    tables = before_a_wall(np.asarray(subject.bench.parts.lookup.weights))
+    layers = subject.bench.layers(("fp32",) * len(subject.bench.linears))
+    network = Network(subject.bench.library, subject.bench.geometry, layers, len(subject.bench.parts.dense), tables)
+    batch = subject.batch(20, 40)
+    last = np.repeat(subject.schema.rows - 1, batch.lengths.reshape(-1, 20).sum(axis=1))
+    batch = replace(batch, values=last.astype(np.int32))
+    expected = subject.backend("fp32").run(batch)["default"]
+    np.testing.assert_array_equal(FusedBackend(network, subject.schema).run(batch)["default"], expected)
+
+
+def before_a_wall(data: np.ndarray) -> np.ndarray:
+    """A copy whose last byte lies before a page that cannot be read."""
+    size = -(-data.size // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    protected = ctypes.CDLL(None, use_errno=True).mprotect(
+        ctypes.c_void_p(pages.ctypes.data + size), ctypes.c_size_t(mmap.PAGESIZE), 0
+    )
+    assert protected == 0
+    pages[size - data.size : size] = data
+    return pages[size - data.size : size]
 
 
 def test_the_time_of_each_part_is_told(small):

@@ -35,9 +35,9 @@ enum Part { kLookup, kDense, kInteraction, kOver, kRest, kParts };
 
 extern "C" {
 
-// One linear layer. Weights are panels of 32 outputs; a panel holds, for each dword of the input (1 float, 2 bfloat16 or
-// int16, 4 bytes), the 32 outputs' dwords one after the other. All arrays are padded with zeros to whole panels. In the
-// logit's layer, weights are (in up to a multiple of 16,) floats.
+// One linear layer. Weights are panels of 32 outputs; a panel holds, for each dword of the input (1 float, 2 bfloat16
+// or int16, 4 bytes), the 32 outputs' dwords one after the other. All arrays are padded with zeros to whole panels. In
+// the logit's layer, weights are (in up to a multiple of 16,) floats.
 struct Layer {
   int64_t in;
   int64_t out;
@@ -166,18 +166,20 @@ void to_bf16(const float* from, int64_t count, uint32_t* to) {
 #endif
 
 #ifdef __AVX512VNNI__
-// A row's floats as integers, round(x / step) + shift; returns the step, which the row's own largest number sets.
+// A row's floats as integers, round(x / step) + shift; returns the step, which the row's own largest number sets. A row
+// with an infinity or a NaN has no such step: it is NaN then, and so is all that comes of the row.
 template <class Store>
 float to_integers(const float* from, const Layer& layer, Store store) {
-  __m512 largest = _mm512_setzero_ps();
+  __m512i largest = _mm512_castps_si512(_mm512_set1_ps(1e-30f));  // by their bits: NaN > infinity > all others
   for (int64_t i = 0; i < layer.in; i += 16)
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(from + i)));
-  const float most = std::max(_mm512_reduce_max_ps(largest), 1e-30f), levels = static_cast<float>(layer.levels);
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(from + i))));
+  const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
+  const float levels = static_cast<float>(layer.levels);
   const __m512 inverse = _mm512_set1_ps(levels / most);
   const __m512i shift = _mm512_set1_epi32(static_cast<int>(layer.shift));
   for (int64_t i = 0; i < layer.in; i += 16)
     store(i, _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), inverse)), shift));
-  return most / levels;
+  return most / levels + (most - most);  // infinity less infinity is NaN
 }
 
 float to_int8(const float* from, const Layer& layer, uint8_t* to) {
@@ -282,7 +284,8 @@ void pool_columns(const Model& model, const uint8_t* base, const Id* ids, int64_
   for (int v = 0; v < V; ++v) sums[v] = _mm512_setzero_ps();
   for (int64_t n = 0; n < count; ++n) {
     const uint8_t* row = base + static_cast<int64_t>(ids[n]) * model.row_bytes;
-    if (from == 0 && n + kIdsAhead < count) ask(base + static_cast<int64_t>(ids[n + kIdsAhead]) * model.row_bytes, model);
+    if (from == 0 && n + kIdsAhead < count)
+      ask(base + static_cast<int64_t>(ids[n + kIdsAhead]) * model.row_bytes, model);
     uint32_t head;
     std::memcpy(&head, row, 4);
     const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(head)));
