@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.models import compiled as compiled_module
 from narsil.models import compiler as compiler_module
 from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.calibration import load_calibration
+from narsil.models.calibration import Calibration, load_calibration
 from narsil.models.compiled import processor_flags
 from narsil.models.compiler import DEFAULT_LIMITS, compile_artifact
 from narsil.models.dlrm import DlrmConfig, random_weights
@@ -157,11 +159,15 @@ def test_the_manifest_says_how_far_it_deviates(small):
     assert small.compiled.name == "small"
 
 
+class NotFromTheCache(Exception):
+    """A compile got as far as its judge."""
+
+
 class NeverJudge(ArtifactJudge):
     """For compiles that must not get as far as that."""
 
     def choose(self, *given: object) -> None:  # type: ignore[override]
-        raise AssertionError("it compiled again")
+        raise NotFromTheCache
 
     replay = choose  # type: ignore[assignment]
 
@@ -171,6 +177,60 @@ def test_the_same_inputs_are_answered_from_the_cache(small):
     assert cached
     assert again.compiled == small.compiled.compiled
     assert small.cached is False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["compiled"].update(deviation=None),
+        lambda m: m["compiled"].update(limit=m["compiled"]["deviation"]["max_abs"] / 2),
+        lambda m: m["compiled"]["deviation"].update(rows="many"),
+        lambda m: m["compiled"].update(key="another"),
+    ],
+    ids=["never judged", "beyond its limit", "damaged", "of other inputs"],
+)
+def test_a_folder_that_is_no_answer_is_compiled_again(small, copy, change):
+    rewrite(copy.path, change)
+    with pytest.raises(NotFromTheCache):
+        compile_artifact(small.source, copy.path, NeverJudge(), **small.asked)
+    assert open_artifact(copy.path, verify=True).compiled is not None
+    assert [path.name for path in copy.path.parent.iterdir()] == ["copy"]
+
+
+@needs_fused
+def test_the_key_tells_apart_what_the_code_follows_from(small, monkeypatch):
+    script = small.source.torchscript
+
+    def key(calibration: Calibration | None = None, **changed: object) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in changed.items():
+                patch.setattr(compiler_module, name, value)
+            return compiler_module._key(small.source, script, ["fp32"], calibration)
+
+    rows = Calibration(np.zeros((1, 5), np.float32), np.zeros((1, 4), np.int32))
+    keys = [
+        key(),
+        key(rows),
+        key(replace(rows, labels=np.zeros(1, np.float32))),
+        key(_FLAGS=("-O2",)),
+        key(_FORWARD=Path(__file__)),
+        key(_REVISION=-1),
+        key(_compiler=lambda: "another"),
+        key(processor_flags=lambda: ("avx512f",)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_compiling_over_the_artifact_itself_would_lose_its_graph(small, tmp_path):
+    shutil.copytree(small.source.path, tmp_path / "model")
+    graph = tmp_path / "model" / "graph.onnx"
+    graph.write_bytes(b"a graph")
+    entry = {"file": graph.name, "bytes": 7, "sha256": hashlib.sha256(b"a graph").hexdigest()}
+    rewrite(tmp_path / "model", lambda manifest: manifest["files"].update(onnx=entry))
+    with pytest.raises(ArtifactError, match="would lose its ONNX graph"):
+        compile_artifact(open_artifact(tmp_path / "model"), tmp_path / "model", NeverJudge())
+    assert graph.exists()
 
 
 def test_too_far_a_deviation_leaves_nothing(tmp_path, small):
@@ -316,7 +376,7 @@ def test_auto_falls_back_from_a_wrong_checksum_and_compiled_refuses(copy, small,
 
 
 def test_a_folder_for_another_device_is_refused_and_auto_falls_back(copy, caplog):
-    rewrite(copy.path, lambda manifest: manifest["compiled"].update(device="cuda"))
+    rewrite(copy.path, lambda manifest: manifest["compiled"].update(device="cuda", engine="inductor"))
     with pytest.raises(ConfigError, match=r"compiled for cuda and cannot run on cpu; use --device cuda"):
         load_backend(open_artifact(copy.path), "compiled", "cpu")
     assert load_backend(open_artifact(copy.path), "auto", "cpu").name == "torch"
@@ -376,6 +436,16 @@ def open_artifact_unchecked(artifact: Artifact) -> Artifact:
         (lambda m: m["compiled"]["offsets"].__setitem__(0, -1), "read out of bounds"),
         (lambda m: m["schema"]["features"][0].update(rows=10**9), "read out of bounds"),
         (lambda m: m["schema"].update(dense_dim=500), "differ"),
+        (lambda m: m["schema"].update(tasks=["default", "other"]), "differ"),
+        (lambda m: m["compiled"].update(dim=True), "wrong types"),
+        (lambda m: m["compiled"].update(engine="fused", device="cuda"), "engine 'fused' on 'cuda'"),
+        (lambda m: m["compiled"].update(limit=float("nan")), "limit or deviation"),
+        (lambda m: m["compiled"].update(limit=True), "limit or deviation"),
+        (lambda m: m["compiled"].update(limit=-1), "limit or deviation"),
+        (lambda m: m["compiled"].update(deviation={}), "compiled section is damaged"),
+        (lambda m: m["compiled"]["deviation"].update(max_abs=float("nan")), "limit or deviation"),
+        (lambda m: m["compiled"]["deviation"].update(rows="many"), "limit or deviation"),
+        (lambda m: m["compiled"]["deviation"].update(auc=0.5), "limit or deviation"),
         (lambda m: m["files"].pop("tables"), "without its tables"),
     ],
 )

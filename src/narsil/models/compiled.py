@@ -15,6 +15,7 @@ and, by the engine that runs it:
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ _INSTRUCTIONS = ("avx", "amx", "fma", "f16c", "bmi", "sse", "ssse", "movbe", "po
 _INSTRUCTIONS_ARM = ("asimd", "sve", "bf16", "i8mm", "fphp", "dotprod")
 
 ENGINES = ("fused", "inductor")
+_NO_PAIR = ("fused", "cuda")
 
 SCALE_BIAS_BYTES = 4  # FP16 scale and FP16 bias before a row's bytes
 
@@ -47,6 +49,18 @@ class Deviation:
     labelled_rows: int = 0
     auc: float | None = None  # of the artifact, on the labelled rows
     auc_change: float | None = None  # compiled less artifact
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether these are numbers that a comparison gives: a manifest may say anything."""
+        counts = (self.rows, self.labelled_rows)
+        reals = (self.max_abs, self.mean_abs, self.rank_correlation)
+        auc = (self.auc, self.auc_change)
+        return (
+            all(type(count) is int and count >= 0 for count in counts)
+            and all(map(_is_number, reals))
+            and (auc == (None, None) or all(map(_is_number, auc)))
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class CompiledInfo:
         try:
             if not isinstance(data, Mapping):
                 raise TypeError("it is missing")
-            deviation = data["deviation"] and Deviation(**data["deviation"])
+            deviation = None if data["deviation"] is None else Deviation(**data["deviation"])
             lists = {key: tuple(data[key]) for key in ("instructions", "offsets")}
             layers = tuple(LayerShape(**layer) for layer in data["layers"])
             info = cls(**{**data, **lists, "layers": layers, "deviation": deviation})
@@ -114,7 +128,9 @@ class CompiledInfo:
         texts = (self.precision, self.machine, self.torch, self.key, self.pooling, self.note, *self.instructions)
         if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
             raise ArtifactError("the manifest's compiled section has values of wrong types; compile the model again")
-        if self.engine not in ENGINES or self.device not in ("cpu", "cuda"):
+        if not _is_number(self.limit) or not 0 <= self.limit <= 1 or (self.deviation and not self.deviation.is_sound):
+            raise ArtifactError("the manifest's limit or deviation is no such number; compile the model again")
+        if self.engine not in ENGINES or self.device not in ("cpu", "cuda") or (self.engine, self.device) == _NO_PAIR:
             raise ArtifactError(
                 f"the manifest names the engine {str(self.engine)[:64]!r} on {str(self.device)[:64]!r}, which this "
                 "Narsil does not know; compile the model again"
@@ -130,6 +146,7 @@ class CompiledInfo:
             or not (mixed or poolings == {self.pooling})
             or len(counts) != 1
             or self.dense_dim != schema.dense_dim
+            or len(schema.tasks) != 1
         ):
             raise ArtifactError("the manifest's schema and compiled section differ; compile the model again")
         if self.engine == "fused":
@@ -155,6 +172,10 @@ class CompiledInfo:
                 raise ArtifactError("the manifest's layers do not chain; compile the model again")
         if over[-1].kind != "fp32":
             raise ArtifactError("the manifest's last layer is not in fp32; compile the model again")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def processor_flags() -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from narsil.models import artifact as artifacts
 from narsil.models.artifact import Artifact
 from narsil.models.calibration import Calibration
 from narsil.models.compiled import CompiledInfo, Deviation, processor_flags
-from narsil.models.packager import Progress, check_out, replace_folder
+from narsil.models.packager import Progress, replacing
 from narsil.models.packing import Packed, kinds_here, write_packed
 from narsil.models.torchrec import load_torchscript
 
@@ -96,16 +96,14 @@ def compile_artifact(
     limit = _limit(precision, limit)
     script = _script_of(source)
     _check_device(device)
+    if source.onnx is not None and out.resolve() == source.path.resolve():
+        raise ArtifactError(f"{out} is the artifact to compile, and would lose its ONNX graph; give another folder")
     engine = _engine(engine, device)
     key = _key(source, script, [precision, engine, device, limit], calibration)
     if cached := _cached(out, key):
         return cached, True
-    check_out(out)
     candidates = _candidates(precision, engine, device)
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    with replacing(out) as staging:
         info, parts = _write_tables(source, script, staging, device, report)
         if info.pooling == "mixed" and engine != "fused":
             raise ArtifactError(
@@ -116,11 +114,6 @@ def compile_artifact(
             last = number == len(candidates) - 1
             if _attempt(source, staging, replace(info, precision=candidate), parts, judge, report, must=last):
                 break
-        replace_folder(staging, out)
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return artifacts.open_artifact(out, verify=False), False
 
 
@@ -234,7 +227,8 @@ def _key(source: Artifact, script: Path, asked: Sequence[Any], calibration: Cali
 
     digest = hashlib.sha256()
     described = {
-        "revision": [_REVISION, artifacts.sha256(_FORWARD)],
+        "revision": [_REVISION, artifacts.sha256(_FORWARD), _FLAGS],
+        "compiler": _compiler(),
         "source": artifacts.sha256(script),
         "name": [source.name, source.version],
         "asked": list(asked),
@@ -253,10 +247,13 @@ def _cached(out: Path, key: str) -> Artifact | None:
     """The artifact at ``out`` if it is whole and was compiled from the same inputs."""
     try:
         found = artifacts.open_artifact(out, verify=True)
-        manifest = found.manifest or {}
-        return found if found.compiled is not None and manifest["compiled"]["key"] == key else None
-    except (ArtifactError, KeyError, TypeError):
+        if found.compiled is None or found.tables is None:
+            return None
+        info = CompiledInfo.from_manifest(found.manifest or {}, found.schema, found.tables.stat().st_size)
+    except (ArtifactError, OSError):
         return None
+    judged = info.deviation is not None and info.deviation.max_abs <= info.limit
+    return found if judged and info.key == key else None
 
 
 def _write_tables(

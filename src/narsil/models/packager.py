@@ -7,10 +7,11 @@ what it was or the whole new artifact.
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from narsil.models import artifact as artifacts
 from narsil.models.artifact import Artifact
 from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
-__all__ = ["Progress", "check_device", "check_out", "package_dlrm", "quantized_module", "replace_folder"]
+__all__ = ["Progress", "check_device", "package_dlrm", "quantized_module", "replacing"]
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -53,11 +54,7 @@ def package_dlrm(
     check_device(device)
     if onnx and find_spec("onnx") is None:
         raise ConfigError("writing ONNX needs the onnx package: install narsil[onnx] or pass --no-onnx")
-    check_out(out)
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    with replacing(out) as staging:
         files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
         _save_torchscript(quantized_module(config, weights, device, report), files["torchscript"], report)
         if onnx or (onnx is None and find_spec("onnx") is not None):
@@ -75,11 +72,6 @@ def package_dlrm(
             architecture={"kind": "dlrm", **config.to_dict(), "origin": origin or f"random, seed {config.seed}"},
         )
         report("manifest", 1, 1)
-        replace_folder(staging, out)
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return artifacts.open_artifact(out, verify=False)
 
 
@@ -164,8 +156,28 @@ def _save_torchscript(module: Any, path: Path, report: Progress) -> None:
     report("torchscript", 1, 1)
 
 
-def check_out(out: Path) -> None:
-    """OUT may be absent, empty or an earlier artifact: nothing that Narsil did not write is ever deleted."""
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, which takes its place at the end of the block and is gone if that fails.
+
+    ``out`` may be absent, empty or an earlier artifact: nothing that Narsil did not write is ever deleted. Raises
+    ArtifactError where it holds other files or cannot be written; ``out`` is then what it was.
+    """
+    _check_out(out)
+    # Not by the process id: two containers that share a volume may have the same one.
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _check_out(out)  # the block takes minutes: something may lie there by now
+        _replace(staging, out)
+    except OSError as error:
+        raise ArtifactError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_out(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -183,16 +195,17 @@ def check_out(out: Path) -> None:
         raise ArtifactError(f"{out} holds {foreign[0]}, which is no part of an earlier artifact; give an empty folder")
 
 
-def replace_folder(staging: Path, out: Path) -> None:
+def _replace(staging: Path, out: Path) -> None:
     """Puts the new folder in the place of the old one by renames alone."""
     retired = staging.with_suffix(".retired")
-    shutil.rmtree(retired, ignore_errors=True)
     if out.exists():
         out.rename(retired)
     try:
         staging.rename(out)
     except OSError:
-        if retired.exists():
+        if retired.exists() and not out.exists():
             retired.rename(out)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        if out.exists():  # the new folder, the old one, or another process's
+            shutil.rmtree(retired, ignore_errors=True)
