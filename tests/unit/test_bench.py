@@ -190,6 +190,18 @@ def test_deviation_is_the_largest_difference_of_any_score():
     assert deviation(outcome, []) is None
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_score_that_is_no_number_deviates_beyond_all_bounds(number):
+    scores = [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]
+    found = {body: one.copy() for body, one in enumerate(scores)}
+    found[number][1] = np.nan
+    worst = deviation(Outcome(np.array([]), {}, 1.0, 1.0, found), scores)
+    assert worst == np.inf
+    report = json.loads(json.dumps(make_report([[made("a", 1, worst)]]), allow_nan=False))
+    assert report["rows"][0]["max_abs_deviation"] == "inf"
+    assert list(render_table(report, "title").columns[7].cells)[1] == "inf"
+
+
 def test_a_servers_cpu_time_is_read_from_its_own_clock():
     before, found, after = time.process_time(), cpu_seconds(os.getpid()), time.process_time()
     assert before <= found <= after

@@ -96,9 +96,12 @@ def measure(
 
 
 def deviation(outcome: Outcome, expected: Sequence[NDArray[np.float32]]) -> float | None:
-    """Largest absolute difference between the scores that came back and the reference; None with nothing to compare."""
+    """Largest absolute difference between the scores that came back and the reference, infinite where one of them is no
+    number; None with nothing to compare."""
     differences = [
-        float(np.abs(scores - expected[body]).max()) for body, scores in outcome.scores.items() if body < len(expected)
+        float(np.nan_to_num(np.abs(scores - expected[body]), nan=np.inf).max())
+        for body, scores in outcome.scores.items()
+        if body < len(expected)
     ]
     return max(differences, default=None)
 

@@ -100,7 +100,8 @@ _DETAILS = {
 
 def cell(row: Mapping[str, Any], key: str, style: str) -> str:
     """A row's figure as text; a dash where it was not measured."""
-    return "-" if row[key] is None else format(row[key], style)
+    value = row[key]
+    return "-" if value is None else format(value, "s" if isinstance(value, str) else style)
 
 
 def by_concurrency(report: Report) -> dict[int, list[Mapping[str, Any]]]:
@@ -174,7 +175,9 @@ def _row(measurement: Measurement) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: nine digits are more than any of them means, and there is no NaN."""
+    """A value as JSON has it: nine digits are more than any of them means, and there is neither NaN nor infinity."""
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, 9)
     return value
