@@ -442,6 +442,7 @@ def open_artifact_unchecked(artifact: Artifact) -> Artifact:
         (lambda m: m["compiled"].update(limit=float("nan")), "limit or deviation"),
         (lambda m: m["compiled"].update(limit=True), "limit or deviation"),
         (lambda m: m["compiled"].update(limit=-1), "limit or deviation"),
+        (lambda m: m["compiled"].update(limit=10**400), "limit or deviation"),
         (lambda m: m["compiled"].update(deviation={}), "compiled section is damaged"),
         (lambda m: m["compiled"]["deviation"].update(max_abs=float("nan")), "limit or deviation"),
         (lambda m: m["compiled"]["deviation"].update(rows="many"), "limit or deviation"),

@@ -87,6 +87,13 @@ def test_a_lost_file_is_named(folder: Path) -> None:
         open_artifact(folder)
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "a\nb", "a\x1b[2Jb", "\ud800"])
+def test_names_that_no_file_has_or_that_no_terminal_should_print_are_refused(folder: Path, name: str) -> None:
+    edit(folder, lambda manifest: manifest["files"]["onnx"].update(file=name))
+    with pytest.raises(ArtifactError, match="is no printable name of at most 255 bytes"):
+        open_artifact(folder)
+
+
 @pytest.mark.parametrize("name", ["../graph.onnx", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x", "a\0b", 5, None])
 def test_files_are_plain_names_in_the_folder(folder: Path, name: object) -> None:
     edit(folder, lambda manifest: manifest["files"]["onnx"].update(file=name))

@@ -55,6 +55,7 @@ TABLES_FILE = "tables.bin"
 ONNX_SCHEMA = "narsil.schema"  # the graph's metadata entry that holds the schema it was built for
 
 _MAX_MANIFEST_BYTES = 16 << 20
+_MAX_NAME_BYTES = 255  # of a file, on every common file system
 _COMPILED_ROLES = frozenset({"compiled", "weights", "tables"})
 _ROLES = _COMPILED_ROLES | {"torchscript", "onnx", "onnx_data"}
 _KEYS = frozenset({"format", "name", "version", "schema", "device", "files"})
@@ -245,6 +246,8 @@ def _check_entry(manifest: Path, role: Any, entry: Any) -> None:
     name = entry["file"]
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0:"):
         raise ArtifactError(f"{manifest}: the file of {role} must be a plain name in the same folder, not {name!r}")
+    if not name.isprintable() or len(name.encode()) > _MAX_NAME_BYTES:
+        raise ArtifactError(f"{manifest}: the file of {role} is no printable name of at most {_MAX_NAME_BYTES} bytes")
     if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
         raise ArtifactError(f"{manifest}: bytes and sha256 of {role} must be a number and a string")
 

@@ -15,7 +15,6 @@ and, by the engine that runs it:
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -58,8 +57,8 @@ class Deviation:
         auc = (self.auc, self.auc_change)
         return (
             all(type(count) is int and count >= 0 for count in counts)
-            and all(map(_is_number, reals))
-            and (auc == (None, None) or all(map(_is_number, auc)))
+            and all(map(_is_share, reals))
+            and (auc == (None, None) or all(map(_is_share, auc)))
         )
 
 
@@ -128,7 +127,7 @@ class CompiledInfo:
         texts = (self.precision, self.machine, self.torch, self.key, self.pooling, self.note, *self.instructions)
         if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
             raise ArtifactError("the manifest's compiled section has values of wrong types; compile the model again")
-        if not _is_number(self.limit) or not 0 <= self.limit <= 1 or (self.deviation and not self.deviation.is_sound):
+        if not _is_share(self.limit) or self.limit < 0 or (self.deviation and not self.deviation.is_sound):
             raise ArtifactError("the manifest's limit or deviation is no such number; compile the model again")
         if self.engine not in ENGINES or self.device not in ("cpu", "cuda") or (self.engine, self.device) == _NO_PAIR:
             raise ArtifactError(
@@ -174,8 +173,9 @@ class CompiledInfo:
             raise ArtifactError("the manifest's last layer is not in fp32; compile the model again")
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+def _is_share(value: object) -> bool:
+    """Whether it is a number from -1 to 1 or a rounding beyond: no NaN, no integer that is too large for a float."""
+    return type(value) in (int, float) and -1.001 <= value <= 1.001  # type: ignore[operator]
 
 
 def processor_flags() -> tuple[str, ...]:
