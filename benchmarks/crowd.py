@@ -1,7 +1,7 @@
-"""A crowd: many connections with many requests in flight on Narsil, beside the C++ baseline under a fifth of them.
+"""A crowd: many connections on Narsil and on the C++ baseline, and then five times as many requests in flight on Narsil.
 
-The baseline has a thread for every request that it works on; 200 at once is what it can be asked for. Interleaved
-rounds, one client.
+The baseline has a thread for every request that it works on; 200 at once is what it can be asked for. In a closed loop
+latency is requests in flight over throughput, for any server. Interleaved rounds, one client.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=int, default=200)
-    parser.add_argument("--streams", type=int, default=1000, help="in flight on Narsil")
+    parser.add_argument("--streams", type=int, default=1000, help="in flight on Narsil, besides one a connection")
     parser.add_argument("--json", type=Path, help="write the report here")
     arguments = parser.parse_args()
     console = Console(width=max(Console().width, TABLE_WIDTH))
@@ -39,11 +39,15 @@ def main() -> int:
         return 3
     contenders = [
         (baseline(binary, artifact.torchscript), arguments.connections),
-        *((one, arguments.streams) for one in compiled(arguments.model, (arguments.precision,), console.print)),
+        *(
+            (one, in_flight)
+            for one in compiled(arguments.model, (arguments.precision,), console.print)
+            for in_flight in (arguments.connections, arguments.streams)
+        ),
     ]
     workload = Workload(artifact.schema, bodies=500)
     client = choose_client("auto")
-    runs: dict[str, list[Measurement]] = {}
+    runs: dict[tuple[str, int], list[Measurement]] = {}
     for number in range(arguments.rounds):
         for contender, in_flight in contenders:
             load = Load(
@@ -60,7 +64,7 @@ def main() -> int:
                 contender.start(in_flight) as server,
             ):
                 found = measure(contender.name, replace(load, target=server.address), server)
-            runs.setdefault(contender.name, []).append(found)
+            runs.setdefault((contender.name, in_flight), []).append(found)
     theirs, *others = runs.values()
     compared = [ratio(ours, theirs, metric) for ours in others for metric in ("samples_per_s", "p50_ms", "p99_ms")]
     report = make_report(list(runs.values()), compared, {"connections": arguments.connections})

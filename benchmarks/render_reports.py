@@ -17,7 +17,7 @@ TEXTS = ROOT / "benchmarks" / "texts"
 TITLES = {
     "module_as_saved": "The module as it was saved",
     "transport": "Transports alone: no model behind them",
-    "crowd": "A crowd: 200 connections, 1000 requests in flight on Narsil, 200 on the baseline",
+    "crowd": "A crowd: 200 connections, as many requests in flight, and then 1000 on Narsil",
 }
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
