@@ -1,4 +1,4 @@
-"""A crowd: many connections on Narsil and on the C++ baseline, and then five times as many requests in flight on Narsil.
+"""A crowd: many connections on Narsil and on the C++ baseline, then five times as many requests in flight on Narsil.
 
 The baseline has a thread for every request that it works on; 200 at once is what it can be asked for. In a closed loop
 latency is requests in flight over throughput, for any server. Interleaved rounds, one client.
