@@ -2,11 +2,10 @@
 //
 // Input: one byte that chooses the schema and the wire, then the message.
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
+#include "fuzz/require.hpp"
+#include "native/bytes.hpp"
 #include "native/collate.hpp"
 #include "native/decode.hpp"
 
@@ -19,21 +18,6 @@ const Schema SCHEMAS[] = {
     {2, {5, int64_t{1} << 40}, true, 60, 2000, "fake", "1"},
     {0, {3}, false, 60, 2000, "", ""},
 };
-
-#define REQUIRE(what) \
-  do { \
-    if (!(what)) { \
-      std::fprintf(stderr, "does not hold: %s\n", #what); \
-      std::abort(); \
-    } \
-  } while (0)
-
-template <class T>
-T load(const uint8_t* at) {
-  T value;
-  std::memcpy(&value, at, sizeof value);
-  return value;
-}
 
 void require_inside(const uint8_t* span, size_t size, const std::vector<uint8_t>& message) {
   if (size) REQUIRE(span >= message.data() && span + size <= message.data() + message.size());

@@ -4,25 +4,16 @@
 // drop a call, let time pass, tell watchers, refuse, or end the connection; see below. The client's preface is sent first.
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "fuzz/require.hpp"
 #include "native/decode.hpp"
 #include "native/session.hpp"
 
 using namespace narsil;
 
 namespace {
-
-#define REQUIRE(what) \
-  do { \
-    if (!(what)) { \
-      std::fprintf(stderr, "does not hold: %s\n", #what); \
-      std::abort(); \
-    } \
-  } while (0)
 
 Config config() {
   Config made;

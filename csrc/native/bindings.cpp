@@ -192,12 +192,9 @@ py::tuple arrivals_of(const Gate& self, Get get) {
 
 py::dict statistics_of(const Gate& self) {
   Statistics found;
-  size_t connections, calls;
   {
     const py::gil_scoped_release release;
     found = self.plane->statistics();
-    connections = self.plane->open_connections();
-    calls = self.plane->open_calls();
   }
   using namespace py::literals;
   return py::dict("connections"_a = found.connections, "connections_refused"_a = found.connections_refused,
@@ -205,7 +202,7 @@ py::dict statistics_of(const Gate& self) {
                   "answered"_a = found.answered, "refused"_a = found.refused, "cancelled"_a = found.cancelled,
                   "reset_floods"_a = found.reset_floods, "messages"_a = found.messages, "bytes_in"_a = found.bytes_in,
                   "bytes_out"_a = found.bytes_out, "helper_polls"_a = found.helper_polls,
-                  "open_connections"_a = connections, "open_calls"_a = calls);
+                  "open_connections"_a = found.open_connections, "open_calls"_a = found.open_calls);
 }
 
 }  // namespace

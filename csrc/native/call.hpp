@@ -36,6 +36,11 @@ enum class Kind : uint8_t {
   health_watch,  // answered here
 };
 
+// Whether the engine runs it: such a call can be refused while the server drains, and taken back when its client goes.
+constexpr bool scores(Kind kind) { return kind == Kind::predictor || kind == Kind::narsil; }
+
+constexpr bool is_health(Kind kind) { return kind == Kind::health_check || kind == Kind::health_watch; }
+
 struct Method {
   std::string path;
   Kind kind;

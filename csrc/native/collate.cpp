@@ -3,15 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "native/bytes.hpp"
+
 namespace narsil {
 namespace {
-
-template <class T>
-inline T load(const uint8_t* at) {
-  T value;
-  std::memcpy(&value, at, sizeof value);
-  return value;
-}
 
 template <class In, class Out>
 void copy(const uint8_t* from, size_t count, Out* to) {

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "native/bytes.hpp"
+
 namespace narsil {
 namespace {
 
@@ -59,13 +61,6 @@ class Reader {
   const uint8_t* at_;
   const uint8_t* end_;
 };
-
-template <class T>
-inline T load(const uint8_t* at) {
-  T value;
-  std::memcpy(&value, at, sizeof value);
-  return value;
-}
 
 // The loops below have no early exit, so that compilers vectorise them.
 

@@ -290,12 +290,7 @@ void Plane::handle(const epoll_event* events, int count, bool& woken) {
     if (found == connections_.end() || found->second->doomed) continue;
     Connection& connection = *found->second;
     if (events[i].events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) connection.closing = true;
-    if (events[i].events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
-      if (!connection.unread) {
-        connection.unread = true;
-        unread_.push_back(id);
-      }
-    }
+    if (events[i].events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) read_later(connection);
     if (events[i].events & EPOLLOUT && !connection.out.empty() && !write(connection)) doom(connection);
   }
   std::vector<uint64_t> turn;
@@ -359,6 +354,12 @@ void Plane::add_connection(int fd) {
   if (!write(added)) doom(added);  // the settings frame
 }
 
+void Plane::read_later(Connection& connection) {
+  if (connection.unread) return;
+  connection.unread = true;
+  unread_.push_back(connection.id);
+}
+
 void Plane::read(Connection& connection) {
   for (size_t taken = 0;;) {
     const ssize_t size = recv(connection.fd, scratch_.data(), scratch_.size(), 0);
@@ -379,8 +380,7 @@ void Plane::read(Connection& connection) {
     taken += static_cast<size_t>(size);
     if (static_cast<size_t>(size) < scratch_.size() && !connection.closing) break;  // that was all
     if (taken >= READ_TURN) {
-      connection.unread = true;
-      unread_.push_back(connection.id);
+      read_later(connection);
       break;
     }
   }
@@ -583,19 +583,10 @@ void Plane::stop(double grace) {
 
 Statistics Plane::statistics() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return shared_.statistics;
-}
-
-size_t Plane::open_connections() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return connections_.size();
-}
-
-size_t Plane::open_calls() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  size_t calls = 0;
-  for (const auto& entry : connections_) calls += entry.second->session.calls();
-  return calls;
+  Statistics found = shared_.statistics;
+  found.open_connections = connections_.size();
+  for (const auto& entry : connections_) found.open_calls += entry.second->session.calls();
+  return found;
 }
 
 }  // namespace narsil

@@ -63,8 +63,6 @@ class Plane {
   void stop(double grace);
 
   Statistics statistics();
-  size_t open_connections();
-  size_t open_calls();
 
  private:
   struct Connection;
@@ -72,6 +70,7 @@ class Plane {
   void add_listener(int fd);
   void accept_all();
   void add_connection(int fd);
+  void read_later(Connection& connection);
   void read(Connection& connection);
   bool write(Connection& connection);
   void doom(Connection& connection);

@@ -383,36 +383,18 @@ void Session::message_done(Call& call) {
 }
 
 void Session::half_closed(Call& call) {
-  if (call.ended || call.refused) return;
+  if (call.ended || call.refused || !call.method) return;
   call.ended = true;
-  switch (call.method ? call.method->kind : Kind::unary) {
-    case Kind::stream:
-      if (call.prefix_have) return refuse(call, INTERNAL, "the stream ended inside a message");
-      if (call.waiting.empty() && !call.handed_out) {
-        call.finished = true;
-        respond(call);
-      }
-      return;
-    case Kind::predictor:
-    case Kind::narsil:
-    case Kind::unary:
-    case Kind::health_check:
-    case Kind::health_watch:
-      break;
+  const Kind kind = call.method->kind;
+  if (kind == Kind::stream) {
+    if (call.prefix_have) return refuse(call, INTERNAL, "the stream ended inside a message");
+    if (!call.waiting.empty() || call.handed_out) return;
+    call.finished = true;
+    return respond(call);
   }
   if (!call.complete) return refuse(call, INTERNAL, "the stream ended before the message did");
-  switch (call.method->kind) {
-    case Kind::health_check:
-    case Kind::health_watch:
-      return answer_health(call, call.body->data(), call.body->size());
-    case Kind::predictor:
-    case Kind::narsil:
-      if (!shared_.refusal.empty()) return refuse(call, UNAVAILABLE, shared_.refusal);
-      break;
-    case Kind::unary:
-    case Kind::stream:
-      break;
-  }
+  if (is_health(kind)) return answer_health(call, call.body->data(), call.body->size());
+  if (scores(kind) && !shared_.refusal.empty()) return refuse(call, UNAVAILABLE, shared_.refusal);
   enqueue(calls_.at(call.stream));
 }
 
@@ -543,7 +525,7 @@ void Session::closed(int32_t stream) {
   if (!call.finished) {
     call.cancelled = true;
     ++shared_.statistics.cancelled;
-    if (call.taken && call.method->kind <= Kind::narsil) shared_.gone.push_back(call.id);
+    if (call.taken && scores(call.method->kind)) shared_.gone.push_back(call.id);
   }
   if (call.watching) --shared_.watchers;
   shared_.buffered -= call.charged + call.unsent;

@@ -32,6 +32,7 @@ struct Config {
 struct Statistics {
   uint64_t connections = 0, connections_refused = 0, connections_timed_out = 0, calls = 0, answered = 0, refused = 0,
            cancelled = 0, reset_floods = 0, messages = 0, bytes_in = 0, bytes_out = 0, helper_polls = 0;
+  uint64_t open_connections = 0, open_calls = 0;  // now, rather than since the start; see Plane::statistics
 };
 
 // What the sessions of one plane share. All of it belongs to the plane's mutex.
