@@ -8,8 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from narsil.bench.rounds import Contender
 from narsil.bench.servers import narsil_server, torchrec_cpp_server
+from narsil.models.artifact import Artifact, open_artifact
+from narsil.models.dlrm import DlrmConfig, random_weights
+from narsil.models.packager import package_dlrm
 
 HERE = Path(__file__).parent
 BASELINE = "TorchRec-style C++ gRPC + TorchScript INT8 (baseline)"
@@ -70,3 +75,20 @@ def compiled(model: Path, precisions: Sequence[str], report: Callable[[str], Non
             continue
         contenders.append(narsil(f"Narsil compiled {precision}, batch mode", out, backend="compiled"))
     return contenders
+
+
+def package_demo(path: Path, device: str, console: Console) -> Artifact:
+    """The demo model at this path, packaged if it is missing."""
+    if not (path / "manifest.json").exists():
+        config = DlrmConfig()
+        with console.status("packaging the demo model (about a minute)") as status:
+            package_dlrm(
+                config,
+                random_weights(config),
+                path,
+                device=device,
+                progress=lambda stage, done, total: status.update(f"packaging the demo model: {stage} {done}/{total}"),
+            )
+    artifact = open_artifact(path)
+    console.print(f"model: {path} ({artifact.name}, {artifact.schema.num_features} tables)")
+    return artifact

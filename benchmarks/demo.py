@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from contenders import BASELINE, baseline, baseline_threads, build_baseline, compiled, narsil
+from contenders import BASELINE, baseline, baseline_threads, build_baseline, compiled, narsil, package_demo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -16,9 +16,6 @@ from narsil.bench.pictures import draw
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.packager import package_dlrm
 from narsil.native import AVAILABLE
 
 TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
@@ -28,7 +25,7 @@ def main() -> None:
     arguments = _parse()
     console = Console(width=max(Console().width, TABLE_WIDTH))
     began = time.monotonic()
-    artifact = _package(arguments.model, arguments.device, console)
+    artifact = package_demo(arguments.model, arguments.device, console)
     contenders = [
         narsil("Narsil torch backend, batch mode", artifact.path, backend="torch", device=arguments.device),
         narsil(
@@ -102,22 +99,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
-
-
-def _package(path: Path, device: str, console: Console) -> Artifact:
-    if not (path / "manifest.json").exists():
-        config = DlrmConfig()
-        with console.status("packaging the demo model (about a minute)") as status:
-            package_dlrm(
-                config,
-                random_weights(config),
-                path,
-                device=device,
-                progress=lambda stage, done, total: status.update(f"packaging the demo model: {stage} {done}/{total}"),
-            )
-    artifact = open_artifact(path)
-    console.print(f"model: {path} ({artifact.name}, {artifact.schema.num_features} tables)")
-    return artifact
 
 
 def _progress(console: Console) -> Progress:

@@ -20,7 +20,7 @@ import numpy as np
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler writes to standard error
 
 import torch
-from demo import _package
+from contenders import package_demo
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +51,7 @@ def main() -> None:
     console = Console(width=max(Console().width, 110))
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    source = _package(arguments.model, "cpu", console)
+    source = package_demo(arguments.model, "cpu", console)
     compiled = {}
     for name, (precision, limit) in COMPILED.items():
         folder = arguments.model.with_name(f"{arguments.model.name}-{name.replace(', ', '-').replace(' ', '-')}")

@@ -53,6 +53,12 @@ class Jagged:
     lengths: Ints  # (T, B)
     weights: Floats | None = None  # beside values
 
+    @classmethod
+    def laid_out(cls, values: Ints, lengths: Ints, *, key_major: bool = True) -> Jagged:
+        """Bags end to end in the order of ``lengths``: (T, B) where ``key_major``, else (B, T)."""
+        starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
+        return cls(values, starts, lengths) if key_major else cls(values, starts.T, lengths.T)
+
     @property
     def count(self) -> int:
         """N: ids in all bags together; more than ``len(values)`` where bags share ids."""

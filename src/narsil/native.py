@@ -41,10 +41,7 @@ class NativeFeatures:
         if lengths is None:
             ids = values.reshape(-1, self.rows) if call.key_major else values.reshape(self.rows, -1).T
             return Features(self.rows, dense, OneHot(ids))
-        starts = lengths.ravel().cumsum(dtype="int64").reshape(lengths.shape) - lengths
-        if not call.key_major:
-            lengths, starts = lengths.T, starts.T
-        return Features(self.rows, dense, Jagged(values, starts, lengths))
+        return Features(self.rows, dense, Jagged.laid_out(values, lengths, key_major=call.key_major))
 
 
 def all_native(parts: Sequence[Payload]) -> TypeGuard[Sequence[NativeFeatures]]:

@@ -182,11 +182,10 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
         dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
         ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
         lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
-        starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
         values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
         for _ in range(2):
             yield Features(rows, dense, OneHot(ids))
-            yield Features(rows, dense, Jagged(values, starts, lengths))
+            yield Features(rows, dense, Jagged.laid_out(values, lengths))
 
 
 def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) -> Transport:

@@ -22,19 +22,9 @@ from tests.support import PATIENCE_S, engine_with, grpc_transport
 
 
 @contextmanager
-def serving(
-    kind: str,
-    behaviour: FakeBehaviour | None = None,
-    *,
-    limits: RequestLimits | None = None,
-    message_bytes: int = 16 << 20,
-    engine_limits: QueueLimits | None = None,
-    **engine: Any,
-) -> Iterator[tuple[str, Engine]]:
-    """Yields the address and the engine. Whatever a test holds is let go of at the end."""
-    with serving_transport(
-        kind, behaviour, limits=limits, message_bytes=message_bytes, engine_limits=engine_limits, **engine
-    ) as (address, made, _):
+def serving(kind: str, behaviour: FakeBehaviour | None = None, **options: Any) -> Iterator[tuple[str, Engine]]:
+    """As serving_transport; yields the address and the engine alone."""
+    with serving_transport(kind, behaviour, **options) as (address, made, _):
         yield address, made
 
 
@@ -48,7 +38,7 @@ def serving_transport(
     engine_limits: QueueLimits | None = None,
     **engine: Any,
 ) -> Iterator[tuple[str, Engine, Any]]:
-    """As serving, and yields the transport too."""
+    """Yields the address, the engine and the transport. Whatever a test holds is let go of at the end."""
     with (
         engine_with(behaviour, limits=engine_limits, **engine) as made,
         grpc_transport(made, limits, kind, max_message_bytes=message_bytes) as (

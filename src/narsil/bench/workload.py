@@ -45,8 +45,7 @@ class Workload:
                 continue
             lengths = random.integers(0, self.max_ids + 1, (features, self.rows)).astype(np.int32)
             values = random.integers(0, np.repeat(limits, lengths.sum(axis=1))).astype(np.int32)
-            starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
-            yield Features(self.rows, dense, Jagged(values, starts, lengths))
+            yield Features(self.rows, dense, Jagged.laid_out(values, lengths))
 
     def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:
         """The payloads as request bodies of a wire."""

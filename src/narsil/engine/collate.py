@@ -45,18 +45,17 @@ class Collator:
         from narsil._native import collate
 
         calls = [part.call for part in parts]
-        width, bags = self._schema.dense_dim, self._schema.num_features * rows
+        bags = self._schema.num_features * rows
         one_hot = all(call.one_hot for call in calls)
         count = bags if one_hot else sum(part.ids for part in parts)
-        self._dense = _grown(self._dense, rows * width)
         self._values = _grown(self._values, count)
         if one_hot:
             lengths = self._all_ones(bags)
         else:
             self._lengths = _grown(self._lengths, bags)
             lengths = self._lengths[:bags]
-        collate(calls, rows, self._dense, self._values, None if one_hot else lengths)
-        dense = self._dense[: rows * width].reshape(rows, width)
+        dense = self._dense_of(rows)
+        collate(calls, rows, dense, self._values, None if one_hot else lengths)
         return Batch(rows, dense, lengths, self._values[:count], one_hot)
 
     def _all_ones(self, count: int) -> Ints:
@@ -64,10 +63,14 @@ class Collator:
             self._ones = np.ones(2 * count, dtype=np.int32)
         return self._ones[:count]
 
-    def _fuse_dense(self, parts: Sequence[Features], rows: int) -> Floats:
+    def _dense_of(self, rows: int) -> Floats:
+        """(rows, D) of the buffer."""
         width = self._schema.dense_dim
         self._dense = _grown(self._dense, rows * width)
-        dense = self._dense[: rows * width].reshape(rows, width)
+        return self._dense[: rows * width].reshape(rows, width)
+
+    def _fuse_dense(self, parts: Sequence[Features], rows: int) -> Floats:
+        dense = self._dense_of(rows)
         start = 0
         for part in parts:
             dense[start : start + part.rows] = part.dense
