@@ -104,14 +104,18 @@ class RawClient:
 
     def __init__(self, address: str, *, greet: bool = True, windows: bool = True, **values: int) -> None:
         """``windows``: gives back flow control as it reads. ``values``: SETTINGS by number, as _4=1."""
-        if address.startswith("unix:"):
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(address.removeprefix("unix:"))
-        else:
-            host, _, port = address.rpartition(":")
-            self.socket = socket.create_connection((host, int(port)))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.settimeout(PATIENCE_S)
+        with contextlib.ExitStack() as opened:  # a server that is going away must not cost the test a socket
+            if address.startswith("unix:"):
+                self.socket = opened.enter_context(socket.socket(socket.AF_UNIX))
+                self.socket.connect(address.removeprefix("unix:"))
+            else:
+                host, _, port = address.rpartition(":")
+                self.socket = opened.enter_context(socket.create_connection((host, int(port))))
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.settimeout(PATIENCE_S)
+            if greet:
+                self.socket.sendall(PREFACE + settings(**values))
+            opened.pop_all()
         self.answers: dict[int, Answer] = {}
         self.goaway: tuple[int, int] | None = None  # (last stream, code)
         self.pongs: list[bytes] = []
@@ -120,8 +124,6 @@ class RawClient:
         self._windows = windows
         self._buffer = b""
         self._stream = -1
-        if greet:
-            self.send(PREFACE + settings(**values))
 
     def __enter__(self) -> RawClient:
         return self
