@@ -16,11 +16,13 @@ setup: $(SETUP) ## make .venv with the pinned dependencies, the generated code a
 demo: setup system-packages ## package a model, serve it in every way, print the table (about five minutes)
 	$(BIN)/python benchmarks/demo.py
 
-lint: setup ## ruff, mypy strict, import layers
+NATIVE_CODE := $(shell git ls-files '*.cpp' '*.hpp' 2>/dev/null)
+lint: setup ## ruff, mypy strict, import layers, the native code's format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 
 test: setup ## all tests
 	$(BIN)/pytest
@@ -82,7 +84,7 @@ $(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec tensordict torchmetrics \
 	  tqdm pyre-extensions pyvers cloudpickle importlib_metadata orjson typing_inspect
-	@$(BIN)/python -c 'from narsil.native import MISSING; MISSING and print("without the native data plane:", MISSING)'
+	@$(BIN)/python -c 'from narsil.extension import MISSING; MISSING and print("without the native data plane:", MISSING)'
 	@touch $@
 
 # Debian packages: as root they are installed, otherwise named. Without the first, grpcio serves and loads; without the

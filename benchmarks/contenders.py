@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.bench.rounds import Contender
 from narsil.bench.servers import narsil_server, torchrec_cpp_server
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.packager import package_dlrm
+from narsil.packaging.dlrm import DlrmConfig, random_weights
+from narsil.packaging.packager import package_dlrm
 
 HERE = Path(__file__).parent
 BASELINE = "TorchRec-style C++ gRPC + TorchScript INT8 (baseline)"

@@ -16,7 +16,7 @@ from narsil.bench.pictures import draw
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
-from narsil.native import AVAILABLE
+from narsil.extension import AVAILABLE
 
 TITLE = "DLRM, 26 tables x 100,000 rows x dim 64, 100 rows a request"
 

@@ -11,13 +11,13 @@ import signal
 
 import numpy as np
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Batch, Scores
 from narsil.engine.engine import Engine
 from narsil.engine.scheduler import BatchPolicy
-from narsil.models.dlrm import DlrmConfig
-from narsil.models.schema import ModelSchema
+from narsil.packaging.dlrm import DlrmConfig
 from narsil.server import make_transport, prepare_process, settle_process
 from narsil.transports.base import ServedModel
 

@@ -24,17 +24,17 @@ from contenders import package_demo
 from rich.console import Console
 from rich.table import Table
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import CompiledInfo
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.compiled import load_compiled
 from narsil.backends.fused import PARTS, FusedBackend
-from narsil.backends.judge import ArtifactJudge
 from narsil.backends.registry import load_backend
 from narsil.bench.pictures import draw_profile
 from narsil.bench.report import machine, write_report
+from narsil.compile.compiler import compile_artifact
+from narsil.compile.judge import ArtifactJudge
 from narsil.dataflow import Batch
-from narsil.models.artifact import Artifact
-from narsil.models.compiled import CompiledInfo
-from narsil.models.compiler import compile_artifact
-from narsil.models.schema import ModelSchema
 
 TITLE = "One forward of {rows} rows on one core, microseconds a row"
 TORCHSCRIPT = "TorchScript, as saved"

@@ -15,15 +15,15 @@ from contenders import BASELINE, baseline, baseline_threads, build_baseline, nar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.backends.registry import load_backend
 from narsil.bench.measure import reference_scores
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import KEEP, Contender, Plan, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.errors import NarsilError
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.packager import package_dlrm
+from narsil.packaging.dlrm import DlrmConfig, random_weights
+from narsil.packaging.packager import package_dlrm
 
 
 def main() -> int:

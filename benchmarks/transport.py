@@ -19,8 +19,8 @@ from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_ta
 from narsil.bench.rounds import Contender, Plan, Runs, ratios, run_rounds
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
-from narsil.models.dlrm import DlrmConfig
-from narsil.native import AVAILABLE
+from narsil.extension import AVAILABLE
+from narsil.packaging.dlrm import DlrmConfig
 
 HERE = Path(__file__).parent
 CPP = "C++ gRPC"

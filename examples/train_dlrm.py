@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from narsil.models.dlrm import DlrmConfig
-from narsil.models.modules import Dlrm
+from narsil.packaging.dlrm import DlrmConfig
+from narsil.packaging.modules import Dlrm
 
 DENSE_FEATURES = 13
 SPARSE_FEATURES = 26

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Floats
-from narsil.models.artifact import Artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.schema import ModelSchema
+from narsil.packaging.dlrm import DlrmConfig, random_weights
 
 MakeBatch = Callable[..., Batch]
 
@@ -47,7 +47,7 @@ def small_artifact(
     """The small DLRM, packaged for the CPU: TorchScript with INT8 tables and ONNX with FP32 ones."""
     pytest.importorskip("fbgemm_gpu")
     pytest.importorskip("onnx")
-    from narsil.models.packager import package_dlrm
+    from narsil.packaging.packager import package_dlrm
 
     out: Path = tmp_path_factory.mktemp("artifacts") / "small"
     return package_dlrm(small_config, small_weights, out, name="small", onnx=True)
@@ -58,7 +58,7 @@ def mean_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The small DLRM with mean pooling."""
     pytest.importorskip("fbgemm_gpu")
     pytest.importorskip("onnx")
-    from narsil.models.packager import package_dlrm
+    from narsil.packaging.packager import package_dlrm
 
     config = small("mean")
     return package_dlrm(config, random_weights(config), tmp_path_factory.mktemp("artifacts") / "mean", onnx=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.backends.fake import FakeBackend, FakeBehaviour, fake_scores
 from narsil.clock import Clock
 from narsil.dataflow import Features, Jagged, OneHot, Request, Result
@@ -18,8 +19,7 @@ from narsil.engine.collate import Collator
 from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.models.schema import Feature, ModelSchema
-from narsil.native import AVAILABLE
+from narsil.extension import AVAILABLE
 from narsil.transports.base import ServedModel, Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 from narsil.transports.validate import RequestLimits

@@ -51,7 +51,8 @@ void fuse(const Call& call, const Schema& schema) {
   const Decoded& found = call.decoded;
   const size_t features = schema.rows.size();
   for (const size_t copies : {1, 3}) {
-    const size_t rows = copies * static_cast<size_t>(found.rows) + copies, ids = copies * static_cast<size_t>(found.ids);
+    const size_t rows = copies * static_cast<size_t>(found.rows) + copies,
+                 ids = copies * static_cast<size_t>(found.ids);
     std::vector<float> dense(rows * static_cast<size_t>(schema.dense_dim));
     std::vector<Out> values(found.one_hot ? rows * features : ids);
     std::vector<int32_t> lengths(found.one_hot ? 0 : rows * features);

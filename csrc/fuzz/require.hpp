@@ -4,10 +4,10 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define REQUIRE(what) \
-  do { \
-    if (!(what)) { \
+#define REQUIRE(what)                                     \
+  do {                                                    \
+    if (!(what)) {                                        \
       std::fprintf(stderr, "does not hold: %s\n", #what); \
-      std::abort(); \
-    } \
+      std::abort();                                       \
+    }                                                     \
   } while (0)

@@ -1,7 +1,8 @@
 // Fuzzes one connection: bytes from a peer in any pieces, answers of any kind to the calls that come out.
 //
-// Input: commands. A byte below 0xE0 feeds so many of the bytes that follow it, in one piece; the others answer, fail or
-// drop a call, let time pass, tell watchers, refuse, or end the connection; see below. The client's preface is sent first.
+// Input: commands. A byte below 0xE0 feeds so many of the bytes that follow it, in one piece; the others answer, fail
+// or drop a call, let time pass, tell watchers, refuse, or end the connection; see below. The client's preface is sent
+// first.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -24,9 +25,9 @@ Config config() {
   made.max_watchers = 2;
   made.max_header_bytes = 600;
   made.max_resets = 5;
-  const std::pair<const char*, Kind> methods[] = {
-      {"/p", Kind::predictor}, {"/n", Kind::narsil},           {"/u.U/u", Kind::unary},
-      {"/s", Kind::stream},    {"/h/Check", Kind::health_check}, {"/h/Watch", Kind::health_watch}};
+  const std::pair<const char*, Kind> methods[] = {{"/p", Kind::predictor},          {"/n", Kind::narsil},
+                                                  {"/u.U/u", Kind::unary},          {"/s", Kind::stream},
+                                                  {"/h/Check", Kind::health_check}, {"/h/Watch", Kind::health_watch}};
   for (const auto& [path, kind] : methods) made.methods[path] = {path, kind};
   return made;
 }
@@ -119,19 +120,46 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       continue;
     }
     switch (command) {
-      case 0xE0: loop.answer(argument, 0, argument); break;
-      case 0xE1: loop.answer(argument, 0, 70'000); break;  // more than a window
-      case 0xE2: loop.answer(argument, 1 + static_cast<int>(argument) % 16, argument * 40); break;
-      case 0xE3: loop.shared.now += 0.01; break;
-      case 0xE4: loop.shared.now += 61; loop.session->expire_stalled(); break;
-      case 0xE5: loop.session->ping(); break;
-      case 0xE6: loop.session->go_away(false); break;
-      case 0xE7: loop.session->go_away(true); break;
-      case 0xE8: loop.shared.serving = false; loop.session->tell_watchers(); break;
-      case 0xE9: loop.shared.refusal = "no more"; break;
-      case 0xEA: if (!loop.taken.empty()) loop.taken.pop_back(); break;  // nobody answers it
-      case 0xEB: loop.end(); break;
-      default: break;
+      case 0xE0:
+        loop.answer(argument, 0, argument);
+        break;
+      case 0xE1:
+        loop.answer(argument, 0, 70'000);
+        break;  // more than a window
+      case 0xE2:
+        loop.answer(argument, 1 + static_cast<int>(argument) % 16, argument * 40);
+        break;
+      case 0xE3:
+        loop.shared.now += 0.01;
+        break;
+      case 0xE4:
+        loop.shared.now += 61;
+        loop.session->expire_stalled();
+        break;
+      case 0xE5:
+        loop.session->ping();
+        break;
+      case 0xE6:
+        loop.session->go_away(false);
+        break;
+      case 0xE7:
+        loop.session->go_away(true);
+        break;
+      case 0xE8:
+        loop.shared.serving = false;
+        loop.session->tell_watchers();
+        break;
+      case 0xE9:
+        loop.shared.refusal = "no more";
+        break;
+      case 0xEA:
+        if (!loop.taken.empty()) loop.taken.pop_back();
+        break;  // nobody answers it
+      case 0xEB:
+        loop.end();
+        break;
+      default:
+        break;
     }
     loop.turn();
   }

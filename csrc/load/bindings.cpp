@@ -162,19 +162,25 @@ PYBIND11_MODULE(_load, module) {
     }
   });
 
-  module.def("is_target", [](const std::string& text) {
-    try {
-      parse_target(text);
-      return true;
-    } catch (const std::invalid_argument&) {
-      return false;
-    }
-  }, py::arg("text"));
-  module.def("count_scores", [](const std::string& wire, const std::string& task, const py::bytes& message) {
-    const auto count = count_scores(wire_of(wire), task, std::string_view(message));
-    require(count.has_value(), "the message is no reply of this wire");
-    return *count;
-  }, py::arg("wire"), py::arg("task"), py::arg("message"));
+  module.def(
+      "is_target",
+      [](const std::string& text) {
+        try {
+          parse_target(text);
+          return true;
+        } catch (const std::invalid_argument&) {
+          return false;
+        }
+      },
+      py::arg("text"));
+  module.def(
+      "count_scores",
+      [](const std::string& wire, const std::string& task, const py::bytes& message) {
+        const auto count = count_scores(wire_of(wire), task, std::string_view(message));
+        require(count.has_value(), "the message is no reply of this wire");
+        return *count;
+      },
+      py::arg("wire"), py::arg("task"), py::arg("message"));
 
   py::class_<Result>(module, "Result", py::is_final())
       .def_readonly("latencies", &Result::latencies)

@@ -47,8 +47,8 @@ struct Call {
   Nanos ended_at = 0;
   Connection* connection = nullptr;  // that carries it: valid until it is closed
   std::int32_t stream = -1;
-  std::size_t position = 0;   // in its connection's list
-  std::size_t sent = 0;       // bytes of the body handed to the socket's queue
+  std::size_t position = 0;  // in its connection's list
+  std::size_t sent = 0;      // bytes of the body handed to the socket's queue
   bool reset_by_peer = false;
   bool ended = false;
   bool settled = false;

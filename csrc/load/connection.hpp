@@ -31,8 +31,8 @@ class Connection {
   bool ready() const { return ready_; }  // the server's SETTINGS have come
   bool closed() const { return state_ == State::closed; }
   bool accepts() const { return state_ != State::closed && !draining_; }
-  bool not_http2() const { return broken_; }                 // closed because the server does not speak it
-  const std::string& reason() const { return reason_; }      // why it was closed
+  bool not_http2() const { return broken_; }             // closed because the server does not speak it
+  const std::string& reason() const { return reason_; }  // why it was closed
   Nanos not_before() const { return not_before_; }
 
   void start();
@@ -81,7 +81,7 @@ class Connection {
   bool ready_ = false;
   bool draining_ = false;  // GOAWAY, or out of stream ids: no new calls
   bool broken_ = false;
-  bool writable_ = false;    // the socket took all that it was given
+  bool writable_ = false;  // the socket took all that it was given
   std::int32_t goaway_last_ = 0;
   std::string goaway_;  // the code's name, once GOAWAY has come
   std::string reason_;

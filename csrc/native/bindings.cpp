@@ -49,8 +49,8 @@ py::tuple arrays_of(const Handle& self) {
   const Decoded& found = self.call->decoded;
   if (!found.valid) throw py::value_error("the message was not decoded");
   const py::ssize_t rows = found.rows, features = self.schema->features();
-  const std::vector<py::ssize_t> bags = found.key_major ? std::vector<py::ssize_t>{features, rows}
-                                                        : std::vector<py::ssize_t>{rows, features};
+  const std::vector<py::ssize_t> bags =
+      found.key_major ? std::vector<py::ssize_t>{features, rows} : std::vector<py::ssize_t>{rows, features};
   const char* const kind = found.wide ? "<i8" : "<i4";
   return py::make_tuple(view(self, "<f4", found.dense, {rows, self.schema->dense_dim}),
                         view(self, kind, found.values, {found.ids}),
@@ -101,7 +101,8 @@ void fail(const Handle& self, int status, std::string message) {
 
 template <class T>
 T* data_of(py::array& array, size_t needed, const char* name) {
-  if (!array.writeable() || !(array.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be writeable and contiguous");
+  if (!array.writeable() || !(array.flags() & py::array::c_style))
+    throw py::value_error(std::string(name) + " must be writeable and contiguous");
   if (static_cast<size_t>(array.size()) < needed) throw py::value_error(std::string(name) + " is too short");
   return static_cast<T*>(array.mutable_data());
 }
@@ -122,7 +123,8 @@ void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::a
     one_hot = one_hot && found.one_hot;
   }
   if (own > rows) throw py::value_error("fewer rows than the calls have");
-  if (rows > INT32_MAX / schema.features()) throw py::value_error("dense is too short: nobody has room for so many rows");
+  if (rows > INT32_MAX / schema.features())
+    throw py::value_error("dense is too short: nobody has room for so many rows");
   if (one_hot != lengths.is_none()) throw py::value_error("lengths are for jagged batches, and for all of them");
   if (values.dtype().itemsize() != (schema.wide_ids ? 8 : 4) || values.dtype().kind() != 'i')
     throw py::value_error("values have another type than the schema's ids");
@@ -140,27 +142,33 @@ void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::a
 
 Gate make(const py::dict& methods, int64_t dense_dim, std::vector<int64_t> rows, bool wide_ids, int64_t max_rows,
           int64_t max_ids, std::string model_name, std::string model_version, const py::dict& limits) {
-  static const std::unordered_map<std::string, Kind> kinds = {
-      {"predictor", Kind::predictor}, {"narsil", Kind::narsil},
-      {"unary", Kind::unary},         {"stream", Kind::stream},
-      {"health_check", Kind::health_check}, {"health_watch", Kind::health_watch}};
+  static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::predictor},
+                                                              {"narsil", Kind::narsil},
+                                                              {"unary", Kind::unary},
+                                                              {"stream", Kind::stream},
+                                                              {"health_check", Kind::health_check},
+                                                              {"health_watch", Kind::health_watch}};
   for (const int64_t limit : rows)
     if (limit < 1) throw py::value_error("a table has at least one row");
   if (rows.empty() || dense_dim < 0 || max_rows < 1) throw py::value_error("no schema");
   Config config;
-  config.schema = {dense_dim, std::move(rows), wide_ids, max_rows, max_ids, std::move(model_name), std::move(model_version)};
+  config.schema = {
+      dense_dim, std::move(rows), wide_ids, max_rows, max_ids, std::move(model_name), std::move(model_version)};
   for (const auto& item : methods) {
     const auto path = py::cast<std::string>(item.first);
     config.methods[path] = {path, kinds.at(py::cast<std::string>(item.second))};
   }
   const std::unordered_map<std::string, size_t*> counts = {
-      {"max_message", &config.max_message},           {"max_buffered", &config.max_buffered},
-      {"max_streams", &config.max_streams},           {"max_connections", &config.max_connections},
-      {"max_watchers", &config.max_watchers},         {"max_header_bytes", &config.max_header_bytes}, {"max_resets", &config.max_resets}};
-  const std::unordered_map<std::string, double*> seconds = {
-      {"handshake_s", &config.handshake_s}, {"stall_s", &config.stall_s},
-      {"idle_s", &config.idle_s},           {"keepalive_s", &config.keepalive_s},
-      {"keepalive_timeout_s", &config.keepalive_timeout_s}, {"helper_s", &config.helper_s}};
+      {"max_message", &config.max_message},   {"max_buffered", &config.max_buffered},
+      {"max_streams", &config.max_streams},   {"max_connections", &config.max_connections},
+      {"max_watchers", &config.max_watchers}, {"max_header_bytes", &config.max_header_bytes},
+      {"max_resets", &config.max_resets}};
+  const std::unordered_map<std::string, double*> seconds = {{"handshake_s", &config.handshake_s},
+                                                            {"stall_s", &config.stall_s},
+                                                            {"idle_s", &config.idle_s},
+                                                            {"keepalive_s", &config.keepalive_s},
+                                                            {"keepalive_timeout_s", &config.keepalive_timeout_s},
+                                                            {"helper_s", &config.helper_s}};
   for (const auto& item : limits) {
     const auto name = py::cast<std::string>(item.first);
     if (counts.count(name)) {
@@ -224,10 +232,11 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("id", [](const Handle& self) { return self.call->id; })
       .def_property_readonly("method", [](const Handle& self) { return self.call->method->path; })
       .def_property_readonly("arrived", [](const Handle& self) { return self.call->arrived; })
-      .def_property_readonly("deadline", [](const Handle& self) -> py::object {
-        if (self.call->deadline == NEVER) return py::none();
-        return py::float_(self.call->deadline);
-      })
+      .def_property_readonly("deadline",
+                             [](const Handle& self) -> py::object {
+                               if (self.call->deadline == NEVER) return py::none();
+                               return py::float_(self.call->deadline);
+                             })
       .def_property_readonly("size", [](const Handle& self) { return self.message ? self.message->size() : 0; })
       .def_property_readonly("body", body_of)
       .def_property_readonly("decoded", [](const Handle& self) { return self.call->decoded.valid; })
@@ -245,16 +254,18 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&make), py::arg("methods"), py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"),
            py::arg("max_rows"), py::arg("max_ids"), py::arg("model_name"), py::arg("model_version"),
            py::arg("limits") = py::dict())
-      .def("listen_tcp",
-           [](const Gate& self, const std::string& host, int port, bool reuse_port) {
+      .def(
+          "listen_tcp",
+          [](const Gate& self, const std::string& host, int port, bool reuse_port) {
+            const py::gil_scoped_release release;
+            return self.plane->listen_tcp(host, port, reuse_port);
+          },
+          py::arg("host"), py::arg("port"), py::arg("reuse_port") = false)
+      .def("listen_unix",
+           [](const Gate& self, const std::string& path) {
              const py::gil_scoped_release release;
-             return self.plane->listen_tcp(host, port, reuse_port);
-           },
-           py::arg("host"), py::arg("port"), py::arg("reuse_port") = false)
-      .def("listen_unix", [](const Gate& self, const std::string& path) {
-        const py::gil_scoped_release release;
-        self.plane->listen_unix(path);
-      })
+             self.plane->listen_unix(path);
+           })
       .def("poll",
            [](const Gate& self, const py::object& timeout) {
              const double seconds = timeout.is_none() ? NEVER : py::cast<double>(timeout);
@@ -262,22 +273,26 @@ PYBIND11_MODULE(_native, module) {
            })
       .def("attend", [](const Gate& self) { return arrivals_of(self, [&] { return self.plane->attend(); }); })
       .def("wake", [](const Gate& self) { self.plane->wake(); })
-      .def("flush", [](const Gate& self) {
-        const py::gil_scoped_release release;
-        self.plane->flush();
-      })
-      .def("retire", [](const Gate& self) {
-        const py::gil_scoped_release release;
-        self.plane->retire();
-      })
-      .def("refuse", [](const Gate& self, const std::string& why) {
-        const py::gil_scoped_release release;
-        self.plane->refuse(why);
-      })
-      .def("stop", [](const Gate& self, double grace) {
-        const py::gil_scoped_release release;
-        self.plane->stop(grace);
-      })
+      .def("flush",
+           [](const Gate& self) {
+             const py::gil_scoped_release release;
+             self.plane->flush();
+           })
+      .def("retire",
+           [](const Gate& self) {
+             const py::gil_scoped_release release;
+             self.plane->retire();
+           })
+      .def("refuse",
+           [](const Gate& self, const std::string& why) {
+             const py::gil_scoped_release release;
+             self.plane->refuse(why);
+           })
+      .def("stop",
+           [](const Gate& self, double grace) {
+             const py::gil_scoped_release release;
+             self.plane->stop(grace);
+           })
       .def("statistics", statistics_of);
 
   module.def("collate", collate_into, py::arg("calls"), py::arg("rows"), py::arg("dense"), py::arg("values"),

@@ -82,12 +82,13 @@ class Buffer {
 // A scoring request's parts, as spans of its message. All numbers in it have been checked against the schema: ids are
 // inside their tables, lengths add up, dense values are finite. Spans may be unaligned.
 struct Decoded {
-  bool valid = false;  // false: unusual or wrong; the portable decoder in Python takes the message or says what is wrong
+  bool valid =
+      false;  // false: unusual or wrong; the portable decoder in Python takes the message or says what is wrong
   bool one_hot = false;
   bool key_major = false;
   bool wide = false;  // ids are int64
   int64_t rows = 0;
-  int64_t ids = 0;  // N
+  int64_t ids = 0;                   // N
   const uint8_t* dense = nullptr;    // (B, D) float32
   const uint8_t* values = nullptr;   // (N,) int32 or int64
   const uint8_t* lengths = nullptr;  // (T, B) if key_major, else (B, T); null in a message that leaves them out
@@ -117,20 +118,20 @@ struct Call {
   int status = OK;
   std::string message;
   int32_t stream = 0;
-  double touched = 0;       // when bytes last moved on it
+  double touched = 0;  // when bytes last moved on it
   bool post = false, grpc = false, refused = false, handed_out = false, taken = false, complete = false, ended = false;
   bool watching = false;    // counted as a health watcher
   bool responding = false;  // response headers are submitted
   bool finished = false;    // no more messages will be added
   size_t header_bytes = 0;
-  size_t charged = 0;  // bytes of its messages counted against the plane's budget
-  size_t unsent = 0;   // bytes of its answers that its client has not let through, counted likewise
+  size_t charged = 0;            // bytes of its messages counted against the plane's budget
+  size_t unsent = 0;             // bytes of its answers that its client has not let through, counted likewise
   std::shared_ptr<Buffer> body;  // the message that is arriving
   uint8_t prefix[5] = {};
   size_t prefix_have = 0;
   size_t expected = 0;
   std::deque<std::shared_ptr<Buffer>> waiting;  // of a stream: whole messages, the one being answered first
-  std::string out;  // framed messages not yet sent
+  std::string out;                              // framed messages not yet sent
   size_t out_sent = 0;
 };
 

@@ -49,7 +49,8 @@ class Jagged {
       size_t row = 0;
       for (size_t c = 0; c < calls_.size(); ++c) {
         const Decoded& part = calls_[c]->decoded;
-        part.wide ? append<int64_t>(part, starts_[c], t, lengths + row) : append<int32_t>(part, starts_[c], t, lengths + row);
+        part.wide ? append<int64_t>(part, starts_[c], t, lengths + row)
+                  : append<int32_t>(part, starts_[c], t, lengths + row);
         row += static_cast<size_t>(part.rows);
       }
       std::fill(lengths + row, lengths + rows_, 0);
@@ -117,7 +118,8 @@ void ids(const std::vector<const Call*>& calls, size_t rows, const Schema& schem
   size_t row = 0;
   for (const Call* call : calls) {
     const Decoded& part = call->decoded;
-    part.wide ? one_hot<int64_t>(part, features, rows, values + row) : one_hot<int32_t>(part, features, rows, values + row);
+    part.wide ? one_hot<int64_t>(part, features, rows, values + row)
+              : one_hot<int32_t>(part, features, rows, values + row);
     row += static_cast<size_t>(part.rows);
   }
   for (size_t t = 0; t < features; ++t) std::fill(values + t * rows + row, values + (t + 1) * rows, Out{0});

@@ -76,7 +76,8 @@ bool all_ones(const uint8_t* at, size_t count) {
   return !wrong;
 }
 
-// The largest id below `limit` that a signed number of U's width can be. Read as unsigned, negative ids are larger still.
+// The largest id below `limit` that a signed number of U's width can be. Read as unsigned, negative ids are larger
+// still.
 template <class U>
 U most_id(int64_t limit) {
   const U most = ~U{0} >> 1;

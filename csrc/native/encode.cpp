@@ -74,7 +74,9 @@ std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& s
   put_uint(how, 2, provenance.batch_rows);
   put_uint(how, 3, provenance.queue_us);
   put_uint(how, 4, provenance.execute_us);
-  const auto task_size = [](const TaskScores& task) { return field_size(task.task.size()) + field_size(4 * task.count); };
+  const auto task_size = [](const TaskScores& task) {
+    return field_size(task.task.size()) + field_size(4 * task.count);
+  };
   size_t size = field_size(schema.model_name.size()) + field_size(schema.model_version.size()) + field_size(how.size());
   if (!request_id.empty()) size += field_size(request_id.size());
   for (const TaskScores& task : scores) size += field_size(task_size(task));

@@ -25,9 +25,9 @@ namespace {
 
 constexpr uint64_t WAKE = 0, LISTENERS = 1 << 10;  // ids below this are of listeners, by number from 1
 constexpr size_t READ_BLOCK = 256u << 10;
-constexpr size_t READ_TURN = 1u << 20;   // bytes of one connection before the others have their turn
+constexpr size_t READ_TURN = 1u << 20;  // bytes of one connection before the others have their turn
 constexpr size_t WRITE_BLOCK = 64u << 10;
-constexpr double TEND_S = 0.25;          // between two looks at the connections' timeouts
+constexpr double TEND_S = 0.25;  // between two looks at the connections' timeouts
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
@@ -68,7 +68,12 @@ double monotonic_seconds() {
 
 struct Plane::Connection {
   Connection(uint64_t id, int fd, Shared& shared)
-      : id(id), fd(fd), session(shared), born(shared.now), read_at(shared.now), written_at(shared.now),
+      : id(id),
+        fd(fd),
+        session(shared),
+        born(shared.now),
+        read_at(shared.now),
+        written_at(shared.now),
         used_at(shared.now) {
     session.owner = this;
   }
@@ -81,7 +86,7 @@ struct Plane::Connection {
   size_t sent = 0;
   double born, read_at, written_at, used_at, asked_at = 0;
   bool closing = false;  // the peer has closed; bytes may still wait before the end
-  bool dirty = false;   // has something to send
+  bool dirty = false;    // has something to send
   bool unread = false, doomed = false;
 };
 
@@ -469,7 +474,8 @@ void Plane::tend() {
     const bool stuck = !connection.out.empty() && now - connection.written_at > config.stall_s;
     const bool gone = connection.asked_at > 0 && now - connection.asked_at > config.keepalive_timeout_s;
     if (connection.session.calls()) connection.used_at = now;
-    if (connection.out.empty() && now - connection.written_at > 1) std::string().swap(connection.out);  // see WRITE_BLOCK
+    if (connection.out.empty() && now - connection.written_at > 1)
+      std::string().swap(connection.out);  // see WRITE_BLOCK
     const bool unused = now - connection.used_at > config.idle_s;
     if (late || stuck || gone || unused) {
       ++shared_.statistics.connections_timed_out;
@@ -556,9 +562,8 @@ void Plane::stop(double grace) {
       bury();
     };
     const auto busy = [this] {
-      return std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
-        return entry.second->session.calls() || !entry.second->out.empty();
-      });
+      return std::any_of(connections_.begin(), connections_.end(),
+                         [](const auto& entry) { return entry.second->session.calls() || !entry.second->out.empty(); });
     };
     all(false);
     const double until = shared_.now + grace;

@@ -1,10 +1,10 @@
 // The native data plane: listens, and lets whoever is idle poll the network.
 //
 // There is no I/O thread. Threads that have nothing else to do call `poll`; the kernel wakes one of them when something
-// arrives, the last to come first, and it processes what there is and leaves with whole requests. Answers are left in an
-// outbox by any thread and sent by `flush`. While nobody polls because all are busy, one more thread, which spends its
-// life in `attend`, looks after the connections every few milliseconds, so that pings, window updates, cancellations,
-// health checks and refusals do not wait.
+// arrives, the last to come first, and it processes what there is and leaves with whole requests. Answers are left in
+// an outbox by any thread and sent by `flush`. While nobody polls because all are busy, one more thread, which spends
+// its life in `attend`, looks after the connections every few milliseconds, so that pings, window updates,
+// cancellations, health checks and refusals do not wait.
 #pragma once
 
 #include <condition_variable>
@@ -93,8 +93,8 @@ class Plane {
   std::string unix_path_;
   uint64_t next_id_;
   int epoll_ = -1, event_ = -1, spare_ = -1;
-  int waiting_ = 0;        // threads inside the kernel's wait
-  double polled_ = 0;      // when a thread last looked at the network
+  int waiting_ = 0;    // threads inside the kernel's wait
+  double polled_ = 0;  // when a thread last looked at the network
   double tended_ = 0;
   bool stopped_ = false;
   std::vector<uint8_t> scratch_;

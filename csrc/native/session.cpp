@@ -8,13 +8,13 @@
 namespace narsil {
 namespace {
 
-constexpr int32_t STREAM_WINDOW = 4 << 20;       // a lane busy with one batch must not stall the peer
+constexpr int32_t STREAM_WINDOW = 4 << 20;  // a lane busy with one batch must not stall the peer
 constexpr int32_t CONNECTION_WINDOW = 32 << 20;
-constexpr uint32_t MAX_FRAME = 1u << 20;         // fewer frames for large messages
-constexpr size_t MAX_WAITING = 16;               // messages of one stream behind the one being answered
-constexpr size_t MAX_UNREAD = 1u << 20;          // bytes of answers that one stream's client has not yet let through
-constexpr int MAX_CONTINUATIONS = 16;            // frames of one header block beyond the first
-constexpr size_t FIRST_BLOCK = 64u << 10;        // bytes that an announced message gets before they have come
+constexpr uint32_t MAX_FRAME = 1u << 20;   // fewer frames for large messages
+constexpr size_t MAX_WAITING = 16;         // messages of one stream behind the one being answered
+constexpr size_t MAX_UNREAD = 1u << 20;    // bytes of answers that one stream's client has not yet let through
+constexpr int MAX_CONTINUATIONS = 16;      // frames of one header block beyond the first
+constexpr size_t FIRST_BLOCK = 64u << 10;  // bytes that an announced message gets before they have come
 
 bool is(const uint8_t* at, size_t size, const char* text) {
   return size == std::strlen(text) && !std::memcmp(at, text, size);
@@ -43,13 +43,20 @@ double timeout_seconds(const uint8_t* at, size_t size) {
     value = 10 * value + (at[i] - '0');
   }
   switch (at[size - 1]) {
-    case 'H': return value * 3600;
-    case 'M': return value * 60;
-    case 'S': return value;
-    case 'm': return value * 1e-3;
-    case 'u': return value * 1e-6;
-    case 'n': return value * 1e-9;
-    default: return -1;
+    case 'H':
+      return value * 3600;
+    case 'M':
+      return value * 60;
+    case 'S':
+      return value;
+    case 'm':
+      return value * 1e-3;
+    case 'u':
+      return value * 1e-6;
+    case 'n':
+      return value * 1e-9;
+    default:
+      return -1;
   }
 }
 
@@ -291,7 +298,8 @@ void Session::begin(int32_t stream) {
 
 int Session::header(Call& call, const uint8_t* name, size_t name_size, const uint8_t* value, size_t value_size) {
   call.header_bytes += name_size + value_size + 32;
-  if (call.header_bytes > 4 * shared_.config.max_header_bytes) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;  // resets it
+  if (call.header_bytes > 4 * shared_.config.max_header_bytes)
+    return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;  // resets it
   if (call.refused || call.header_bytes > shared_.config.max_header_bytes) return 0;
   if (is(name, name_size, ":path")) {
     const auto found = shared_.config.methods.find(std::string(reinterpret_cast<const char*>(value), value_size));
@@ -350,7 +358,8 @@ bool Session::over_budget(Call& call) {
 // Whether a message follows whose bytes are still to come.
 bool Session::prefix_done(Call& call) {
   const uint8_t* const p = call.prefix;
-  call.expected = static_cast<size_t>(p[1]) << 24 | static_cast<size_t>(p[2]) << 16 | static_cast<size_t>(p[3]) << 8 | p[4];
+  call.expected =
+      static_cast<size_t>(p[1]) << 24 | static_cast<size_t>(p[2]) << 16 | static_cast<size_t>(p[3]) << 8 | p[4];
   if (p[0]) {
     refuse(call, UNIMPLEMENTED, "compressed messages are not supported; send them with grpc-encoding: identity");
     return false;

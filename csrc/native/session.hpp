@@ -12,21 +12,21 @@ namespace narsil {
 struct Config {
   Schema schema;
   std::unordered_map<std::string, Method> methods;
-  size_t max_message = 16u << 20;      // bytes of one message
-  size_t max_buffered = 512u << 20;    // bytes of messages that are still arriving or that no lane has taken, and of
-                                       // answers that clients do not let through
-  size_t max_streams = 1024;           // calls in flight on one connection
+  size_t max_message = 16u << 20;    // bytes of one message
+  size_t max_buffered = 512u << 20;  // bytes of messages that are still arriving or that no lane has taken, and of
+                                     // answers that clients do not let through
+  size_t max_streams = 1024;         // calls in flight on one connection
   size_t max_connections = 8192;
-  size_t max_watchers = 256;           // calls that watch the server's health
-  size_t max_header_bytes = 16u << 10; // names, values and 32 a field, as HTTP/2 counts them
-  size_t max_resets = 1000;            // streams a client may have reset in one burst; a fifth of it more each second
+  size_t max_watchers = 256;            // calls that watch the server's health
+  size_t max_header_bytes = 16u << 10;  // names, values and 32 a field, as HTTP/2 counts them
+  size_t max_resets = 1000;             // streams a client may have reset in one burst; a fifth of it more each second
   // Seconds.
-  double handshake_s = 10;   // from the connection to its first whole frame
-  double stall_s = 60;       // without a byte moving: a request half sent, or an answer half read
-  double idle_s = 3600;      // without a call
-  double keepalive_s = 60;   // without a byte: the peer is asked whether it is there
+  double handshake_s = 10;  // from the connection to its first whole frame
+  double stall_s = 60;      // without a byte moving: a request half sent, or an answer half read
+  double idle_s = 3600;     // without a call
+  double keepalive_s = 60;  // without a byte: the peer is asked whether it is there
   double keepalive_timeout_s = 20;
-  double helper_s = 0.005;   // how long the network may wait while nobody polls
+  double helper_s = 0.005;  // how long the network may wait while nobody polls
 };
 
 struct Statistics {
@@ -56,7 +56,8 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Takes bytes from the peer. False when the connection is beyond help; what is pulled afterwards says why to the peer.
+  // Takes bytes from the peer. False when the connection is beyond help; what is pulled afterwards says why to the
+  // peer.
   bool feed(const uint8_t* data, size_t size);
 
   // Appends frames until `out` holds `most` bytes or nothing is left to send. False on a failure of the library.

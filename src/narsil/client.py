@@ -16,8 +16,8 @@ import grpc
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.errors import STATUS, NarsilError
-from narsil.models.schema import Feature, ModelSchema
 from narsil.protos import narsil_pb2
 
 _PREDICT = "/narsil.v1.Inference/Predict"

@@ -15,6 +15,8 @@ from types import FrameType
 
 import numpy as np
 
+from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.backends.pinning import pin
 from narsil.backends.registry import load_backend
@@ -24,9 +26,7 @@ from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.errors import ConfigError
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.schema import ModelSchema
-from narsil.native import AVAILABLE, MISSING
+from narsil.extension import AVAILABLE, MISSING
 from narsil.transports.base import ServedModel, Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 from narsil.transports.validate import RequestLimits

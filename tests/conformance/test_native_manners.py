@@ -19,7 +19,7 @@ from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import predictor_body
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.native import AVAILABLE
+from narsil.extension import AVAILABLE
 from narsil.transports.codec import narsil_v1
 from narsil.transports.reflection import METHOD as REFLECTION
 from tests.conformance.http2_client import (

@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("fbgemm_gpu")
 
+from narsil.artifacts.artifact import open_artifact
 from narsil.backends.registry import load_backend
 from narsil.bench.load import choose_client
 from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.dataflow import Features, OneHot
 from narsil.engine.collate import Collator
-from narsil.models.artifact import open_artifact
 
 ROOT = Path(__file__).parents[2]
 ROW_KEYS = {

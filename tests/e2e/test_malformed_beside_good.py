@@ -11,12 +11,12 @@ import grpc
 import numpy as np
 import pytest
 
+from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.backends.registry import load_backend
 from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.bench.workload import predictor_body
 from narsil.client import Context, build_request
 from narsil.engine.collate import Collator
-from narsil.models.artifact import Artifact, open_artifact
 from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm  # skips this module without torchrec

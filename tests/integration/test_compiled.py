@@ -18,28 +18,28 @@ pytest.importorskip("fbgemm_gpu")
 import torch
 from click.testing import CliRunner
 
+from narsil.artifacts import compiled_info as compiled_module
+from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.compiled_info import processor_flags
+from narsil.artifacts.packed import kinds_here
 from narsil.backends.base import Backend
 from narsil.backends.compiled import InductorBackend, load_compiled
 from narsil.backends.fused import FusedBackend
-from narsil.backends.gate import replay
-from narsil.backends.judge import ArtifactJudge
 from narsil.backends.registry import load_backend
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.bench.servers import narsil_server
 from narsil.cli import cli
 from narsil.client import Client
+from narsil.compile import compiler as compiler_module
+from narsil.compile.calibration import Calibration, load_calibration
+from narsil.compile.compiler import DEFAULT_LIMITS, compile_artifact
+from narsil.compile.gate import replay
+from narsil.compile.judge import ArtifactJudge
 from narsil.dataflow import Batch, Request
 from narsil.engine.engine import Engine
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
-from narsil.models import compiled as compiled_module
-from narsil.models import compiler as compiler_module
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.calibration import Calibration, load_calibration
-from narsil.models.compiled import processor_flags
-from narsil.models.compiler import DEFAULT_LIMITS, compile_artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.packager import package_dlrm
-from narsil.models.packing import kinds_here
+from narsil.packaging.dlrm import DlrmConfig, random_weights
+from narsil.packaging.packager import package_dlrm
 from tests.fixtures_models import assert_invariant, batch_of
 from tests.support import Reply, one_hot
 

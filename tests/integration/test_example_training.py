@@ -16,9 +16,9 @@ pytest.importorskip("click")
 
 from click.testing import CliRunner  # noqa: E402
 
-from narsil.models.checkpoint import load_checkpoint  # noqa: E402
-from narsil.models.dlrm import DlrmConfig  # noqa: E402
-from narsil.models.modules import predict_fp32  # noqa: E402
+from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
+from narsil.packaging.dlrm import DlrmConfig  # noqa: E402
+from narsil.packaging.modules import predict_fp32  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_dlrm.py"
 ROWS = 200

@@ -13,18 +13,18 @@ import pytest
 
 pytest.importorskip("fbgemm_gpu")
 
+from narsil.artifacts.compiled_info import SCALE_BIAS_BYTES, processor_flags
+from narsil.artifacts.packed import kinds_here
+from narsil.artifacts.torchrec import load_torchscript
 from narsil.backends.fused import PARTS, FusedBackend, Geometry, Library, Network
-from narsil.backends.planner import LADDERS, Workbench, choose, climb
 from narsil.backends.torchscript import TorchScriptBackend
+from narsil.compile.compiler import _build
+from narsil.compile.core import read_parts, realigned
+from narsil.compile.planner import LADDERS, Workbench, choose, climb
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ForwardFailed
-from narsil.models.compiled import SCALE_BIAS_BYTES, processor_flags
-from narsil.models.compiler import _build
-from narsil.models.core import read_parts, realigned
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.packager import package_dlrm
-from narsil.models.packing import kinds_here
-from narsil.models.torchrec import load_torchscript
+from narsil.packaging.dlrm import DlrmConfig, random_weights
+from narsil.packaging.packager import package_dlrm
 from tests.fixtures_models import assert_invariant, batch_of, rows_of
 
 HERE = kinds_here(processor_flags())

@@ -18,16 +18,16 @@ pytest.importorskip("onnxruntime")
 
 from click.testing import CliRunner  # noqa: E402
 
+from narsil.artifacts.artifact import MANIFEST, Artifact, open_artifact  # noqa: E402
+from narsil.artifacts.torchrec import derive_schema  # noqa: E402
 from narsil.backends.registry import load_backend  # noqa: E402
 from narsil.cli import cli  # noqa: E402
 from narsil.dataflow import Batch, Floats  # noqa: E402
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable  # noqa: E402
-from narsil.models.artifact import MANIFEST, Artifact, open_artifact  # noqa: E402
-from narsil.models.checkpoint import load_checkpoint  # noqa: E402
-from narsil.models.dlrm import DlrmConfig, random_weights, table_key  # noqa: E402
-from narsil.models.modules import Dlrm, load_weights, predict_fp32  # noqa: E402
-from narsil.models.packager import package_dlrm, quantized_module  # noqa: E402
-from narsil.models.torchrec import derive_schema  # noqa: E402
+from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
+from narsil.packaging.dlrm import DlrmConfig, random_weights, table_key  # noqa: E402
+from narsil.packaging.modules import Dlrm, load_weights, predict_fp32  # noqa: E402
+from narsil.packaging.packager import package_dlrm, quantized_module  # noqa: E402
 from tests.fixtures_models import batch_of, small  # noqa: E402
 
 INT8_ERROR = 0.03  # of a score, with rows of 255 steps and up to a dozen ids per bag
@@ -292,7 +292,7 @@ def test_a_failed_packaging_leaves_the_earlier_artifact(tmp_path: Path, monkeypa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("narsil.models.artifact.write_manifest", full)
+    monkeypatch.setattr("narsil.artifacts.artifact.write_manifest", full)
     with pytest.raises(ArtifactError, match="No space left"):
         package_dlrm(config, random_weights(config), out, onnx=False)
     assert open_artifact(out).schema == config.schema

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import narsil
+from narsil.artifacts.artifact import Artifact
 from narsil.backends.registry import load_backend
 from narsil.bench.servers import ServerDied, ServerProcess, narsil_server
 from narsil.bench.workload import Workload, narsil_body, predictor_body, score_reader
 from narsil.dataflow import Features
 from narsil.engine.collate import Collator
-from narsil.models.artifact import Artifact
 from narsil.transports.codec import narsil_v1, predictor
 from tests.support import PATIENCE_S, jagged, one_hot
 

@@ -31,10 +31,10 @@ with warnings.catch_warnings():
     from torchrec.modules.mlp import MLP
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from narsil.artifacts.artifact import open_artifact
+from narsil.artifacts.torchrec import derive_schema
 from narsil.backends.registry import load_backend
 from narsil.errors import ArtifactError
-from narsil.models.artifact import open_artifact
-from narsil.models.torchrec import derive_schema
 from tests.fixtures_models import batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -225,8 +225,8 @@ def test_the_tables_rows_differ_so_that_the_order_of_ids_shows(which: str, reque
 
 def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: Path) -> None:
     """The same FP32 weights through both packagers: the same bytes in the tables, the same scores."""
-    from narsil.models.dlrm import DlrmConfig, random_weights, table_key
-    from narsil.models.packager import package_dlrm
+    from narsil.packaging.dlrm import DlrmConfig, random_weights, table_key
+    from narsil.packaging.packager import package_dlrm
 
     config = DlrmConfig(
         tables=4, rows=ROWS, dim=16, dense_features=DENSE, dense_arch=(32, 16), over_arch=(32, 1), feature_names=NAMES
@@ -253,10 +253,10 @@ def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: P
 @pytest.mark.parametrize("averaged", [(), ("user", "hour"), NAMES], ids=["sum", "sum and mean", "mean"])
 @pytest.mark.parametrize("keys", [NAMES, ("hour", "shop", "ad", "user")], ids=["the tables' order", "another order"])
 def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[str], tmp_path: Path) -> None:
-    from narsil.backends.judge import ArtifactJudge
-    from narsil.models.compiled import processor_flags
-    from narsil.models.compiler import compile_artifact
-    from narsil.models.packing import kinds_here
+    from narsil.artifacts.compiled_info import processor_flags
+    from narsil.artifacts.packed import kinds_here
+    from narsil.compile.compiler import compile_artifact
+    from narsil.compile.judge import ArtifactJudge
 
     if len(averaged) == 2 and not kinds_here(processor_flags()):
         pytest.skip("mixed pooling needs the fused engine")

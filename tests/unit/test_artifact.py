@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from narsil.artifacts.artifact import MANIFEST, open_artifact, write_manifest
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.errors import ArtifactError
-from narsil.models.artifact import MANIFEST, open_artifact, write_manifest
-from narsil.models.schema import Feature, ModelSchema
 
 SCHEMA = ModelSchema(3, (Feature("user", "t_user", 10, 8), Feature("item", "t_item", 20, 8)))
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.client import Context, build_request, read_model, read_response
 from narsil.dataflow import Features, Jagged, OneHot, StageTimes
 from narsil.engine.collate import Collator
 from narsil.errors import InvalidRequest
-from narsil.models.schema import Feature, ModelSchema
 from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1
 from narsil.transports.validate import RequestLimits

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.client import build_request
 from narsil.dataflow import Features, Jagged, OneHot, StageTimes
 from narsil.engine.collate import Collator
 from narsil.errors import InvalidRequest, ModelNotFound
-from narsil.models.schema import Feature, ModelSchema
-from narsil.native import AVAILABLE, NativeFeatures
+from narsil.extension import AVAILABLE, NativeFeatures
 from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.base import ServedModel, wires
 from narsil.transports.codec import narsil_v1, predictor

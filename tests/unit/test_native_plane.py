@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from narsil.native import AVAILABLE
+from narsil.extension import AVAILABLE
 from tests.support import PATIENCE_S
 
 if not AVAILABLE:

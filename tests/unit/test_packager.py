@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from narsil.artifacts.artifact import FORMAT, MANIFEST
+from narsil.artifacts.replacing import replacing
 from narsil.errors import ArtifactError
-from narsil.models.artifact import FORMAT, MANIFEST
-from narsil.models.packager import replacing
 
 
 def write(folder: Path, name: str) -> None:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narsil.artifacts.packed import PANEL, LayerShape, fits, kinds_here, read_packed, write_packed
+from narsil.compile.packing import pack, pack_logit
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError
-from narsil.models.packing import PANEL, LayerShape, fits, kinds_here, pack, pack_logit, read_packed, write_packed
 
 ALL = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c", "fma", "avx512_bf16", "avx512_vnni")
 MOST_INPUTS = 1 << 16  # of a layer in integers

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.errors import ArtifactError, ConfigError
-from narsil.models.dlrm import DlrmConfig, check_weights, random_weights
-from narsil.models.schema import Feature, ModelSchema
+from narsil.packaging.dlrm import DlrmConfig, check_weights, random_weights
 
 names = st.from_regex(r"[A-Za-z0-9_.\-/:]{1,24}", fullmatch=True)
 features = st.builds(

@@ -65,9 +65,8 @@ int ParseInt(std::string_view name, std::string_view text, int minimum) {
   int value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size() || value < minimum) {
-    throw std::invalid_argument(
-        std::string(name) + " takes an integer of at least " + std::to_string(minimum) + ", not '" +
-        std::string(text) + "'");
+    throw std::invalid_argument(std::string(name) + " takes an integer of at least " + std::to_string(minimum) +
+                                ", not '" + std::string(text) + "'");
   }
   return value;
 }
@@ -134,8 +133,8 @@ void KeepMemory() {
 // and an operator that is missing for it is named when the artifact is loaded.
 void LoadFbgemmOperators(const std::filesystem::path& folder) {
   constexpr const char* kParts[] = {
-      "config",         "tbe_utils",     "tbe_index_select",    "tbe_common",            "tbe_cache",
-      "tbe_optimizers", "tbe_inference", "sparse_async_cumsum", "embedding_inplace_ops", "py",
+      "config",        "tbe_utils",           "tbe_index_select",      "tbe_common", "tbe_cache", "tbe_optimizers",
+      "tbe_inference", "sparse_async_cumsum", "embedding_inplace_ops", "py",
   };
   for (const char* part : kParts) {
     const auto library = folder / ("fbgemm_gpu_" + std::string(part) + ".so");
@@ -188,8 +187,7 @@ class Model {
     std::vector<std::pair<std::string, at::Tensor>> scores;
     scores.reserve(result.size());
     for (const auto& item : result) {
-      scores.emplace_back(
-          item.key().toStringRef(), item.value().toTensor().to(at::kCPU, at::kFloat).contiguous());
+      scores.emplace_back(item.key().toStringRef(), item.value().toTensor().to(at::kCPU, at::kFloat).contiguous());
     }
     return scores;
   }
@@ -250,18 +248,15 @@ std::string Describe(const std::exception& error) {
   return from_torch != nullptr ? from_torch->what_without_backtrace() : error.what();
 }
 
-grpc::Status InvalidArgument(std::string message) {
-  return {grpc::StatusCode::INVALID_ARGUMENT, std::move(message)};
-}
+grpc::Status InvalidArgument(std::string message) { return {grpc::StatusCode::INVALID_ARGUMENT, std::move(message)}; }
 
 class PredictorService final : public predictor::Predictor::Service {
  public:
   // Without a model, what is measured is gRPC alone.
   explicit PredictorService(Model* model) : model_(model) {}
 
-  grpc::Status Predict(
-      grpc::ServerContext*, const predictor::PredictionRequest* request,
-      predictor::PredictionResponse* response) override {
+  grpc::Status Predict(grpc::ServerContext*, const predictor::PredictionRequest* request,
+                       predictor::PredictionResponse* response) override {
     const auto& dense = request->float_features();
     const auto& sparse = request->id_list_features();
     const std::int64_t rows = request->batch_size();
@@ -317,8 +312,8 @@ std::unique_ptr<grpc::Server> StartServer(const Options& options, PredictorServi
     quota.SetMaxThreads(options.max_handler_threads);
     builder.SetResourceQuota(quota);
   }
-  builder.AddListeningPort(
-      options.host + ":" + std::to_string(options.port), grpc::InsecureServerCredentials(), &bound_port);
+  builder.AddListeningPort(options.host + ":" + std::to_string(options.port), grpc::InsecureServerCredentials(),
+                           &bound_port);
   builder.RegisterService(&service);
   auto server = builder.BuildAndStart();
   if (server == nullptr) {

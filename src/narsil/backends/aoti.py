@@ -1,6 +1,6 @@
 """Runs what AOTInductor compiled through its C interface, without the GIL.
 
-Receives a .pt2 package of a core (see models/core.py); owns the shared library that it holds, and per lane one
+Receives a .pt2 package of a core (see compile/core.py); owns the shared library that it holds, and per lane one
 container: the library's own copy of the weights and its state. torch's own runner holds the GIL for the whole forward;
 a foreign function call through ctypes drops it. Source of the interface: torch/csrc/inductor/aoti_runtime/interface.h
 and aoti_torch/c/shim.h.

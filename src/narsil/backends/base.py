@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Batch, Scores
-from narsil.models.schema import ModelSchema
 
 
 class Backend(ABC):

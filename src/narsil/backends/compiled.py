@@ -19,19 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import DEVICE, HOST, INT8, CompiledInfo, machine_problem
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.aoti import Container, Library
 from narsil.backends.base import Backend
 from narsil.backends.fused import FusedBackend, Network
 from narsil.backends.kernels import bucket
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError, ConfigError
-from narsil.models.artifact import Artifact
-from narsil.models.compiled import CompiledInfo, machine_problem
-from narsil.models.compiler import gpu_flags
-from narsil.models.core import DEVICE, HOST, INT8
-from narsil.models.schema import ModelSchema
 
-__all__ = ["CudaBackend", "InductorBackend", "compiled_device", "load_compiled", "why_not"]
+__all__ = ["CudaBackend", "InductorBackend", "compiled_device", "gpu_flags", "load_compiled", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,14 @@ def why_not(artifact: Artifact) -> str | None:
     info = _info(artifact)
     gpu = gpu_flags() if info.device == "cuda" else ()
     return machine_problem(info, str(torch.__version__), gpu)
+
+
+def gpu_flags() -> tuple[str, ...]:
+    """What the GPU of this machine runs, as its compilers name it; empty without one."""
+    if not torch.cuda.is_available():
+        return ()
+    major, minor = torch.cuda.get_device_capability()
+    return (f"sm_{major}{minor}",)
 
 
 def compiled_device(artifact: Artifact) -> str:

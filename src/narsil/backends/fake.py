@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Floats, Scores
-from narsil.models.schema import ModelSchema
 
 
 @dataclass

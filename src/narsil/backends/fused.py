@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import CompiledInfo
+from narsil.artifacts.packed import KINDS, Packed, read_packed
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError, ForwardFailed
-from narsil.models.artifact import Artifact
-from narsil.models.compiled import CompiledInfo
-from narsil.models.packing import KINDS, Packed, read_packed
-from narsil.models.schema import ModelSchema
 
 __all__ = ["PARTS", "FusedBackend", "Geometry", "Library", "Network"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from narsil.artifacts.artifact import ONNX_SCHEMA, Artifact
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, DeviceUnavailable, first_line
-from narsil.models.artifact import ONNX_SCHEMA, Artifact
-from narsil.models.schema import ModelSchema
 
 __all__ = ["OnnxBackend"]
 

@@ -6,9 +6,9 @@ import logging
 from importlib.util import find_spec
 from typing import Literal
 
+from narsil.artifacts.artifact import Artifact
 from narsil.backends.base import Backend
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, first_line
-from narsil.models.artifact import Artifact
 
 __all__ = ["BackendName", "load_backend"]
 

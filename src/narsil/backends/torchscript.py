@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.torchrec import DENSE, LENGTHS, VALUES, load_torchscript, schema_of
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError
-from narsil.models.artifact import Artifact
-from narsil.models.schema import ModelSchema
-from narsil.models.torchrec import DENSE, LENGTHS, VALUES, load_torchscript, schema_of
 
 __all__ = ["TorchScriptBackend"]
 

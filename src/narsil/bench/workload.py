@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.client import build_request
 from narsil.dataflow import Features, Ints, Jagged, OneHot
-from narsil.models.schema import ModelSchema
 from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 

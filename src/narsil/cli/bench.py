@@ -94,8 +94,8 @@ def command(
     workload = Workload(schema_for(target, schema), batch_size, min(bodies, requests + warmup), max_ids, seed)
     expected = []
     if verify is not None:
+        from narsil.artifacts.artifact import open_artifact
         from narsil.backends.registry import load_backend
-        from narsil.models.artifact import open_artifact
 
         expected = reference_scores(load_backend(open_artifact(verify), tune_kernels=False), workload, KEEP)
     load = Load(

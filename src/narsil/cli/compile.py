@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.cli.package import show_progress
+from narsil.compile.compiler import ENGINE_CHOICES
 from narsil.errors import ConfigError
-from narsil.models.artifact import Artifact, open_artifact
-from narsil.models.compiler import ENGINE_CHOICES
 
 __all__ = ["command"]
 
@@ -57,9 +57,9 @@ def command(
     other option. It runs on this processor or a newer one of its kind, with this version of torch.
     """
     _check_torch()
-    from narsil.backends.judge import ArtifactJudge
-    from narsil.models.calibration import load_calibration
-    from narsil.models.compiler import compile_artifact
+    from narsil.compile.calibration import load_calibration
+    from narsil.compile.compiler import compile_artifact
+    from narsil.compile.judge import ArtifactJudge
 
     source = open_artifact(model)
     rows = None if calibration is None else load_calibration(calibration, source.schema)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from narsil.models.artifact import Artifact, open_artifact
+from narsil.artifacts.artifact import Artifact, open_artifact
 
 __all__ = ["command"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.schema import Pooling
 from narsil.errors import ConfigError
-from narsil.models.artifact import Artifact
-from narsil.models.dlrm import DlrmConfig, random_weights
-from narsil.models.schema import Pooling
+from narsil.packaging.dlrm import DlrmConfig, random_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -123,11 +123,11 @@ def dlrm(
                 raise ConfigError(
                     f"--{next(iter(options)).replace('_', '-')} contradicts --checkpoint, whose shapes say it"
                 )
-            from narsil.models.checkpoint import load_checkpoint
+            from narsil.packaging.checkpoint import load_checkpoint
 
             config, weights = load_checkpoint(checkpoint, features=features, pooling=pool)
         report("weights", 1, 1)
-        from narsil.models.packager import package_dlrm
+        from narsil.packaging.packager import package_dlrm
 
         artifact = package_dlrm(
             config,
@@ -155,7 +155,7 @@ def _check_device(device: str) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"packaging needs torch and fbgemm ({error}); install narsil[cpu] or narsil[cuda]") from None
-    from narsil.models.packager import check_device
+    from narsil.packaging.packager import check_device
 
     check_device(device)
 

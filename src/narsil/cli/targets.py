@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from narsil.models.schema import ModelSchema
+from narsil.artifacts.schema import ModelSchema
 
 target_option: Callable[[Any], Any] = click.option(
     "--target", default="127.0.0.1:50051", show_default=True, help="HOST:PORT of the server."
@@ -18,7 +18,7 @@ target_option: Callable[[Any], Any] = click.option(
 def schema_for(target: str, path: Path | None) -> ModelSchema:
     """The schema of an artifact, or of what a Narsil server says that it serves."""
     if path is not None:
-        from narsil.models.artifact import open_artifact
+        from narsil.artifacts.artifact import open_artifact
 
         return open_artifact(path, verify=False).schema
     from narsil.client import Client

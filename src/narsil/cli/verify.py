@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from narsil.artifacts.artifact import open_artifact
 from narsil.cli.targets import target_option
 from narsil.errors import ArtifactError, ConfigError
-from narsil.models.artifact import open_artifact
 
 if TYPE_CHECKING:
+    from narsil.artifacts.compiled_info import Deviation
     from narsil.client import ModelInfo
     from narsil.dataflow import Batch
-    from narsil.models.compiled import Deviation
 
 __all__ = ["command"]
 
@@ -42,10 +42,10 @@ def command(
     The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where a
     score deviates by more than --max-deviation.
     """
-    from narsil.backends.gate import compare
     from narsil.backends.registry import load_backend
     from narsil.client import Client
-    from narsil.models.calibration import load_calibration
+    from narsil.compile.calibration import load_calibration
+    from narsil.compile.gate import compare
 
     artifact = open_artifact(model)
     schema, task = artifact.schema, artifact.schema.tasks[0]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Batch, Features, Floats, Ints, Jagged, OneHot, Payload
-from narsil.models.schema import ModelSchema
-from narsil.native import NativeFeatures, all_native
+from narsil.extension import NativeFeatures, all_native
 
 
 class Collator:

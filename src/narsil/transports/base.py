@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Features, Request, Result
 from narsil.engine.engine import Source
 from narsil.errors import ModelNotFound
-from narsil.models.schema import ModelSchema
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.validate import RequestLimits
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.native import NativeFeatures
+from narsil.extension import NativeFeatures
 from narsil.transports import health
 from narsil.transports.base import (
     MAX_STREAMS,

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Floats, Ints, Jagged, OneHot
 from narsil.errors import InvalidRequest
-from narsil.models.schema import ModelSchema
 
 FLOAT32 = np.dtype("<f4")
 INT32 = np.dtype("<i4")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Features, Jagged, OneHot, Scores, StageTimes
 from narsil.errors import InvalidRequest
-from narsil.models.schema import ModelSchema
 from narsil.transports import validate
 from narsil.transports.codec.wire import LEN, VARINT, Field, expect, put_len, put_uint, scan, text, varint
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Features, Floats, Jagged, OneHot, Scores
 from narsil.errors import InvalidRequest
-from narsil.models.schema import ModelSchema
 from narsil.transports import validate
 from narsil.transports.codec.wire import LEN, VARINT, expect, put_len, scan, signed32
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import Deviation
+from narsil.artifacts.schema import ModelSchema
+from narsil.compile.calibration import Calibration
 from narsil.dataflow import Batch, Floats
-from narsil.models.artifact import Artifact
-from narsil.models.calibration import Calibration
-from narsil.models.compiled import Deviation
-from narsil.models.schema import ModelSchema
 
 __all__ = ["RANDOM_ROWS", "auc", "compare", "deviation_of", "rank_correlation", "replay"]
 

@@ -1,7 +1,7 @@
 // A DLRM's forward for x86 processors with AVX-512: rows in, scores out, one tile of rows at a time.
 //
-// Receives a Model (tables as FBGEMM lays out INT8 rows, weights as narsil/models/packing.py packs them) and a batch of
-// rows; writes one score per row. Owns nothing: weights and tables are mapped by the caller and shared by all lanes,
+// Receives a Model (tables as FBGEMM lays out INT8 rows, weights as narsil/compile/packing.py packs them) and a batch
+// of rows; writes one score per row. Owns nothing: weights and tables are mapped by the caller and shared by all lanes,
 // scratch memory is a lane's own. `narsil compile` builds this file for the processor at hand; the server loads the
 // result through ctypes, which lets go of the GIL.
 //
@@ -56,10 +56,10 @@ struct Model {
   int64_t dim;
   int64_t row_bytes;
   int64_t dense_layers;
-  int64_t over_layers;         // the last one, of one output in fp32, gives the logit
-  int64_t width;                // floats that a row needs where it is widest, a multiple of 64
-  int64_t tile_rows;            // at most; a batch is cut into tiles of equal size
-  const Layer* layers;          // dense, then over
+  int64_t over_layers;  // the last one, of one output in fp32, gives the logit
+  int64_t width;        // floats that a row needs where it is widest, a multiple of 64
+  int64_t tile_rows;    // at most; a batch is cut into tiles of equal size
+  const Layer* layers;  // dense, then over
   const uint8_t* table_bytes;
   const int64_t* table_starts;  // (tables,) bytes
   const int64_t* table_rows;    // (tables,)
@@ -160,8 +160,8 @@ void linear(const Layer& layer, int64_t per_dword, const uint32_t* in, int64_t i
 #ifdef __AVX512BF16__
 void to_bf16(const float* from, int64_t count, uint32_t* to) {
   for (int64_t i = 0; i < count; i += 32)
-    _mm512_storeu_si512(
-        to + i / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i)));
+    _mm512_storeu_si512(to + i / 2,
+                        (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i)));
 }
 #endif
 
@@ -293,8 +293,8 @@ void pool_columns(const Model& model, const uint8_t* base, const Id* ids, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const uint8_t* at = row + 4 + from + 16 * v;
-      const __m128i bytes = v + 1 < V ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
-                                      : _mm_maskz_loadu_epi8(inside, at);
+      const __m128i bytes =
+          v + 1 < V ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)) : _mm_maskz_loadu_epi8(inside, at);
       sums[v] = _mm512_add_ps(sums[v], _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), scale, bias));
     }
   }
@@ -316,10 +316,17 @@ bool pool(const Model& model, int64_t table, const Id* ids, int64_t count, float
     const int64_t left = std::min<int64_t>(model.dim - from, 64), vectors = (left + 15) / 16;
     const __mmask16 inside = static_cast<__mmask16>(0xffff >> (16 * vectors - left));
     switch (vectors) {
-      case 1: pool_columns<1>(model, base, ids, count, share, from, inside, out); break;
-      case 2: pool_columns<2>(model, base, ids, count, share, from, inside, out); break;
-      case 3: pool_columns<3>(model, base, ids, count, share, from, inside, out); break;
-      default: pool_columns<4>(model, base, ids, count, share, from, inside, out);
+      case 1:
+        pool_columns<1>(model, base, ids, count, share, from, inside, out);
+        break;
+      case 2:
+        pool_columns<2>(model, base, ids, count, share, from, inside, out);
+        break;
+      case 3:
+        pool_columns<3>(model, base, ids, count, share, from, inside, out);
+        break;
+      default:
+        pool_columns<4>(model, base, ids, count, share, from, inside, out);
     }
   }
   return true;
@@ -351,12 +358,12 @@ struct Clock {
 
 // A lane's scratch memory, cut up.
 struct Scratch {
-  float* first;      // (tile_rows, width)
-  float* second;     // (tile_rows, width)
-  uint32_t* codes;   // (tile_rows, width) of 2 bytes at most: a layer's input in its own kind
-  float* steps;      // (tile_rows,)
-  float* vectors;    // (tables + 1 up to a multiple of 4, dim up to a multiple of 16)
-  int64_t* starts;   // (tables * rows,) where each bag begins
+  float* first;     // (tile_rows, width)
+  float* second;    // (tile_rows, width)
+  uint32_t* codes;  // (tile_rows, width) of 2 bytes at most: a layer's input in its own kind
+  float* steps;     // (tile_rows,)
+  float* vectors;   // (tables + 1 up to a multiple of 4, dim up to a multiple of 16)
+  int64_t* starts;  // (tables * rows,) where each bag begins
 };
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -24,8 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from narsil.artifacts.schema import ModelSchema, is_name
 from narsil.errors import ArtifactError
-from narsil.models.schema import ModelSchema, is_name
 
 __all__ = [
     "COMPILED_FILE",
@@ -285,7 +285,7 @@ def _only_torchscript(path: Path) -> Path:
 
 
 def _from_torchscript(file: Path) -> Artifact:
-    from narsil.models.torchrec import derive_schema
+    from narsil.artifacts.torchrec import derive_schema
 
     schema, device = derive_schema(file)
     generic = file.stem.startswith("model") and file.resolve().parent.name

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Floats, Ints
 from narsil.errors import ArtifactError
-from narsil.models.schema import ModelSchema
 
 __all__ = ["Calibration", "load_calibration"]
 

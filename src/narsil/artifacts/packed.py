@@ -1,7 +1,8 @@
-"""Linear layers in the kinds of number that forward.cpp multiplies, and the file that holds them.
+"""Packed linear layers as the fused forward multiplies them, and weights.bin, the file that holds them.
 
-Receives FP32 layers; produces Packed arrays and weights.bin, which is mapped again when a model is served. Imports no
-torch. Kinds, what a multiplication costs beside FP32's, and what it rounds:
+Receives the layers' shapes from a manifest and the file's bytes, both hostile; produces Packed arrays as views of the
+bytes. `compile/packing.py` makes them. Imports no torch. Kinds, what a multiplication costs beside FP32's, and what it
+rounds:
 
     fp32    1     nothing
     bf16    1/2   input and weights to 8 significant bits
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,18 @@ from numpy.typing import NDArray
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError
 
-__all__ = ["KINDS", "PANEL", "LayerShape", "Packed", "kinds_here", "pack", "pack_logit", "read_packed", "write_packed"]
+__all__ = [
+    "KINDS",
+    "PANEL",
+    "PER_DWORD",
+    "LayerShape",
+    "Packed",
+    "fits",
+    "kinds_here",
+    "read_packed",
+    "rounded_up",
+    "write_packed",
+]
 
 KINDS = ("fp32", "bf16", "int16", "int8")  # by forward.cpp's numbers
 PANEL = 32  # outputs side by side
@@ -34,23 +46,9 @@ PER_DWORD = {"fp32": 1, "bf16": 2, "int16": 2, "int8": 4}
 _SHIFT = 128  # int8: what makes bytes of an input that may be negative
 _LEVELS_INT8 = {True: 127, False: 255}  # by whether the input may be negative
 _LEVELS_INT16 = {True: 4095, False: 8191}
-_MOST_SUM = 2**31 - 1
 _MOST_INPUTS = 1 << 16  # beyond, sums of int8 could leave 32 bits, and int16 weights would have too few levels left
-_LEAST_STEP = 1e-30  # of a weight: smaller ones round to zero
 _ALIGN = 64
 _MOST_SIZE = 1 << 24
-
-
-class HasWeights(Protocol):
-    """A linear layer's FP32 weights; see core.Linear."""
-
-    @property
-    def weight(self) -> Any:
-        """(out, in) tensor."""
-
-    @property
-    def bias(self) -> Any:
-        """(out,) tensor."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,13 @@ class LayerShape:
     def parts(self, *, logit: bool) -> tuple[tuple[type[Any], tuple[int, ...]], ...]:
         """Type and shape of weights, bias, scale and excess."""
         if logit:
-            return (np.float32, (_up(self.inputs, 16),)), (np.float32, (16,)), (np.float32, (0,)), (np.int32, (0,))
-        width = _up(self.outputs, PANEL)
+            return (
+                (np.float32, (rounded_up(self.inputs, 16),)),
+                (np.float32, (16,)),
+                (np.float32, (0,)),
+                (np.int32, (0,)),
+            )
+        width = rounded_up(self.outputs, PANEL)
         scaled = width if self.kind in ("int8", "int16") else 0
         return (
             (np.uint32, (width // PANEL, self.dwords, PANEL)),
@@ -134,46 +137,13 @@ def fits(kind: str, inputs: int) -> bool:
     return kind not in ("int8", "int16") or inputs <= _MOST_INPUTS
 
 
-def pack(linear: HasWeights, kind: str, *, signed: bool) -> Packed:
-    """One layer but the logit's; ``signed``: whether its input may be negative."""
-    weight = np.asarray(linear.weight, np.float32)
-    shape = LayerShape(weight.shape[1], weight.shape[0], kind, signed)
-    wide = np.zeros((_up(shape.outputs, PANEL), shape.dwords * PER_DWORD[kind]), np.float32)
-    wide[: shape.outputs, : shape.inputs] = weight
-    bias = np.zeros(len(wide), np.float32)
-    bias[: shape.outputs] = np.asarray(linear.bias, np.float32)
-    scale, excess = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    if kind == "fp32":
-        codes: NDArray[Any] = wide
-    elif kind == "bf16":
-        codes = _bf16(wide)
-    else:
-        steps = _steps(wide, shape)
-        codes = np.rint(wide / steps[:, None]).astype(np.int8 if kind == "int8" else np.int16)
-        scale = steps.astype(np.float32)
-        excess = (shape.shift * codes.astype(np.int32).sum(axis=1)).astype(np.int32)
-    dwords = np.ascontiguousarray(codes).view(np.uint32).reshape(-1, PANEL, shape.dwords)
-    return Packed(shape, np.ascontiguousarray(dwords.transpose(0, 2, 1)), bias, scale, excess)
-
-
-def pack_logit(linear: HasWeights) -> Packed:
-    """The over arch's last layer, of one output."""
-    weight = np.asarray(linear.weight, np.float32)
-    shape = LayerShape(weight.shape[1], 1, "fp32", signed=False)
-    wide = np.zeros(_up(shape.inputs, 16), np.float32)
-    wide[: shape.inputs] = weight[0]
-    bias = np.zeros(16, np.float32)
-    bias[0] = float(linear.bias[0])
-    return Packed(shape, wide, bias, np.zeros(0, np.float32), np.zeros(0, np.int32))
-
-
 def write_packed(layers: Sequence[Packed], file: Any) -> None:
     """weights.bin: each layer's weights, bias, scale and excess, each from a multiple of 64 bytes on."""
     for layer in layers:
         for array in (layer.weights, layer.bias, layer.scale, layer.excess):
             data = array.tobytes()
             file.write(data)
-            file.write(bytes(_up(len(data), _ALIGN) - len(data)))
+            file.write(bytes(rounded_up(len(data), _ALIGN) - len(data)))
 
 
 def read_packed(shapes: Sequence[LayerShape], data: NDArray[np.uint8]) -> tuple[Packed, ...]:
@@ -182,7 +152,7 @@ def read_packed(shapes: Sequence[LayerShape], data: NDArray[np.uint8]) -> tuple[
     for shape in shapes:
         shape.check()
     needed = sum(
-        _up(_bytes(kind, size), _ALIGN)
+        rounded_up(_bytes(kind, size), _ALIGN)
         for number, shape in enumerate(shapes)
         for kind, size in shape.parts(logit=number == len(shapes) - 1)
     )
@@ -196,32 +166,9 @@ def read_packed(shapes: Sequence[LayerShape], data: NDArray[np.uint8]) -> tuple[
         for kind, size in shape.parts(logit=number == len(shapes) - 1):
             count = _bytes(kind, size)
             arrays.append(data[at : at + count].view(kind).reshape(size))
-            at += _up(count, _ALIGN)
+            at += rounded_up(count, _ALIGN)
         layers.append(Packed(shape, *arrays))
     return tuple(layers)
-
-
-def _steps(wide: Floats, shape: LayerShape) -> NDArray[np.float64]:
-    """(outputs,) float64: what one step of each output's weights is worth."""
-    exact = wide.astype(np.float64)
-    largest = np.abs(exact).max(axis=1)
-    if shape.kind == "int8":
-        steps = largest / 127
-    else:
-        # No sum may leave 32 bits, whatever the input: inputs that are never negative meet either the positive or the
-        # negative weights at worst. Rounding adds at most half a step for each input.
-        positive, negative = np.maximum(exact, 0).sum(axis=1), np.maximum(-exact, 0).sum(axis=1)
-        worst = positive + negative if shape.signed else np.maximum(positive, negative)
-        steps = np.maximum(worst / (_MOST_SUM // shape.levels - shape.inputs), largest / (2**15 - 1))
-    result: NDArray[np.float64] = np.maximum(steps, _LEAST_STEP)
-    return result.astype(np.float32).astype(np.float64)  # as forward.cpp will read it
-
-
-def _bf16(values: Floats) -> NDArray[np.uint16]:
-    """Rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rounded
 
 
 def _bytes(kind: type[Any], size: tuple[int, ...]) -> int:
@@ -231,5 +178,6 @@ def _bytes(kind: type[Any], size: tuple[int, ...]) -> int:
     return total
 
 
-def _up(value: int, step: int) -> int:
+def rounded_up(value: int, step: int) -> int:
+    """The least multiple of ``step`` that is no less than ``value``."""
     return -(-value // step) * step

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights
+from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights
 
 __all__ = ["DenseArch", "Dlrm", "OverArch", "PredictModule", "predict_fp32"]
 

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ConfigError
-from narsil.models.schema import Feature, ModelSchema, Pooling
 
 __all__ = ["DlrmConfig", "DlrmWeights", "check_weights", "random_weights", "table_key"]
 

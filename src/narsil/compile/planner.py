@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from narsil.artifacts.packed import Packed, fits
+from narsil.artifacts.schema import ModelSchema
 from narsil.backends.fused import FusedBackend, Geometry, Library, Network
-from narsil.backends.gate import calibration_batches, random_batches
+from narsil.compile.calibration import Calibration
+from narsil.compile.core import DlrmParts
+from narsil.compile.gate import calibration_batches, random_batches
+from narsil.compile.packing import pack, pack_logit
 from narsil.dataflow import Batch, Floats
-from narsil.models.calibration import Calibration
-from narsil.models.core import DlrmParts
-from narsil.models.packing import Packed, fits, pack, pack_logit
-from narsil.models.schema import ModelSchema
 
 __all__ = ["Plan", "Workbench", "choose", "climb"]
 

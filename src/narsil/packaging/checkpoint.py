@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from narsil.artifacts.schema import Pooling
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, first_line
-from narsil.models.dlrm import DlrmConfig, check_weights, table_key
-from narsil.models.schema import Pooling
+from narsil.packaging.dlrm import DlrmConfig, check_weights, table_key
 
 __all__ = ["load_checkpoint"]
 

@@ -21,16 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from narsil.artifacts import artifact as artifacts
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import CompiledInfo, Deviation, processor_flags
+from narsil.artifacts.packed import Packed, kinds_here, write_packed
+from narsil.artifacts.replacing import Progress, replacing
+from narsil.artifacts.torchrec import load_torchscript
+from narsil.backends.compiled import gpu_flags
+from narsil.compile.calibration import Calibration
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, first_line
-from narsil.models import artifact as artifacts
-from narsil.models.artifact import Artifact
-from narsil.models.calibration import Calibration
-from narsil.models.compiled import CompiledInfo, Deviation, processor_flags
-from narsil.models.packager import Progress, replacing
-from narsil.models.packing import Packed, kinds_here, write_packed
-from narsil.models.torchrec import load_torchscript
 
-__all__ = ["DEFAULT_LIMITS", "ENGINE_CHOICES", "Chosen", "Judge", "compile_artifact", "gpu_flags"]
+__all__ = ["DEFAULT_LIMITS", "ENGINE_CHOICES", "Chosen", "Judge", "compile_artifact"]
 
 # Largest absolute deviation of a score that a compile may show, by precision.
 DEFAULT_LIMITS = {"fp32": 1e-5, "bf16": 2e-3, "int8": 2e-3, "auto": 2e-3}
@@ -40,7 +41,7 @@ _REVISION = 6  # of what this file generates: an older one's output is no answer
 _EXAMPLE_ROWS = 128  # of the inputs that torch.export traces; any number of rows runs
 _GPU_ALIGNMENT = 16  # bytes; of table rows, for FBGEMM's GPU operator
 _TAIL = 64  # zero bytes after the tables: vector loads of the last row may reach beyond it
-_FORWARD = Path(__file__).with_name("forward.cpp")
+_FORWARD = Path(__file__).with_name("forward") / "forward.cpp"
 # Sums keep the order in which they are written, which makes a row's score the same in every block.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=default", "-w")
 _BUILD_SECONDS = 300
@@ -162,16 +163,6 @@ def _check_device(device: str) -> None:
             )
 
 
-def gpu_flags() -> tuple[str, ...]:
-    """What the GPU of this machine runs, as its compilers name it; empty without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ()
-    major, minor = torch.cuda.get_device_capability()
-    return (f"sm_{major}{minor}",)
-
-
 def _engine(engine: str, device: str) -> str:
     """The engine to compile for: the fused one wherever it runs."""
     if engine not in ENGINE_CHOICES:
@@ -262,7 +253,7 @@ def _write_tables(
     """Writes tables.bin and the TorchScript file. What is described is not yet compiled for anything."""
     import torch
 
-    from narsil.models.core import read_parts, realigned
+    from narsil.compile.core import read_parts, realigned
 
     report("tables", 0, 1)
     parts = read_parts(load_torchscript(script, "cpu"), source.schema, script.name)
@@ -332,7 +323,7 @@ def _compile(parts: Any, info: CompiledInfo, path: Path) -> None:
     """Exports the core with any number of rows and compiles it; weights are packed for oneDNN as it does so."""
     import torch
 
-    from narsil.models.core import Core
+    from narsil.compile.core import Core
 
     core = Core(parts, "bf16" if info.precision == "bf16" else "fp32").eval().to(info.device)
     dense = torch.rand(_EXAMPLE_ROWS, info.dense_dim, device=info.device)

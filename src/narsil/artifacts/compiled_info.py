@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from narsil.artifacts.packed import LayerShape
+from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError
-from narsil.models.packing import LayerShape
-from narsil.models.schema import ModelSchema
 
 __all__ = ["ENGINES", "CompiledInfo", "Deviation", "machine_problem", "processor_flags"]
 
@@ -34,6 +34,8 @@ _INSTRUCTIONS_ARM = ("asimd", "sve", "bf16", "i8mm", "fphp", "dotprod")
 ENGINES = ("fused", "inductor")
 _NO_PAIR = ("fused", "cuda")
 
+INT8 = 2  # FBGEMM's SparseType
+DEVICE, HOST = 0, 3  # FBGEMM's EmbeddingLocation
 SCALE_BIAS_BYTES = 4  # FP16 scale and FP16 bias before a row's bytes
 
 

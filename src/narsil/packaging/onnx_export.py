@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from narsil.models import artifact as artifacts
-from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
+from narsil.artifacts import artifact as artifacts
+from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
 __all__ = ["export_onnx"]
 

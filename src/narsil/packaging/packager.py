@@ -1,31 +1,25 @@
 """Packages a DLRM: FP32 weights in, an artifact's folder out.
 
 Receives a DlrmConfig and its weights; writes model_default.pt (INT8 tables, TorchRec's interface), the ONNX graph
-with its tables, and the manifest. Owns the quantization and the atomic replacement of the folder: OUT is either
-what it was or the whole new artifact.
+with its tables, and the manifest. Owns the quantization.
 """
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
-from narsil.models import artifact as artifacts
-from narsil.models.artifact import Artifact
-from narsil.models.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
+from narsil.artifacts import artifact as artifacts
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.replacing import Progress, replacing
+from narsil.errors import ConfigError, DeviceUnavailable
+from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
-__all__ = ["Progress", "check_device", "package_dlrm", "quantized_module", "replacing"]
-
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+__all__ = ["check_device", "package_dlrm", "quantized_module"]
 
 
 def package_dlrm(
@@ -58,7 +52,7 @@ def package_dlrm(
         files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
         _save_torchscript(quantized_module(config, weights, device, report), files["torchscript"], report)
         if onnx or (onnx is None and find_spec("onnx") is not None):
-            from narsil.models.onnx_export import export_onnx
+            from narsil.packaging.onnx_export import export_onnx
 
             files |= export_onnx(config, weights, staging, lambda done, total: report("onnx", done, total))
         report("manifest", 0, 1)
@@ -98,7 +92,7 @@ def quantized_module(config: DlrmConfig, weights: DlrmWeights, device: str, repo
     """The scripted module that model_default.pt holds, on ``device``."""
     import torch
 
-    from narsil.models.modules import PredictModule, load_weights
+    from narsil.packaging.modules import PredictModule, load_weights
 
     tbe = _quantized_tables(config, weights, device, report or (lambda stage, done, total: None))
     module = PredictModule(config, tbe, device)
@@ -154,58 +148,3 @@ def _save_torchscript(module: Any, path: Path, report: Progress) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         module.save(str(path))
     report("torchscript", 1, 1)
-
-
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out``, which takes its place at the end of the block and is gone if that fails.
-
-    ``out`` may be absent, empty or an earlier artifact: nothing that Narsil did not write is ever deleted. Raises
-    ArtifactError where it holds other files or cannot be written; ``out`` is then what it was.
-    """
-    _check_out(out)
-    # Not by the process id: two containers that share a volume may have the same one.
-    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        _check_out(out)  # the block takes minutes: something may lie there by now
-        _replace(staging, out)
-    except OSError as error:
-        raise ArtifactError(f"{out} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_out(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ArtifactError(f"{out} is a file; give the folder to write the artifact to")
-    present = {entry.name for entry in out.iterdir()}
-    if not present:
-        return
-    try:
-        manifest: Mapping[str, Any] = artifacts.read_manifest(out)
-        ours = {entry["file"] for entry in manifest["files"].values()} | {artifacts.MANIFEST}
-    except ArtifactError:
-        ours = set()
-    foreign = sorted(present - ours)
-    if foreign:
-        raise ArtifactError(f"{out} holds {foreign[0]}, which is no part of an earlier artifact; give an empty folder")
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Puts the new folder in the place of the old one by renames alone."""
-    retired = staging.with_suffix(".retired")
-    if out.exists():
-        out.rename(retired)
-    try:
-        staging.rename(out)
-    except OSError:
-        if retired.exists() and not out.exists():
-            retired.rename(out)
-        raise
-    finally:
-        if out.exists():  # the new folder, the old one, or another process's
-            shutil.rmtree(retired, ignore_errors=True)

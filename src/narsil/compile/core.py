@@ -19,17 +19,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from narsil.artifacts.compiled_info import HOST, INT8, SCALE_BIAS_BYTES
+from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.torchrec import schema_of, table_operators
 from narsil.errors import ArtifactError
-from narsil.models.compiled import SCALE_BIAS_BYTES
-from narsil.models.schema import ModelSchema
-from narsil.models.torchrec import schema_of, table_operators
 
-__all__ = ["DEVICE", "HOST", "INT8", "Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts", "realigned"]
+__all__ = ["Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts", "realigned"]
 
 Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
-INT8 = 2  # FBGEMM's SparseType
-DEVICE, HOST = 0, 3  # FBGEMM's EmbeddingLocation
 _LAYER = re.compile(
     r"(?:.*\.)?(?:(dense_arch)\.model\._mlp\.(\d+)\._linear|(over_arch)\.model\.0\._mlp\.(\d+)\._linear"
     r"|(over_arch)\.model\.(1))\.(weight|bias)"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.compiled_info import CompiledInfo, Deviation
 from narsil.backends.fused import Geometry, Library
-from narsil.backends.gate import replay
-from narsil.backends.planner import Plan, Workbench, choose
-from narsil.models.artifact import Artifact
-from narsil.models.calibration import Calibration
-from narsil.models.compiled import CompiledInfo, Deviation
-from narsil.models.core import DlrmParts
+from narsil.compile.calibration import Calibration
+from narsil.compile.core import DlrmParts
+from narsil.compile.gate import replay
+from narsil.compile.planner import Plan, Workbench, choose
 
 __all__ = ["ArtifactJudge"]
 

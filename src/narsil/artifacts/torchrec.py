@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.errors import ArtifactError, first_line
-from narsil.models.schema import Feature, ModelSchema, Pooling
 
 __all__ = ["check_tables", "derive_schema", "load_torchscript", "schema_of"]
 

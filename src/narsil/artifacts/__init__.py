@@ -1,0 +1,1 @@
+"""What lies on disk: schemas, manifests, and the files of a model. Light to import."""

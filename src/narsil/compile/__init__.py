@@ -1,0 +1,1 @@
+"""What `narsil compile` does: take a model apart, plan, pack, build, and hold the result against the artifact."""

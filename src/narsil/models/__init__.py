@@ -1,1 +1,0 @@
-"""Model schemas, artifacts on disk, and building them."""

@@ -1,0 +1,1 @@
+"""What is seen while Narsil runs: the observer that engine and transports tell, and what stands behind it."""
