@@ -15,7 +15,8 @@ from contenders import baseline, build_baseline, compiled
 from rich.console import Console
 
 from narsil.artifacts.artifact import open_artifact
-from narsil.bench.load import Load, choose_client
+from narsil.bench.generator import choose_client
+from narsil.bench.load import Load
 from narsil.bench.measure import Measurement, measure, ratio
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.workload import Workload

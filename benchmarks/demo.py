@@ -14,7 +14,7 @@ from narsil.backends.registry import load_backend
 from narsil.bench.measure import reference_scores
 from narsil.bench.pictures import draw
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
-from narsil.bench.rounds import KEEP, Plan, ratios, run_rounds
+from narsil.bench.rounds import KEEP, Trial, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.extension import AVAILABLE
 
@@ -62,24 +62,24 @@ def main() -> None:
         backend = load_backend(artifact, "torch", arguments.device, tune_kernels=False)
         expected = reference_scores(backend, workload, KEEP)
         backend.close()
-    plan = Plan(
+    trial = Trial(
         workload, (16, 1), {16: arguments.requests, 1: max(1, arguments.requests // 5)}, rounds=arguments.rounds
     )
-    total = plan.rounds * len(contenders) * sum(plan.requests_at(c) for c in plan.concurrencies)
+    total = trial.rounds * len(contenders) * sum(trial.requests_at(c) for c in trial.concurrencies)
     with _progress(console) as progress:
         task = progress.add_task("starting", total=total)
         runs = run_rounds(
             contenders,
-            plan,
+            trial,
             expected,
             lambda what, sent: progress.update(task, description=what, advance=sent),
         )
-    found = [runs[contender.name, concurrency] for concurrency in plan.concurrencies for contender in contenders]
-    report = make_report(found, ratios(runs, BASELINE) if binary is not None else [], _notes(plan, workload))
+    found = [runs[contender.name, concurrency] for concurrency in trial.concurrencies for contender in contenders]
+    report = make_report(found, ratios(runs, BASELINE) if binary is not None else [], _notes(trial, workload))
     write_report(report, arguments.out / "demo.json")
     pictures = draw(report, arguments.out, TITLE)
 
-    console.print(render_table(report, f"{TITLE} (medians of {plan.rounds} interleaved rounds)"))
+    console.print(render_table(report, f"{TITLE} (medians of {trial.rounds} interleaved rounds)"))
     for line in ratio_lines(report):
         console.print(f"  {line}")
     console.print(
@@ -112,13 +112,13 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _notes(plan: Plan, workload: Workload) -> dict[str, object]:
+def _notes(trial: Trial, workload: Workload) -> dict[str, object]:
     return {
-        "rounds": plan.rounds,
-        "warmup": plan.warmup,
+        "rounds": trial.rounds,
+        "warmup": trial.warmup,
         "bodies": workload.bodies,
         "seed": workload.seed,
-        "baseline_intra_op_threads": {str(c): baseline_threads(c) for c in plan.concurrencies},
+        "baseline_intra_op_threads": {str(c): baseline_threads(c) for c in trial.concurrencies},
     }
 
 

@@ -19,7 +19,7 @@ from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.backends.registry import load_backend
 from narsil.bench.measure import reference_scores
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
-from narsil.bench.rounds import KEEP, Contender, Plan, ratios, run_rounds
+from narsil.bench.rounds import KEEP, Contender, Trial, ratios, run_rounds
 from narsil.bench.workload import Workload
 from narsil.errors import NarsilError
 from narsil.packaging.dlrm import DlrmConfig, random_weights
@@ -119,7 +119,7 @@ def _measure(
     with console.status("scoring the reference rows with direct calls of the artifact"):
         expected = reference_scores(load_backend(artifact, tune_kernels=False), workload, KEEP)
     rounds = 1 if arguments.skip_torchrec else max(3, arguments.rounds)
-    plan = Plan(
+    trial = Trial(
         workload,
         (arguments.concurrency,),
         arguments.requests,
@@ -131,7 +131,7 @@ def _measure(
     with bar as progress:
         task = progress.add_task("starting", total=rounds * len(contenders) * arguments.requests)
         runs = run_rounds(
-            contenders, plan, expected, lambda what, sent: progress.update(task, description=what, advance=sent)
+            contenders, trial, expected, lambda what, sent: progress.update(task, description=what, advance=sent)
         )
     notes = {"arguments": {name: str(value) for name, value in vars(arguments).items()}}
     compared = [] if arguments.skip_torchrec else ratios(runs, BASELINE)

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from narsil.bench.measure import Ratio, ratio
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
-from narsil.bench.rounds import Contender, Plan, Runs, ratios, run_rounds
+from narsil.bench.rounds import Contender, Runs, Trial, ratios, run_rounds
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
 from narsil.extension import AVAILABLE
@@ -45,7 +45,7 @@ def main() -> int:
         contenders.append(Contender(CPP, lambda concurrency: ServerProcess(argv, READY)))
     for transport in ("grpcio", "native") if AVAILABLE else ("grpcio",):
         contenders.append(Contender(f"Narsil, {transport}", _narsil(transport, arguments.lanes)))
-    plan = Plan(
+    trial = Trial(
         Workload(DlrmConfig().schema, arguments.rows),
         arguments.concurrency,
         arguments.requests,
@@ -56,7 +56,7 @@ def main() -> int:
     with Progress(console=console) as progress:
         task = progress.add_task("", total=steps)
         runs = run_rounds(
-            contenders, plan, on_event=lambda what, done: progress.update(task, description=what, advance=done)
+            contenders, trial, on_event=lambda what, done: progress.update(task, description=what, advance=done)
         )
     compared = [] if binary is None else [*ratios(runs, CPP), *_cpu_ratios(runs)]
     report = make_report(list(runs.values()), compared)

@@ -1,7 +1,7 @@
 """The native load generator: HTTP/2 and gRPC on nghttp2 and epoll, in the thread that calls it, without the GIL.
 
 Receives serialized requests and how to send them, produces latencies, errors by name and replies. Built from
-csrc/load when the package is built and libnghttp2 is there; `narsil.bench.load` does without where it is not.
+csrc/load when the package is built and libnghttp2 is there; `narsil.bench.generator` does without where it is not.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ pytest.importorskip("fbgemm_gpu")
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.backends.registry import load_backend
-from narsil.bench.load import choose_client
+from narsil.bench.generator import choose_client
 from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.dataflow import Features, OneHot
 from narsil.engine.collate import Collator

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from narsil.backends.fake import FakeBackend, FakeBehaviour
-from narsil.bench.load import Load, LoadError, Outcome, choose_client, run_load, schedule
+from narsil.bench.generator import choose_client, run_load
+from narsil.bench.load import Load, LoadError, Outcome, due_times
 from narsil.bench.measure import BUCKET_EDGES_S, Measurement, deviation, measure, ratio, reference_scores, summarize
 from narsil.bench.pictures import draw
 from narsil.bench.report import loaded_by, make_report, ratio_lines, render_table, write_report
@@ -55,11 +56,11 @@ def test_another_seed_gives_other_bodies():
 
 def test_poisson_arrivals_keep_their_rate_on_average_and_uniform_ones_exactly():
     load = Load("", WORKLOAD, requests=20_000, rate=100.0)
-    times = schedule(load, 100.0)
+    times = due_times(load, 100.0)
     assert (np.diff(times) >= 0).all()
     assert times[-1] == pytest.approx(200.0, rel=0.05)
     assert np.diff(times).std() == pytest.approx(0.01, rel=0.05)  # exponential gaps: deviation equals the mean
-    even = schedule(Load("", WORKLOAD, requests=5, rate=10.0, arrivals="uniform"), 10.0)
+    even = due_times(Load("", WORKLOAD, requests=5, rate=10.0, arrivals="uniform"), 10.0)
     np.testing.assert_allclose(even, [0, 0.1, 0.2, 0.3, 0.4])
 
 

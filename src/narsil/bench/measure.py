@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil.backends.base import Backend
-from narsil.bench.load import Load, Outcome, run_load
+from narsil.bench.generator import run_load
+from narsil.bench.load import Load, Outcome
 from narsil.bench.servers import Watched
 from narsil.bench.workload import Workload
 from narsil.engine.collate import Collator

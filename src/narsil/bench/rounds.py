@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.bench.load import ClientChoice, Load, choose_client
+from narsil.bench.generator import choose_client
+from narsil.bench.load import ClientChoice, Load
 from narsil.bench.measure import Measurement, Ratio, measure, ratio
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
@@ -26,7 +27,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Trial:
     """What every contender is put through."""
 
     workload: Workload
@@ -47,32 +48,32 @@ Runs = dict[tuple[str, int], list[Measurement]]  # (contender, concurrency) -> o
 
 def run_rounds(
     contenders: Sequence[Contender],
-    plan: Plan,
+    trial: Trial,
     expected: Sequence[NDArray[np.float32]] = (),
     on_event: Callable[[str, int], None] = lambda what, requests: None,
 ) -> Runs:
-    """Measures every contender at every concurrency, ``plan.rounds`` times in turn, one server alive at a time.
+    """Measures every contender at every concurrency, ``trial.rounds`` times in turn, one server alive at a time.
 
     ``on_event`` hears what is being done and how many requests have been sent in it.
     """
     runs: Runs = {}
-    client = choose_client(plan.client)
-    for number in range(plan.rounds):
+    client = choose_client(trial.client)
+    for number in range(trial.rounds):
         for contender in contenders:
-            for group in _groups(contender, plan.concurrencies):
-                on_event(f"round {number + 1}/{plan.rounds}: starting {contender.name}", 0)
+            for group in _groups(contender, trial.concurrencies):
+                on_event(f"round {number + 1}/{trial.rounds}: starting {contender.name}", 0)
                 with contender.start(group[0]) as server:
                     for concurrency in group:
-                        what = f"round {number + 1}/{plan.rounds}: {contender.name}, concurrency {concurrency}"
+                        what = f"round {number + 1}/{trial.rounds}: {contender.name}, concurrency {concurrency}"
                         on_event(what, 0)
                         load = Load(
                             server.address,
-                            plan.workload,
-                            requests=plan.requests_at(concurrency),
-                            warmup=plan.warmup,
+                            trial.workload,
+                            requests=trial.requests_at(concurrency),
+                            warmup=trial.warmup,
                             concurrency=concurrency,
                             keep=KEEP,
-                            connections=plan.connections,
+                            connections=trial.connections,
                             client=client,
                         )
                         done = _Increments(what, on_event)

@@ -19,7 +19,7 @@ from narsil.bench.workload import method, score_reader
 # A channel of its own connection each, for replies of any size.
 _CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
-_Call = Any  # grpcio's multi-callable
+_MultiCallable = Any  # grpcio's: one method of one channel
 
 
 class GrpcioDriver:
@@ -34,7 +34,7 @@ class GrpcioDriver:
             self._calls = [self._open(opened) for _ in range(load.connections)]
             self._channels = opened.pop_all()
 
-    def _open(self, opened: ExitStack) -> _Call:
+    def _open(self, opened: ExitStack) -> _MultiCallable:
         channel = opened.enter_context(grpc.insecure_channel(self._load.target, _CHANNEL))
         try:
             grpc.channel_ready_future(channel).result(self._load.timeout_s)
@@ -78,14 +78,14 @@ class _Loop:
         if not requests:
             self._all_done.set()
 
-    def send_next(self, call: _Call) -> None:
+    def send_next(self, call: _MultiCallable) -> None:
         """One request now, and the next one when it has ended."""
         with self._lock:
             number = next(self._numbers, None)
         if number is not None:
             self._send(call, number, time.perf_counter(), lambda: self.send_next(call))
 
-    def send_at(self, due: list[float], calls: itertools.cycle[_Call]) -> None:
+    def send_at(self, due: list[float], calls: itertools.cycle[_MultiCallable]) -> None:
         """Every request when it is due."""
         began = time.perf_counter()
         for number, (offset, call) in enumerate(zip(due, calls, strict=False)):
@@ -100,7 +100,7 @@ class _Loop:
             on_progress(self._requests - self._left)
         return Part(np.array(self._latencies), self._errors, self._replies, self._late)
 
-    def _send(self, call: _Call, number: int, since: float, then: Callable[[], None]) -> None:
+    def _send(self, call: _MultiCallable, number: int, since: float, then: Callable[[], None]) -> None:
         body = number % len(self._bodies)
         future = call.future(self._bodies[body], timeout=self._load.timeout_s)
         future.add_done_callback(lambda ended: self._ended(ended, body, since, then))
