@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ pytest.importorskip("onnxruntime")
 from click.testing import CliRunner  # noqa: E402
 
 from narsil.artifacts.artifact import MANIFEST, Artifact, open_artifact  # noqa: E402
-from narsil.artifacts.torchrec import derive_schema  # noqa: E402
+from narsil.artifacts.torchrec import _check_table_values, derive_schema  # noqa: E402
 from narsil.backends.registry import load_backend  # noqa: E402
 from narsil.cli import cli  # noqa: E402
 from narsil.dataflow import Batch, Floats  # noqa: E402
@@ -245,6 +246,58 @@ def test_tables_that_would_be_read_out_of_bounds_are_refused(
         open_artifact(tmp_path)
 
 
+TBE = "_module.sparse_arch.embedding_bag_collection.tbes.0"
+
+
+def spoil_scale(module: Any) -> None:
+    """Of row 5 of table t_cat_2."""
+    tbe = dict(module.named_modules())[TBE]
+    at = int(tbe.weights_offsets[2]) + 5 * (16 + 4)
+    tbe.weights_host[at : at + 2] = torch.tensor([float("inf")], dtype=torch.float16).view(torch.uint8)
+
+
+def spoil_layer(module: Any) -> None:
+    dict(module.named_parameters())["_module.over_arch.model.1.bias"].fill_(float("-inf"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_scale, r"model_default\.pt: row 5 of table t_cat_2 is NaN or infinite"),
+        (spoil_layer, r"_module\.over_arch\.model\.1\.bias: row 0 holds NaN or infinite weights"),
+    ],
+)
+def test_a_module_whose_weights_are_no_numbers_is_never_served(
+    small_artifact: Artifact, small_config: DlrmConfig, tmp_path: Path, spoil: Any, message: str
+) -> None:
+    module = quantized_module(small_config, random_weights(small_config), "cpu")
+    spoil(module)
+    module.save(str(tmp_path / "model_default.pt"))
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(tmp_path)  # bare: the schema is derived
+    with pytest.raises(ArtifactError, match=message):
+        load_backend(replace(small_artifact, torchscript=tmp_path / "model_default.pt"), "torch")
+
+
+@pytest.mark.parametrize(("kind", "value"), [(torch.float32, float("nan")), (torch.float16, float("inf"))])
+def test_tables_of_plain_floats_are_looked_at_too(kind: Any, value: float) -> None:
+    stored = torch.zeros(3, 8, dtype=kind)
+    stored[2, 7] = value
+    size = stored.element_size()
+    tbe = SimpleNamespace(
+        rows_per_table=torch.tensor([3]),
+        D_offsets=torch.tensor([0, 8]),
+        weights_offsets=torch.tensor([0]),
+        weights_tys=torch.tensor([0 if size == 4 else 1]),
+        weights_placements=torch.tensor([3]),
+        weights_host=stored.view(torch.uint8).flatten(),
+        scale_bias_size_in_bytes=4,
+        row_alignment=1,
+    )
+    with pytest.raises(ArtifactError, match="m: row 2 of table number 0 is NaN or infinite"):
+        _check_table_values(tbe, "m")
+
+
 def test_a_truncated_archive_is_refused(small_artifact: Artifact, tmp_path: Path) -> None:
     assert small_artifact.torchscript is not None
     whole = small_artifact.torchscript.read_bytes()
@@ -261,6 +314,35 @@ def test_a_damaged_graph_is_refused(small_artifact: Artifact, tmp_path: Path) ->
     graph.write_bytes(b"\0" * graph.stat().st_size)
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load_backend(open_artifact(copy, verify=False), "onnx")
+
+
+# -- quantization -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({3: -70_000.0}, r"table t_cat_1: row 3 holds weights from -70000 to .*: their scale and bias are FP16"),
+        ({3: 1e38}, r"table t_cat_1: row 3 holds weights from .* to 1e\+38"),
+    ],
+    ids=["the bias overflows", "the scale overflows"],
+)
+def test_finite_weights_that_int8_rows_cannot_hold_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    config, weights = small(), random_weights(small())
+    for row, value in change.items():
+        weights[table_key("t_cat_1")][row, 2] = value
+    with pytest.raises(ArtifactError, match=message):
+        package_dlrm(config, weights, tmp_path / "model", onnx=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_at_the_edge_of_what_int8_rows_hold_are_served(tmp_path: Path) -> None:
+    config, weights = small(), random_weights(small())
+    weights[table_key("t_cat_1")][3] = -65_504.0
+    artifact = package_dlrm(config, weights, tmp_path / "model", onnx=False)
+    batch = batch_for(artifact, 200)
+    assert 3 in batch.values
+    assert np.isfinite(load_backend(artifact, "torch").run(batch)["default"]).all()
 
 
 # -- packaging ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ What is read, and where from:
     tables, rows, dims      attributes of every IntNBitTableBatchedEmbeddingBagsCodegen (FBGEMM's inference operator)
     dense columns           the weight of the linear layer that float_features enters
     tasks                   the keys of the dict that forward returns
+
+Weights that are NaN or infinite are refused here too: a model that holds them scores NaN.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.artifacts.finite import FP16_MOST, check_values, first_bad_row, first_bad_scale
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.errors import ArtifactError, first_line
 
@@ -33,6 +39,8 @@ VALUES = "id_list_features.values"
 _TBE = "IntNBitTableBatchedEmbeddingBagsCodegen"
 _POOLING: dict[int, Pooling] = {0: "sum", 1: "mean"}
 _PLACEMENTS = {0: "weights_dev", 1: "weights_uvm", 2: "weights_uvm", 3: "weights_host"}  # fbgemm EmbeddingLocation
+_FLOATING = {0: np.float32, 1: np.float16}  # of FBGEMM's SparseType numbers, those whose rows are plain values
+_SCALES = {4: np.float16, 8: np.float32}  # by the bytes of a row's scale and bias together
 _PASS_THROUGH = {"aten::to", "aten::contiguous", "aten::detach", "aten::float", "prim::unchecked_cast"}
 
 
@@ -81,6 +89,7 @@ def _read_schema(module: Any, name: str) -> tuple[ModelSchema, str]:
     tables: dict[str, Feature] = {}
     for tbe in tbes:
         check_tables(tbe, name)
+        _check_table_values(tbe, name)
         for feature in _features_of(tbe, name):
             if feature.name in tables:
                 raise ArtifactError(
@@ -88,6 +97,7 @@ def _read_schema(module: Any, name: str) -> tuple[ModelSchema, str]:
                     "package the model without splitting tables by column or row"
                 )
             tables[feature.name] = feature
+    _check_dense_values(module, name)
     graph = _Graph(module, name)
     keys = graph.keys()
     if sorted(keys) != sorted(tables):
@@ -127,6 +137,48 @@ def check_tables(tbe: Any, name: str) -> None:
             )
 
 
+def _check_table_values(tbe: Any, name: str) -> None:
+    """Raises ArtifactError, naming the table and the row, where a lookup would give NaN or infinity. The tables lie
+    inside the weights, as check_tables has found."""
+    rows, dims = tbe.rows_per_table.tolist(), _dims(tbe)
+    offsets, types, places = tbe.weights_offsets.tolist(), tbe.weights_tys.tolist(), tbe.weights_placements.tolist()
+    columns = zip(offsets, rows, dims, types, places, strict=True)
+    for table, (start, count, dim, kind, place) in enumerate(columns):
+        width = _row_bytes(tbe, dim, kind, name)
+        stored = getattr(tbe, _PLACEMENTS[place])[start : start + count * width].view(count, width)
+        if kind in _FLOATING:
+            values = np.dtype(_FLOATING[kind])
+            bad = first_bad_row(_leading_bytes(stored, dim * values.itemsize).view(values))
+        else:
+            size = int(tbe.scale_bias_size_in_bytes)
+            if size not in _SCALES:
+                raise ArtifactError(f"{name}: scale and bias of {size} bytes are unknown; package with INT8 rows")
+            bad = first_bad_scale(_leading_bytes(stored, size), _SCALES[size])
+        if bad is not None:
+            label = _label(tbe, table)
+            raise ArtifactError(
+                f"{name}: row {bad} of table {label} is NaN or infinite, and so would be every score that looks it "
+                f"up; package the model again from weights of at most {FP16_MOST:.0f}"
+            )
+
+
+def _leading_bytes(stored: Any, size: int) -> NDArray[np.uint8]:
+    """(rows, size) the first bytes of each row, in host memory: a view where they lie there."""
+    leading = stored[:, :size]
+    found: NDArray[np.uint8] = (leading if leading.device.type == "cpu" else leading.contiguous().cpu()).numpy()
+    return found
+
+
+def _check_dense_values(module: Any, name: str) -> None:
+    """Raises ArtifactError where a parameter is NaN or infinite, or a buffer NaN: infinity in one may mask."""
+    for key, tensor in module.named_parameters():
+        if tensor.is_floating_point():
+            check_values(tensor.detach().float().cpu().numpy(), f"{name}: {key}")
+    for key, tensor in module.named_buffers():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ArtifactError(f"{name}: {key} holds NaN; train the model again or mend it, and package it again")
+
+
 def _features_of(tbe: Any, name: str) -> Iterator[Feature]:
     """The features of one operator, in its own order."""
     pooling = _POOLING.get(int(tbe.pooling_mode))
@@ -138,11 +190,18 @@ def _features_of(tbe: Any, name: str) -> Iterator[Feature]:
     owners = [(feature, table) for table, features in enumerate(per_table) for feature in features]
     if [table for _, table in owners] != list(tbe.feature_table_map):
         raise ArtifactError(f"{name}: the tables' features and feature_table_map differ; package the model again")
-    names = list(getattr(tbe, "feature_names", []))  # despite its name: the tables' names
     rows, dims = tbe.rows_per_table.tolist(), _dims(tbe)
     for position, (feature, table) in enumerate(owners):
-        label = names[table] if table < len(names) and names[table] else f"t_{per_table[table][0]}"
-        yield Feature(feature, label, int(rows[position]), int(dims[position]), pooling)
+        yield Feature(feature, _label(tbe, table), int(rows[position]), int(dims[position]), pooling)
+
+
+def _label(tbe: Any, table: int) -> str:
+    """A table's name."""
+    names = list(getattr(tbe, "feature_names", []))  # despite its name: the tables' names
+    if table < len(names) and names[table]:
+        return str(names[table])
+    per_table = getattr(tbe, "feature_names_per_table", None)
+    return f"t_{per_table[table][0]}" if per_table else f"number {table}"
 
 
 def _dims(tbe: Any) -> list[int]:

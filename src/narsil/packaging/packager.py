@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from narsil.artifacts import artifact as artifacts
 from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.finite import FP16_MOST, first_bad_scale
 from narsil.artifacts.replacing import Progress, replacing
-from narsil.errors import ConfigError, DeviceUnavailable
+from narsil.dataflow import Floats
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
 __all__ = ["check_device", "package_dlrm", "quantized_module"]
@@ -136,10 +139,24 @@ def _quantized_tables(config: DlrmConfig, weights: DlrmWeights, device: str, rep
         source = torch.from_numpy(np.ascontiguousarray(weights[table_key(table)]))
         # (rows, dim + 4): FBGEMM's quantizer puts scale and bias last, its lookup wants them apart.
         rows = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(source, 8)
+        _check_quantized(rows[:, -4:].numpy(), source.numpy(), table)
         target[0].copy_(rows[:, :-4])
         target[1].copy_(rows[:, -4:])
     report("quantize", config.tables, config.tables)
     return tbe
+
+
+def _check_quantized(scale_bias: NDArray[np.uint8], source: Floats, table: str) -> None:
+    """Raises ArtifactError where a row's smallest weight, or the step between its 256 levels, is beyond FP16."""
+    bad = first_bad_scale(scale_bias)
+    if bad is None:
+        return
+    low, high = float(source[bad].min()), float(source[bad].max())
+    raise ArtifactError(
+        f"table {table}: row {bad} holds weights from {low:.6g} to {high:.6g}, which INT8 rows cannot: their scale and "
+        f"bias are FP16, of at most {FP16_MOST:.0f}. Such a row has rarely been trained well: bound the embeddings "
+        "when training (weight decay, clipping), or mend the row in the checkpoint, and package it again"
+    )
 
 
 def _save_torchscript(module: Any, path: Path, report: Progress) -> None:
