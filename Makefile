@@ -79,7 +79,7 @@ clean: ## remove what the other targets made
 NATIVE_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.hpp csrc/*.hpp)
 $(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predictor.proto $(NATIVE_SOURCES) \
   | native-packages
-	@$(PYTHON) -c 'import sys; sys.exit("Narsil needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("Narsil needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec tensordict torchmetrics \
