@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
+import tomllib
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -25,11 +25,6 @@ from pydantic_settings import (
 )
 
 from narsil.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ENV_PREFIX = "NARSIL_"
 
@@ -77,13 +72,35 @@ class ServeSettings(BaseSettings):
     max_request_rows: int = Field(131_072, ge=1, description="Rows of one request at most.")
     max_request_ids: int = Field(1 << 22, ge=1, le=(1 << 31) - 1, description="Sparse ids of one request at most.")
     max_message_bytes: int = Field(16 << 20, ge=1024, le=(1 << 31) - 1, description="Bytes of one request at most.")
+    max_metadata_bytes: int = Field(
+        16 << 10,
+        ge=1024,
+        le=1 << 20,
+        description="Bytes of one call's metadata at most, as HTTP/2 counts them: names, values and 32 a field.",
+    )
+    max_resets_per_second: int = Field(
+        200,
+        ge=1,
+        le=1_000_000,
+        description="Streams that one connection may have reset a second, as a mean over five seconds.",
+    )
+    shutdown_delay: float = Field(
+        0.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds after SIGTERM in which health says NOT_SERVING while calls are still taken.",
+    )
     drain_seconds: float = Field(
-        30.0, ge=0, le=86_400, allow_inf_nan=False, description="How long SIGTERM lets requests in flight finish."
+        30.0, ge=0, le=86_400, allow_inf_nan=False, description="How long a stop lets requests in flight finish."
     )
     tls_certificate: Path | None = Field(None, description="PEM certificate chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate.")
     tls_client_ca: Path | None = Field(None, description="PEM authority; clients must show a certificate it signed.")
     verify_checksums: bool = Field(True, description="Hold the artifact's files against its manifest at start.")
+    copy_tables: bool = Field(
+        False, description="Serve from sealed copies of the model's files in memory, not from the files themselves."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Verbosity on standard error.")
 
     @model_validator(mode="before")
