@@ -1,3 +1,3 @@
-"""Fixtures that every suite shares."""
+"""Fixtures and options that every suite shares."""
 
-pytest_plugins = ["tests.fixtures_models"]
+pytest_plugins = ["tests.fixtures_models", "tests.strictness", "pytester"]
