@@ -1,7 +1,9 @@
 // Fuzzes the protobuf decoders, and the collation of what they find right.
 //
-// Input: one byte that chooses the schema and the wire, then the message.
+// Input: one byte that chooses the wire (bit 0), the usual model (bits 1 to 3) and what the metadata names (bits 4 to
+// 7), then the message.
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
 #include "fuzz/require.hpp"
@@ -13,18 +15,26 @@ using namespace narsil;
 
 namespace {
 
-const Schema SCHEMAS[] = {
-    {3, {50, 7, 1000, 20}, false, 60, 2000, "fake", "1"},
-    {2, {5, int64_t{1} << 40}, true, 60, 2000, "fake", "1"},
-    {0, {3}, false, 60, 2000, "", ""},
+ModelPtr model(const char* name, Schema schema) {
+  return std::make_shared<const Model>(Model{name, "1", std::move(schema)});
+}
+
+// The input's first byte says which is meant where nothing is named, and what the metadata names.
+const std::vector<ModelPtr> MODELS = {
+    model("fake", {3, {50, 7, 1000, 20}, false, 60, 2000}),
+    model("wide", {2, {5, int64_t{1} << 40}, true, 60, 2000}),
+    model("one", {0, {3}, false, 60, 2000}),
 };
+
+const ModelName NAMES[] = {{"", ""}, {"fake", ""}, {"wide", "1"}, {"", "2"}, {"none", ""}};
 
 void require_inside(const uint8_t* span, size_t size, const std::vector<uint8_t>& message) {
   if (size) REQUIRE(span >= message.data() && span + size <= message.data() + message.size());
 }
 
 // Everything that a forward takes for granted, checked the slow way.
-void require_right(const Decoded& found, const Schema& schema, const std::vector<uint8_t>& message) {
+void require_right(const Decoded& found, const std::vector<uint8_t>& message) {
+  const Schema& schema = found.model->schema;
   const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size();
   const size_t ids = static_cast<size_t>(found.ids), width = found.wide ? 8 : 4;
   REQUIRE(found.rows >= 1 && found.rows <= schema.max_rows && found.ids >= 0 && found.ids <= schema.max_ids);
@@ -47,8 +57,8 @@ void require_right(const Decoded& found, const Schema& schema, const std::vector
 }
 
 template <class Out>
-void fuse(const Call& call, const Schema& schema) {
-  const Decoded& found = call.decoded;
+void fuse(const Decoded& found) {
+  const Schema& schema = found.model->schema;
   const size_t features = schema.rows.size();
   for (const size_t copies : {1, 3}) {
     const size_t rows = copies * static_cast<size_t>(found.rows) + copies,
@@ -56,8 +66,8 @@ void fuse(const Call& call, const Schema& schema) {
     std::vector<float> dense(rows * static_cast<size_t>(schema.dense_dim));
     std::vector<Out> values(found.one_hot ? rows * features : ids);
     std::vector<int32_t> lengths(found.one_hot ? 0 : rows * features);
-    const std::vector<const Call*> calls(copies, &call);
-    collate(calls, static_cast<int64_t>(rows), schema,
+    const std::vector<const Decoded*> parts(copies, &found);
+    collate(parts, static_cast<int64_t>(rows), schema,
             {dense.data(), values.data(), found.one_hot ? nullptr : lengths.data()});
     for (size_t bag = 0, at = 0; bag < rows * features; ++bag) {
       const int32_t length = found.one_hot ? 1 : lengths[bag];
@@ -74,13 +84,15 @@ void fuse(const Call& call, const Schema& schema) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!size) return 0;
-  const Schema& schema = SCHEMAS[(data[0] >> 1) % 3];
+  const ModelSet models(MODELS, (data[0] >> 1 & 7) % MODELS.size());
+  const ModelName& named = NAMES[(data[0] >> 4) % std::size(NAMES)];
   const std::vector<uint8_t> message(data + 1, data + size);  // of its own, so that a byte too far is noticed
-  Call call;
-  call.decoded = data[0] & 1 ? decode_narsil(message.data(), message.size(), schema)
-                             : decode_predictor(message.data(), message.size(), schema);
-  if (!call.decoded.valid) return 0;
-  require_right(call.decoded, schema, message);
-  schema.wide_ids ? fuse<int64_t>(call, schema) : fuse<int32_t>(call, schema);
+  const Decoded found = data[0] & 1 ? decode_narsil(message.data(), message.size(), models, named)
+                                    : decode_predictor(message.data(), message.size(), models, named);
+  if (!found.model) return 0;
+  REQUIRE(named.name.empty() || named.name == found.model->name);
+  REQUIRE(named.version.empty() || named.version == found.model->version);
+  require_right(found, message);
+  found.model->schema.wide_ids ? fuse<int64_t>(found) : fuse<int32_t>(found);
   return 0;
 }

@@ -18,8 +18,9 @@ from tests.conformance.http2_client import frame, request_headers, settings
 from tests.http2_peer import grpc_message, hpack
 
 CORPUS = Path(__file__).parent / "corpus"
-# As in decode.cpp: dense columns, rows of each table, ids are int64.
+# As in decode.cpp: dense columns, rows of each table, ids are int64; and the models' names.
 SCHEMAS = [(3, [50, 7, 1000, 20], False), (2, [5, 1 << 40], True), (0, [3], False)]
+NAMES = ["fake", "wide", "one"]
 
 
 def message(schema: int, wire: int, longest: int | None, rows: int, plain: bool) -> bytes:
@@ -33,8 +34,8 @@ def message(schema: int, wire: int, longest: int | None, rows: int, plain: bool)
     dense = random.random((rows, dense_dim), dtype=np.float32).tobytes()
     out: predictor_pb2.PredictionRequest | narsil_pb2.PredictRequest
     if wire:
-        name = "" if plain or schema == 2 else "fake"
-        out = narsil_pb2.PredictRequest(batch_size=rows, dense=dense, model_name=name, request_id="" if plain else "r")
+        name, request_id = ("", "") if plain else (NAMES[schema], "r")
+        out = narsil_pb2.PredictRequest(batch_size=rows, dense=dense, model_name=name, request_id=request_id)
         out.sparse.num_features, out.sparse.id_type = len(tables), int(wide or not plain)
         out.sparse.values = values.astype(np.int64 if wide or not plain else np.int32).tobytes()
         if longest is not None or not plain:
@@ -74,9 +75,17 @@ def conversations() -> dict[str, bytes]:
     reset = frame(3, 0, 1, struct.pack(">I", 8))
     window = frame(8, 0, 1, struct.pack(">I", 100_000)) + frame(8, 0, 0, struct.pack(">I", 100_000))
     block = hpack(request_headers("/p"))
+    named = [("narsil-model", "fake"), ("narsil-model-version", "1")]
     return {
         "answered": fed(hello + call(1, "/p", right)) + b"\xe0\x05" + fed(window),
         "large_answer": fed(hello + call(1, "/p", right)) + b"\xe1\x00" + fed(window) + fed(window),
+        "named": fed(
+            b"".join(
+                frame(1, 4, stream, hpack(request_headers("/p", [*named, *extra]))) + frame(0, 1, stream, right)
+                for stream, extra in ((1, []), (3, named[:1]))
+            )
+        )
+        + b"\xe0\x05",
         "failed": fed(call(1, "/n", b"x")) + b"\xe2\x09",
         "bytewise": fed(hello + call(1, "/u.U/u", b"ab"), 1) + b"\xe0\x05",
         "stream": fed(call(1, "/s", b"a", b"b", b"c")) + b"\xe0\x01\xe0\x01\xe0\x01\xe0\x01" + fed(window),
@@ -120,6 +129,10 @@ def main() -> None:
             for plain in (True, False):
                 name = f"{('predictor', 'narsil')[wire]}_{schema}_{longest}_{'plain' if plain else 'full'}"
                 (CORPUS / "decode" / name).write_bytes(message(schema, wire, longest, 2 if longest else 3, plain))
+        for named in (1, 2, 3):  # of decode.cpp's NAMES
+            right = message(schema, wire, 3, 2, True)
+            name = f"{('predictor', 'narsil')[wire]}_{schema}_named_{named}"
+            (CORPUS / "decode" / name).write_bytes(bytes([right[0] | named << 4]) + right[1:])
     for name, data in conversations().items():
         (CORPUS / "session" / name).write_bytes(data)
 

@@ -18,7 +18,6 @@ namespace {
 
 Config config() {
   Config made;
-  made.schema = {3, {50, 7, 1000, 20}, false, 60, 2000, "fake", "1"};
   made.max_message = 1000;
   made.max_buffered = 4000;
   made.max_streams = 8;
@@ -31,6 +30,8 @@ Config config() {
   for (const auto& [path, kind] : methods) made.methods[path] = {path, kind};
   return made;
 }
+
+const ModelSet MODELS({std::make_shared<const Model>(Model{"fake", "1", {3, {50, 7, 1000, 20}, false, 60, 2000}})}, 0);
 
 struct Loop {
   Shared shared;
@@ -53,17 +54,20 @@ struct Loop {
     gone.insert(gone.end(), shared.gone.begin(), shared.gone.end());
     shared.gone.clear();
     for (CallPtr& call : shared.ready) {
-      const size_t size = std::min(call->charged, call->request->size());
+      if (call->cancelled) {
+        REQUIRE(!call->charged);
+        continue;
+      }
+      const std::shared_ptr<Buffer> request = std::move(call->request);
+      const size_t size = std::min(call->charged, request->size());
       shared.buffered -= size;
       call->charged -= size;
-      if (call->cancelled) continue;
       call->taken = true;
-      const Buffer& request = *call->request;
-      REQUIRE(request.size() <= shared.config.max_message);
+      REQUIRE(request->size() <= shared.config.max_message);
+      REQUIRE(call->model.name.size() + call->model.version.size() <= shared.config.max_header_bytes);
       if (call->method->kind == Kind::predictor)
-        call->decoded = decode_predictor(request.data(), request.size(), shared.config.schema);
-      if (call->method->kind == Kind::narsil)
-        call->decoded = decode_narsil(request.data(), request.size(), shared.config.schema);
+        decode_predictor(request->data(), request->size(), MODELS, call->model);
+      if (call->method->kind == Kind::narsil) decode_narsil(request->data(), request->size(), MODELS, call->model);
       taken.push_back(std::move(call));
     }
     shared.ready.clear();

@@ -6,7 +6,6 @@
 #include <system_error>
 
 #include "native/collate.hpp"
-#include "native/decode.hpp"
 #include "native/encode.hpp"
 #include "native/plane.hpp"
 
@@ -15,30 +14,52 @@ namespace py = pybind11;
 namespace narsil {
 namespace {
 
+// A model, and what it is in Python. Everything here that may be the last to hold one holds the GIL when it lets go;
+// the destructor takes it for what is left, an exception that unwinds a poll.
+struct PyModel : Model {
+  PyModel(Model model, py::object served) : Model(std::move(model)), served(std::move(served)) {}
+  PyModel(const PyModel&) = delete;
+  PyModel& operator=(const PyModel&) = delete;
+  ~PyModel() {
+    const py::gil_scoped_acquire held;
+    served.release().dec_ref();
+  }
+
+  py::object served;
+};
+
 // A call as Python holds it: with the plane that it is answered through.
 struct Handle {
-  CallPtr call;
+  Arrival arrival;
   std::shared_ptr<Plane> plane;
-  std::shared_ptr<const Schema> schema;
-  std::shared_ptr<Buffer> message;  // what the call's spans point into: the session lets go of it once it is answered
+
+  Call& call() const { return *arrival.call; }
+  const Decoded& decoded() const { return arrival.decoded; }
+  bool is_decoded() const { return decoded().model != nullptr; }
 
   // True for the first answer alone.
-  bool claim() const { return !call->answered.exchange(true); }
+  bool claim() const { return !call().answered.exchange(true); }
 };
 
-struct Gate {
-  std::shared_ptr<Plane> plane;
-  std::shared_ptr<const Schema> schema;
-};
+// What peers sent as text need not be any.
+py::str text_of(const std::string& bytes) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
+}
+
+py::object served_of(const Handle& self) {
+  if (!self.is_decoded()) return py::none();
+  return static_cast<const PyModel&>(*self.decoded().model).served;
+}
 
 py::bytes body_of(const Handle& self) {
-  const auto& message = self.message;
-  return message ? py::bytes(reinterpret_cast<const char*>(message->data()), message->size()) : py::bytes();
+  const Buffer& message = *self.arrival.message;
+  return py::bytes(reinterpret_cast<const char*>(message.data()), message.size());
 }
 
 // A read-only array over a span of the message, which it keeps alive.
 py::object view(const Handle& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
-  auto* const keeper = new std::shared_ptr<Buffer>(self.message);
+  auto* const keeper = new std::shared_ptr<Buffer>(self.arrival.message);
   const py::capsule owner(keeper, [](void* pointer) { delete static_cast<std::shared_ptr<Buffer>*>(pointer); });
   py::array array(py::dtype(kind), std::move(shape), {}, data, owner);
   array.attr("setflags")(py::arg("write") = false);
@@ -46,25 +67,27 @@ py::object view(const Handle& self, const char* kind, const uint8_t* data, std::
 }
 
 py::tuple arrays_of(const Handle& self) {
-  const Decoded& found = self.call->decoded;
-  if (!found.valid) throw py::value_error("the message was not decoded");
-  const py::ssize_t rows = found.rows, features = self.schema->features();
+  if (!self.is_decoded()) throw py::value_error("the message was not decoded");
+  const Decoded& found = self.decoded();
+  const Schema& schema = found.model->schema;
+  const py::ssize_t rows = found.rows, features = schema.features();
   const std::vector<py::ssize_t> bags =
       found.key_major ? std::vector<py::ssize_t>{features, rows} : std::vector<py::ssize_t>{rows, features};
   const char* const kind = found.wide ? "<i8" : "<i4";
-  return py::make_tuple(view(self, "<f4", found.dense, {rows, self.schema->dense_dim}),
+  return py::make_tuple(view(self, "<f4", found.dense, {rows, schema.dense_dim}),
                         view(self, kind, found.values, {found.ids}),
                         found.one_hot ? py::object(py::none()) : view(self, "<i4", found.lengths, bags));
 }
 
 void answer(const Handle& self, std::string framed) {
   if (!self.claim()) return;
-  self.call->answer = std::move(framed);
-  self.plane->post(self.call);
+  self.call().answer = std::move(framed);
+  self.plane->post(self.arrival.call);
 }
 
 void answer_scores(const Handle& self, const py::dict& scores, uint64_t requests, uint64_t rows, double queue_s,
                    double execute_s) {
+  if (!self.is_decoded()) throw py::value_error("the message was not decoded");
   std::vector<TaskScores> tasks;
   std::vector<py::array> kept;  // what a backend gives in another type or layout is copied, and the copy has to live
   for (const auto& item : scores) {
@@ -75,9 +98,9 @@ void answer_scores(const Handle& self, const py::dict& scores, uint64_t requests
     kept.push_back(std::move(array));
   }
   const auto microseconds = [](double seconds) { return seconds > 0 ? static_cast<uint64_t>(seconds * 1e6) : 0; };
-  answer(self, self.call->method->kind == Kind::predictor
+  answer(self, self.call().method->kind == Kind::predictor
                    ? encode_predictor(tasks)
-                   : encode_narsil(tasks, *self.schema, self.call->decoded.request_id,
+                   : encode_narsil(tasks, *self.decoded().model, self.decoded().request_id,
                                    {requests, rows, microseconds(queue_s), microseconds(execute_s)}));
 }
 
@@ -94,9 +117,9 @@ void answer_bytes(const Handle& self, const py::bytes& message) {
 
 void fail(const Handle& self, int status, std::string message) {
   if (!self.claim()) return;
-  self.call->answer_status = status;
-  self.call->answer_message = std::move(message);
-  self.plane->post(self.call);
+  self.call().answer_status = status;
+  self.call().answer_message = std::move(message);
+  self.plane->post(self.arrival.call);
 }
 
 template <class T>
@@ -110,18 +133,20 @@ T* data_of(py::array& array, size_t needed, const char* name) {
 void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::array_t<float> dense, py::array values,
                   const py::object& lengths) {
   if (handles.empty()) throw py::value_error("no calls");
-  const Schema& schema = *handles.front()->schema;
-  std::vector<const Call*> calls;
+  const ModelPtr model = handles.front()->decoded().model;
+  std::vector<const Decoded*> parts;
   int64_t own = 0, ids = 0;
   bool one_hot = true;
   for (const Handle* handle : handles) {
-    const Decoded& found = handle->call->decoded;
-    if (!found.valid || handle->schema.get() != &schema) throw py::value_error("a call was not decoded by this schema");
-    calls.push_back(handle->call.get());
+    const Decoded& found = handle->decoded();
+    if (!found.model) throw py::value_error("a call was not decoded");
+    if (found.model != model) throw py::value_error("the calls are of different models");
+    parts.push_back(&found);
     own += found.rows;
     ids += found.ids;
     one_hot = one_hot && found.one_hot;
   }
+  const Schema& schema = model->schema;
   if (own > rows) throw py::value_error("fewer rows than the calls have");
   if (rows > INT32_MAX / schema.features())
     throw py::value_error("dense is too short: nobody has room for so many rows");
@@ -137,23 +162,26 @@ void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::a
     tensors.lengths = data_of<int32_t>(array, bags, "lengths");
   }
   const py::gil_scoped_release release;
-  collate(calls, rows, schema, tensors);
+  collate(parts, rows, schema, tensors);
 }
 
-Gate make(const py::dict& methods, int64_t dense_dim, std::vector<int64_t> rows, bool wide_ids, int64_t max_rows,
-          int64_t max_ids, std::string model_name, std::string model_version, const py::dict& limits) {
+std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::string version, int64_t dense_dim,
+                                    std::vector<int64_t> rows, bool wide_ids, int64_t max_rows, int64_t max_ids) {
+  for (const int64_t limit : rows)
+    if (limit < 1) throw py::value_error("a table has at least one row");
+  if (rows.empty() || dense_dim < 0 || max_rows < 1) throw py::value_error("no schema");
+  Model model{std::move(name), std::move(version), {dense_dim, std::move(rows), wide_ids, max_rows, max_ids}};
+  return std::make_shared<PyModel>(std::move(model), std::move(served));
+}
+
+std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limits) {
   static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::predictor},
                                                               {"narsil", Kind::narsil},
                                                               {"unary", Kind::unary},
                                                               {"stream", Kind::stream},
                                                               {"health_check", Kind::health_check},
                                                               {"health_watch", Kind::health_watch}};
-  for (const int64_t limit : rows)
-    if (limit < 1) throw py::value_error("a table has at least one row");
-  if (rows.empty() || dense_dim < 0 || max_rows < 1) throw py::value_error("no schema");
   Config config;
-  config.schema = {
-      dense_dim, std::move(rows), wide_ids, max_rows, max_ids, std::move(model_name), std::move(model_version)};
   for (const auto& item : methods) {
     const auto path = py::cast<std::string>(item.first);
     config.methods[path] = {path, kinds.at(py::cast<std::string>(item.second))};
@@ -179,12 +207,23 @@ Gate make(const py::dict& methods, int64_t dense_dim, std::vector<int64_t> rows,
       throw py::value_error("no such limit: " + name);
     }
   }
-  auto schema = std::make_shared<const Schema>(config.schema);
-  return {std::make_shared<Plane>(std::move(config)), std::move(schema)};
+  return std::make_shared<Plane>(std::move(config));
 }
 
+void serve(Plane& self, const std::vector<std::shared_ptr<PyModel>>& models, size_t fallback) {
+  if (fallback >= models.size() && !models.empty()) throw py::value_error("default is the place of no model");
+  for (size_t i = 0; i < models.size(); ++i)
+    for (size_t j = 0; j < i; ++j)
+      if (models[i]->name == models[j]->name && models[i]->version == models[j]->version)
+        throw py::value_error("two models are " + models[i]->name + ", version " + models[i]->version);
+  auto set = std::make_shared<const ModelSet>(std::vector<ModelPtr>(models.begin(), models.end()), fallback);
+  const py::gil_scoped_release release;
+  set = self.serve(std::move(set));
+}
+
+// Runs `get` without the GIL. What it arrives with is let go of with the GIL: models may be in it.
 template <class Get>
-py::tuple arrivals_of(const Gate& self, Get get) {
+py::tuple arrivals_of(const std::shared_ptr<Plane>& plane, Get get) {
   Arrivals arrivals;
   {
     const py::gil_scoped_release release;
@@ -192,17 +231,16 @@ py::tuple arrivals_of(const Gate& self, Get get) {
   }
   py::list calls(arrivals.calls.size());
   for (size_t i = 0; i < arrivals.calls.size(); ++i) {
-    std::shared_ptr<Buffer> message = arrivals.calls[i]->request;
-    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), self.plane, self.schema, std::move(message)});
+    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), plane});
   }
   return py::make_tuple(calls, py::cast(arrivals.gone));
 }
 
-py::dict statistics_of(const Gate& self) {
+py::dict statistics_of(Plane& self) {
   Statistics found;
   {
     const py::gil_scoped_release release;
-    found = self.plane->statistics();
+    found = self.statistics();
   }
   using namespace py::literals;
   return py::dict("connections"_a = found.connections, "connections_refused"_a = found.connections_refused,
@@ -229,69 +267,77 @@ PYBIND11_MODULE(_native, module) {
   });
 
   py::class_<Handle>(module, "Call")
-      .def_property_readonly("id", [](const Handle& self) { return self.call->id; })
-      .def_property_readonly("method", [](const Handle& self) { return self.call->method->path; })
-      .def_property_readonly("arrived", [](const Handle& self) { return self.call->arrived; })
+      .def_property_readonly("id", [](const Handle& self) { return self.call().id; })
+      .def_property_readonly("method", [](const Handle& self) { return self.call().method->path; })
+      .def_property_readonly("arrived", [](const Handle& self) { return self.call().arrived; })
       .def_property_readonly("deadline",
                              [](const Handle& self) -> py::object {
-                               if (self.call->deadline == NEVER) return py::none();
-                               return py::float_(self.call->deadline);
+                               if (self.call().deadline == NEVER) return py::none();
+                               return py::float_(self.call().deadline);
                              })
-      .def_property_readonly("size", [](const Handle& self) { return self.message ? self.message->size() : 0; })
+      .def_property_readonly("size", [](const Handle& self) { return self.arrival.message->size(); })
       .def_property_readonly("body", body_of)
-      .def_property_readonly("decoded", [](const Handle& self) { return self.call->decoded.valid; })
-      .def_property_readonly("rows", [](const Handle& self) { return self.call->decoded.rows; })
-      .def_property_readonly("ids", [](const Handle& self) { return self.call->decoded.ids; })
-      .def_property_readonly("one_hot", [](const Handle& self) { return self.call->decoded.one_hot; })
-      .def_property_readonly("key_major", [](const Handle& self) { return self.call->decoded.key_major; })
-      .def_property_readonly("cancelled", [](const Handle& self) { return self.call->cancelled.load(); })
+      .def_property_readonly("decoded", [](const Handle& self) { return self.is_decoded(); })
+      .def_property_readonly("rows", [](const Handle& self) { return self.decoded().rows; })
+      .def_property_readonly("ids", [](const Handle& self) { return self.decoded().ids; })
+      .def_property_readonly("one_hot", [](const Handle& self) { return self.decoded().one_hot; })
+      .def_property_readonly("key_major", [](const Handle& self) { return self.decoded().key_major; })
+      .def_property_readonly("cancelled", [](const Handle& self) { return self.call().cancelled.load(); })
+      .def_property_readonly("served", served_of)
+      .def_property_readonly("model_name", [](const Handle& self) { return text_of(self.call().model.name); })
+      .def_property_readonly("model_version", [](const Handle& self) { return text_of(self.call().model.version); })
       .def("arrays", arrays_of)
       .def("answer_scores", answer_scores)
       .def("answer", answer_bytes)
       .def("fail", fail);
 
-  py::class_<Gate>(module, "Plane")
-      .def(py::init(&make), py::arg("methods"), py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"),
-           py::arg("max_rows"), py::arg("max_ids"), py::arg("model_name"), py::arg("model_version"),
-           py::arg("limits") = py::dict())
+  py::class_<PyModel, std::shared_ptr<PyModel>>(module, "Model")
+      .def(py::init(&make_model), py::arg("served"), py::kw_only(), py::arg("name"), py::arg("version"),
+           py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"), py::arg("max_rows"), py::arg("max_ids"))
+      .def_readonly("served", &PyModel::served);
+
+  py::class_<Plane, std::shared_ptr<Plane>>(module, "Plane")
+      .def(py::init(&make_plane), py::arg("methods"), py::arg("limits") = py::dict())
+      .def("serve", serve, py::arg("models"), py::arg("default") = 0)
       .def(
           "listen_tcp",
-          [](const Gate& self, const std::string& host, int port, bool reuse_port) {
+          [](Plane& self, const std::string& host, int port, bool reuse_port) {
             const py::gil_scoped_release release;
-            return self.plane->listen_tcp(host, port, reuse_port);
+            return self.listen_tcp(host, port, reuse_port);
           },
           py::arg("host"), py::arg("port"), py::arg("reuse_port") = false)
       .def("listen_unix",
-           [](const Gate& self, const std::string& path) {
+           [](Plane& self, const std::string& path) {
              const py::gil_scoped_release release;
-             self.plane->listen_unix(path);
+             self.listen_unix(path);
            })
       .def("poll",
-           [](const Gate& self, const py::object& timeout) {
+           [](const std::shared_ptr<Plane>& self, const py::object& timeout) {
              const double seconds = timeout.is_none() ? NEVER : py::cast<double>(timeout);
-             return arrivals_of(self, [&] { return self.plane->poll(seconds); });
+             return arrivals_of(self, [&] { return self->poll(seconds); });
            })
-      .def("attend", [](const Gate& self) { return arrivals_of(self, [&] { return self.plane->attend(); }); })
-      .def("wake", [](const Gate& self) { self.plane->wake(); })
+      .def("attend",
+           [](const std::shared_ptr<Plane>& self) { return arrivals_of(self, [&] { return self->attend(); }); })
+      .def("wake", [](Plane& self) { self.wake(); })
       .def("flush",
-           [](const Gate& self) {
+           [](Plane& self) {
              const py::gil_scoped_release release;
-             self.plane->flush();
+             self.flush();
            })
       .def("retire",
-           [](const Gate& self) {
+           [](Plane& self) {
              const py::gil_scoped_release release;
-             self.plane->retire();
+             self.retire();
            })
       .def("refuse",
-           [](const Gate& self, const std::string& why) {
+           [](Plane& self, const std::string& why) {
              const py::gil_scoped_release release;
-             self.plane->refuse(why);
+             self.refuse(why);
            })
       .def("stop",
-           [](const Gate& self, double grace) {
+           [](Plane& self, double grace) {
              const py::gil_scoped_release release;
-             self.plane->stop(grace);
+             self.stop(grace);
            })
       .def("statistics", statistics_of);
 

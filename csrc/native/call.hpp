@@ -1,4 +1,4 @@
-// One RPC from its first header to its last trailer, and what its message was found to hold.
+// One RPC from its first header to its last trailer.
 #pragma once
 
 #include <atomic>
@@ -9,6 +9,8 @@
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "native/model.hpp"
 
 namespace narsil {
 
@@ -46,18 +48,6 @@ struct Method {
   Kind kind;
 };
 
-// What a request is held against. T features, D dense columns.
-struct Schema {
-  int64_t dense_dim = 0;
-  std::vector<int64_t> rows;  // (T,) of each feature's table
-  bool wide_ids = false;      // a batch's ids are int64
-  int64_t max_rows = 0;       // of one request
-  int64_t max_ids = 0;
-  std::string model_name, model_version;
-
-  int64_t features() const { return static_cast<int64_t>(rows.size()); }
-};
-
 // A growing block of bytes. Grows with what arrives, never to what a peer merely announces.
 class Buffer {
  public:
@@ -79,22 +69,6 @@ class Buffer {
   size_t size_ = 0, capacity_ = 0;
 };
 
-// A scoring request's parts, as spans of its message. All numbers in it have been checked against the schema: ids are
-// inside their tables, lengths add up, dense values are finite. Spans may be unaligned.
-struct Decoded {
-  bool valid =
-      false;  // false: unusual or wrong; the portable decoder in Python takes the message or says what is wrong
-  bool one_hot = false;
-  bool key_major = false;
-  bool wide = false;  // ids are int64
-  int64_t rows = 0;
-  int64_t ids = 0;                   // N
-  const uint8_t* dense = nullptr;    // (B, D) float32
-  const uint8_t* values = nullptr;   // (N,) int32 or int64
-  const uint8_t* lengths = nullptr;  // (T, B) if key_major, else (B, T); null in a message that leaves them out
-  std::string request_id;
-};
-
 // Owned by its session and by whoever answers it. Fields in the second part belong to the plane's mutex; those in the
 // first are constant once the call has been handed out.
 struct Call {
@@ -102,8 +76,7 @@ struct Call {
   const Method* method = nullptr;
   double arrived = 0;  // seconds, CLOCK_MONOTONIC
   double deadline = NEVER;
-  std::shared_ptr<Buffer> request;  // the whole message that is to be answered
-  Decoded decoded;                  // its spans point into it
+  ModelName model;  // that its metadata names
 
   std::atomic<bool> cancelled{false};  // nobody waits for the answer any more
   std::atomic<bool> answered{false};
@@ -114,7 +87,8 @@ struct Call {
   std::string answer_message;
 
   // Under the plane's mutex.
-  Session* session = nullptr;  // null once the stream is gone
+  Session* session = nullptr;       // null once the stream is gone
+  std::shared_ptr<Buffer> request;  // the whole message that is to be answered, until it is taken
   int status = OK;
   std::string message;
   int32_t stream = 0;

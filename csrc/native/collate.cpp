@@ -38,19 +38,19 @@ void one_hot(const Decoded& part, size_t features, size_t rows, Out* to) {
 template <class Out>
 class Jagged {
  public:
-  Jagged(const std::vector<const Call*>& calls, size_t rows, const Schema& schema, int32_t* lengths, Out* values)
-      : calls_(calls), features_(schema.rows.size()), rows_(rows), lengths_(lengths), values_(values) {
-    for (const Call* call : calls) starts_.push_back(bag_starts(call->decoded));
+  Jagged(const std::vector<const Decoded*>& parts, size_t rows, const Schema& schema, int32_t* lengths, Out* values)
+      : parts_(parts), features_(schema.rows.size()), rows_(rows), lengths_(lengths), values_(values) {
+    for (const Decoded* part : parts) starts_.push_back(bag_starts(*part));
   }
 
   void run() {
     for (size_t t = 0; t < features_; ++t) {
       int32_t* lengths = lengths_ + t * rows_;
       size_t row = 0;
-      for (size_t c = 0; c < calls_.size(); ++c) {
-        const Decoded& part = calls_[c]->decoded;
-        part.wide ? append<int64_t>(part, starts_[c], t, lengths + row)
-                  : append<int32_t>(part, starts_[c], t, lengths + row);
+      for (size_t p = 0; p < parts_.size(); ++p) {
+        const Decoded& part = *parts_[p];
+        part.wide ? append<int64_t>(part, starts_[p], t, lengths + row)
+                  : append<int32_t>(part, starts_[p], t, lengths + row);
         row += static_cast<size_t>(part.rows);
       }
       std::fill(lengths + row, lengths + rows_, 0);
@@ -100,7 +100,7 @@ class Jagged {
     values_ += count;
   }
 
-  const std::vector<const Call*>& calls_;
+  const std::vector<const Decoded*>& parts_;
   const size_t features_, rows_;
   int32_t* const lengths_;
   Out* values_;
@@ -108,35 +108,34 @@ class Jagged {
 };
 
 template <class Out>
-void ids(const std::vector<const Call*>& calls, size_t rows, const Schema& schema, const Tensors& tensors) {
+void ids(const std::vector<const Decoded*>& parts, size_t rows, const Schema& schema, const Tensors& tensors) {
   Out* const values = static_cast<Out*>(tensors.values);
   if (tensors.lengths) {
-    Jagged<Out>(calls, rows, schema, tensors.lengths, values).run();
+    Jagged<Out>(parts, rows, schema, tensors.lengths, values).run();
     return;
   }
   const size_t features = schema.rows.size();
   size_t row = 0;
-  for (const Call* call : calls) {
-    const Decoded& part = call->decoded;
-    part.wide ? one_hot<int64_t>(part, features, rows, values + row)
-              : one_hot<int32_t>(part, features, rows, values + row);
-    row += static_cast<size_t>(part.rows);
+  for (const Decoded* part : parts) {
+    part->wide ? one_hot<int64_t>(*part, features, rows, values + row)
+               : one_hot<int32_t>(*part, features, rows, values + row);
+    row += static_cast<size_t>(part->rows);
   }
   for (size_t t = 0; t < features; ++t) std::fill(values + t * rows + row, values + (t + 1) * rows, Out{0});
 }
 
 }  // namespace
 
-void collate(const std::vector<const Call*>& calls, int64_t rows, const Schema& schema, const Tensors& tensors) {
+void collate(const std::vector<const Decoded*>& parts, int64_t rows, const Schema& schema, const Tensors& tensors) {
   float* dense = tensors.dense;
-  for (const Call* call : calls) {
-    const size_t count = static_cast<size_t>(call->decoded.rows * schema.dense_dim);
-    if (count) std::memcpy(dense, call->decoded.dense, 4 * count);
+  for (const Decoded* part : parts) {
+    const size_t count = static_cast<size_t>(part->rows * schema.dense_dim);
+    if (count) std::memcpy(dense, part->dense, 4 * count);
     dense += count;
   }
   std::fill(dense, tensors.dense + rows * schema.dense_dim, 0.0f);
-  schema.wide_ids ? ids<int64_t>(calls, static_cast<size_t>(rows), schema, tensors)
-                  : ids<int32_t>(calls, static_cast<size_t>(rows), schema, tensors);
+  schema.wide_ids ? ids<int64_t>(parts, static_cast<size_t>(rows), schema, tensors)
+                  : ids<int32_t>(parts, static_cast<size_t>(rows), schema, tensors);
 }
 
 }  // namespace narsil

@@ -1,7 +1,7 @@
 // Fuses requests into a batch's tensors, straight from their messages.
 #pragma once
 
-#include "native/call.hpp"
+#include "native/decode.hpp"
 
 namespace narsil {
 
@@ -12,8 +12,9 @@ struct Tensors {
   int32_t* lengths;  // (T * B,) key-major; null for a batch of one id a bag
 };
 
-// Row i of call c becomes row `sum of rows before c` + i. Padding rows follow: zeros, and the id 0 in a one-hot batch
-// or empty bags in a jagged one. Every call is valid and the tensors have room for them and `rows` >= all their rows.
-void collate(const std::vector<const Call*>& calls, int64_t rows, const Schema& schema, const Tensors& tensors);
+// Row i of part p becomes row `sum of rows before p` + i. Padding rows follow: zeros, and the id 0 in a one-hot batch
+// or empty bags in a jagged one. Every part has been held against this schema, and the tensors have room for them and
+// `rows` >= all their rows.
+void collate(const std::vector<const Decoded*>& parts, int64_t rows, const Schema& schema, const Tensors& tensors);
 
 }  // namespace narsil

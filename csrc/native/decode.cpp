@@ -136,31 +136,37 @@ bool bags_below(const Decoded& found, const Schema& schema) {
   return true;
 }
 
-// Counts and values against the schema; sets one_hot and valid.
-void check(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema) {
+// Counts and values against the schema; fills in what is found.
+bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema) {
   const size_t width = found.wide ? 8 : 4;
-  if (found.rows < 1 || found.rows > schema.max_rows || values.size % width) return;
+  if (found.rows < 1 || found.rows > schema.max_rows || values.size % width) return false;
   const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size(), ids = values.size / width;
-  if (static_cast<int64_t>(ids) > schema.max_ids) return;
-  if (dense.size != 4 * rows * static_cast<size_t>(schema.dense_dim)) return;
-  if (lengths.given && lengths.size != 4 * rows * features) return;
-  if (!all_finite(dense.data, dense.size / 4)) return;
+  if (static_cast<int64_t>(ids) > schema.max_ids) return false;
+  if (dense.size != 4 * rows * static_cast<size_t>(schema.dense_dim)) return false;
+  if (lengths.given && lengths.size != 4 * rows * features) return false;
+  if (!all_finite(dense.data, dense.size / 4)) return false;
   found.ids = static_cast<int64_t>(ids);
   found.dense = dense.data;
   found.values = values.data;
   found.lengths = lengths.given ? lengths.data : nullptr;
   found.one_hot = ids == rows * features && (!lengths.given || all_ones(lengths.data, rows * features));
   if (!found.one_hot) {
-    if (!lengths.given || !lengths_add_up(lengths.data, rows * features, ids)) return;
-    found.valid = found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
-  } else if (found.key_major) {
-    for (size_t t = 0; t < features; ++t)
-      if (!all_below<uint32_t>(values.data + 4 * t * rows, rows, schema.rows[t])) return;
-    found.valid = true;
-  } else {
-    found.valid = found.wide ? rows_below<uint64_t>(values.data, rows, schema.rows)
-                             : rows_below<uint32_t>(values.data, rows, schema.rows);
+    if (!lengths.given || !lengths_add_up(lengths.data, rows * features, ids)) return false;
+    return found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
   }
+  if (found.key_major) {
+    for (size_t t = 0; t < features; ++t)
+      if (!all_below<uint32_t>(values.data + 4 * t * rows, rows, schema.rows[t])) return false;
+    return true;
+  }
+  return found.wide ? rows_below<uint64_t>(values.data, rows, schema.rows)
+                    : rows_below<uint32_t>(values.data, rows, schema.rows);
+}
+
+// What the message names or else the metadata; false where the two differ.
+bool agreed(std::string_view& name, Span message, const std::string& metadata) {
+  name = message.size ? std::string_view(reinterpret_cast<const char*>(message.data), message.size) : metadata;
+  return metadata.empty() || name == metadata;
 }
 
 bool once(Span& place, const Span& span) {
@@ -193,7 +199,7 @@ bool is_empty_group(Span group) {
 
 }  // namespace
 
-Decoded decode_predictor(const uint8_t* data, size_t size, const Schema& schema) {
+Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named) {
   Decoded found;
   found.key_major = true;
   Span floats, ids, unused[3];
@@ -217,13 +223,16 @@ Decoded decode_predictor(const uint8_t* data, size_t size, const Schema& schema)
   uint64_t columns = 0, features = 0;
   Span dense[3], sparse[3];
   if (!read_group(floats, columns, dense) || !read_group(ids, features, sparse)) return found;
+  const ModelPtr model = models.find(named.name, named.version);
+  if (!model) return found;
+  const Schema& schema = model->schema;
   if (columns != static_cast<uint64_t>(schema.dense_dim) || features != schema.rows.size()) return found;
   if (dense[1].given || dense[2].given || sparse[2].size || !sparse[0].given) return found;
-  check(found, dense[0], sparse[1], sparse[0], schema);
+  if (right(found, dense[0], sparse[1], sparse[0], schema)) found.model = model;
   return found;
 }
 
-Decoded decode_narsil(const uint8_t* data, size_t size, const Schema& schema) {
+Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named) {
   Decoded found;
   Span dense, sparse, name, version, id;
   bool counted = false;
@@ -242,16 +251,16 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const Schema& schema) {
     }
   }
   if (!reader.ok) return found;
-  const auto is = [](const Span& span, const std::string& text) {
-    return !span.size || (span.size == text.size() && !std::memcmp(span.data, text.data(), span.size));
-  };
-  if (!is(name, schema.model_name) || !is(version, schema.model_version)) return found;
+  std::string_view model_name, model_version;
+  if (!agreed(model_name, name, named.name) || !agreed(model_version, version, named.version)) return found;
+  const ModelPtr model = models.find(model_name, model_version);
+  if (!model) return found;
   for (size_t i = 0; i < id.size; ++i)
     if (id.data[i] >= 0x80) return found;  // whether it is UTF-8 is for the portable decoder to say
   if (id.size) found.request_id.assign(reinterpret_cast<const char*>(id.data), id.size);
 
   Span values, lengths;
-  uint64_t features = schema.rows.size();
+  uint64_t features = 0;
   bool features_given = false, type_given = false;
   Reader inner(sparse.data, sparse.size);
   while (inner.next()) {
@@ -267,8 +276,8 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const Schema& schema) {
     }
   }
   // Without num_features the portable decoder knows what is meant; it is no common form.
-  if (!inner.ok || !features_given || features != schema.rows.size()) return found;
-  check(found, dense, values, lengths, schema);
+  if (!inner.ok || !features_given || features != model->schema.rows.size()) return found;
+  if (right(found, dense, values, lengths, model->schema)) found.model = model;
   return found;
 }
 

@@ -1,5 +1,7 @@
 #include "native/encode.hpp"
 
+#include "native/call.hpp"
+
 namespace narsil {
 namespace {
 
@@ -67,7 +69,7 @@ std::string encode_predictor(const std::vector<TaskScores>& scores) {
   return out;
 }
 
-std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& schema, const std::string& request_id,
+std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id,
                           const Provenance& provenance) {
   std::string how;
   put_uint(how, 1, provenance.batch_requests);
@@ -77,12 +79,12 @@ std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& s
   const auto task_size = [](const TaskScores& task) {
     return field_size(task.task.size()) + field_size(4 * task.count);
   };
-  size_t size = field_size(schema.model_name.size()) + field_size(schema.model_version.size()) + field_size(how.size());
+  size_t size = field_size(model.name.size()) + field_size(model.version.size()) + field_size(how.size());
   if (!request_id.empty()) size += field_size(request_id.size());
   for (const TaskScores& task : scores) size += field_size(task_size(task));
   std::string out = framed(size);
-  put_text(out, 1, schema.model_name);
-  put_text(out, 2, schema.model_version);
+  put_text(out, 1, model.name);
+  put_text(out, 2, model.version);
   if (!request_id.empty()) put_text(out, 3, request_id);
   for (const TaskScores& task : scores) {
     put_tag(out, 4, task_size(task));

@@ -1,7 +1,10 @@
 // Scores to reply messages.
 #pragma once
 
-#include "native/call.hpp"
+#include <string>
+#include <vector>
+
+#include "native/model.hpp"
 
 namespace narsil {
 
@@ -20,7 +23,7 @@ struct Provenance {
 std::string encode_predictor(const std::vector<TaskScores>& scores);
 
 // A framed narsil.v1.PredictResponse.
-std::string encode_narsil(const std::vector<TaskScores>& scores, const Schema& schema, const std::string& request_id,
+std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id,
                           const Provenance& provenance);
 
 }  // namespace narsil

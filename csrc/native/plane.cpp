@@ -18,8 +18,6 @@
 #include <cstring>
 #include <system_error>
 
-#include "native/decode.hpp"
-
 namespace narsil {
 namespace {
 
@@ -56,6 +54,18 @@ int port_of(int fd) {
   getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &size);
   return ntohs(bound.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(bound).sin6_port
                                            : reinterpret_cast<sockaddr_in&>(bound).sin_port);
+}
+
+// Outside the mutex: what has been taken belongs to whoever took it.
+void decode(Arrivals& arrivals) {
+  for (Arrival& arrival : arrivals.calls) {
+    const uint8_t* const data = arrival.message->data();
+    const size_t size = arrival.message->size();
+    const ModelName& named = arrival.call->model;
+    const Kind kind = arrival.call->method->kind;
+    if (kind == Kind::predictor) arrival.decoded = decode_predictor(data, size, *arrivals.models, named);
+    if (kind == Kind::narsil) arrival.decoded = decode_narsil(data, size, *arrivals.models, named);
+  }
 }
 
 }  // namespace
@@ -238,7 +248,7 @@ Arrivals Plane::poll(double timeout) {
     arrivals = take();
     if (!unread_.empty() && waiting_) signal();
   }
-  decode(arrivals.calls);
+  decode(arrivals);
   return arrivals;
 }
 
@@ -248,26 +258,23 @@ Arrivals Plane::take() {
   Arrivals arrivals;
   arrivals.gone.swap(shared_.gone);
   for (CallPtr& call : shared_.ready) {
+    if (call->cancelled) continue;                                       // and nothing of it is counted any more
     const size_t size = std::min(call->charged, call->request->size());  // a stream's other messages stay counted
     shared_.buffered -= size;
     call->charged -= size;
-    if (call->cancelled) continue;
     call->taken = true;
-    arrivals.calls.push_back(std::move(call));
+    std::shared_ptr<Buffer> message = std::move(call->request);
+    arrivals.calls.push_back({std::move(call), std::move(message), {}});
   }
   shared_.ready.clear();
+  if (!arrivals.calls.empty()) arrivals.models = models_;
   return arrivals;
 }
 
-// Outside the mutex: a call that has been taken is touched by nobody else but for its flag of cancellation.
-void Plane::decode(const std::vector<CallPtr>& calls) const {
-  const Schema& schema = shared_.config.schema;
-  for (const CallPtr& call : calls) {
-    const uint8_t* const data = call->request->data();
-    const size_t size = call->request->size();
-    if (call->method->kind == Kind::predictor) call->decoded = decode_predictor(data, size, schema);
-    if (call->method->kind == Kind::narsil) call->decoded = decode_narsil(data, size, schema);
-  }
+std::shared_ptr<const ModelSet> Plane::serve(std::shared_ptr<const ModelSet> models) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  models_.swap(models);
+  return models;
 }
 
 void Plane::wake() { signal(); }
@@ -518,7 +525,7 @@ Arrivals Plane::attend() {
       arrivals = take();
     }
   }
-  decode(arrivals.calls);
+  decode(arrivals);
   return arrivals;
 }
 

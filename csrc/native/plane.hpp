@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <mutex>
 
+#include "native/decode.hpp"
 #include "native/session.hpp"
 
 struct epoll_event;
@@ -18,10 +19,19 @@ namespace narsil {
 
 double monotonic_seconds();
 
-// What polling yields.
+// A whole request, for whoever answers it.
+struct Arrival {
+  CallPtr call;
+  std::shared_ptr<Buffer> message;
+  Decoded decoded;  // of a scoring call; its spans point into the message
+};
+
+// What polling yields. The last one to know of a model may be one of these: where that matters to a model's owner, they
+// are let go of with care.
 struct Arrivals {
-  std::vector<CallPtr> calls;  // whole requests, scoring ones decoded
-  std::vector<uint64_t> gone;  // ids of calls handed out before whose clients have gone away since
+  std::vector<Arrival> calls;
+  std::vector<uint64_t> gone;              // ids of calls handed out before whose clients have gone away since
+  std::shared_ptr<const ModelSet> models;  // that the calls were decoded against
 };
 
 class Plane {
@@ -30,6 +40,9 @@ class Plane {
   ~Plane();
   Plane(const Plane&) = delete;
   Plane& operator=(const Plane&) = delete;
+
+  // From now on calls that are taken are decoded against these models. Returns the set before.
+  std::shared_ptr<const ModelSet> serve(std::shared_ptr<const ModelSet> models);
 
   // Binds and listens; returns the port. `reuse_port` shares it with other processes that say so too. Throws
   // std::system_error.
@@ -80,11 +93,11 @@ class Plane {
   void signal();
   bool arrived() const;
   Arrivals take();
-  void decode(const std::vector<CallPtr>& calls) const;
   int wait(double timeout, epoll_event* events, int most);
   void handle(const epoll_event* events, int count, bool& woken);
 
   Shared shared_;
+  std::shared_ptr<const ModelSet> models_ = std::make_shared<const ModelSet>();  // never null
   std::mutex mutex_;
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
   std::vector<uint64_t> unread_;  // connections whose socket may still hold bytes

@@ -26,6 +26,12 @@ nghttp2_nv header_field(const char* name, const std::string& value) {
           NGHTTP2_NV_FLAG_NO_COPY_NAME};
 }
 
+// A field that comes several times has its values joined, as HTTP says.
+void add_value(std::string& text, const uint8_t* value, size_t size) {
+  if (!text.empty()) text += ',';
+  text.append(reinterpret_cast<const char*>(value), size);
+}
+
 const std::string HTTP_OK = "200", GRPC = "application/grpc", IDENTITY = "identity";
 
 // application/grpc, with or without a format (+proto) or parameters; not application/grpc-web.
@@ -311,6 +317,10 @@ int Session::header(Call& call, const uint8_t* name, size_t name_size, const uin
   } else if (is(name, name_size, "grpc-timeout")) {
     const double seconds = timeout_seconds(value, value_size);
     call.deadline = seconds < 0 ? NAN : call.arrived + seconds;
+  } else if (is(name, name_size, "narsil-model")) {
+    add_value(call.model.name, value, value_size);
+  } else if (is(name, name_size, "narsil-model-version")) {
+    add_value(call.model.version, value, value_size);
   }
   return 0;
 }
@@ -454,7 +464,7 @@ void Session::release(Call& call) {
   call.charged = 0;
   call.body.reset();
   call.waiting.clear();
-  if (!call.handed_out) call.request.reset();  // else somebody may be reading it
+  call.request.reset();
 }
 
 void Session::refuse(Call& call, int status, const std::string& message) {

@@ -10,7 +10,6 @@
 namespace narsil {
 
 struct Config {
-  Schema schema;
   std::unordered_map<std::string, Method> methods;
   size_t max_message = 16u << 20;    // bytes of one message
   size_t max_buffered = 512u << 20;  // bytes of messages that are still arriving or that no lane has taken, and of

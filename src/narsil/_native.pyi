@@ -8,6 +8,30 @@ from numpy.typing import NDArray
 
 _Kind = Literal["predictor", "narsil", "unary", "stream", "health_check", "health_watch"]
 
+class Model:
+    """What requests are held against. Immutable, and compared by identity."""
+
+    def __init__(
+        self,
+        served: object,
+        *,
+        name: str,
+        version: str,
+        dense_dim: int,
+        rows: Sequence[int],
+        wide_ids: bool,
+        max_rows: int,
+        max_ids: int,
+    ) -> None:
+        """``rows`` are (T,) of each feature's table; ``max_rows`` and ``max_ids`` those that one request may have.
+
+        ``served`` is kept for Call.served. Not by the garbage collector's leave: it must not refer to this model, or
+        neither is ever freed. Raises ValueError where the numbers are no schema.
+        """
+    @property
+    def served(self) -> object:
+        """What was given."""
+
 class Call:
     """One RPC whose message is whole. Ended by the first of ``answer_scores``, ``answer`` and ``fail``."""
 
@@ -30,8 +54,18 @@ class Call:
     def body(self) -> bytes:
         """A copy of the message."""
     @property
+    def model_name(self) -> str:
+        """The metadata ``narsil-model``; empty if there is none. Several are joined by commas."""
+    @property
+    def model_version(self) -> str:
+        """The metadata ``narsil-model-version``, likewise."""
+    @property
     def decoded(self) -> bool:
-        """Whether it is a scoring request of a common form, right in every point. The properties below hold then."""
+        """Whether it is a scoring request of a common form, right in every point, for a model that was served when it
+        was taken. The properties below hold then."""
+    @property
+    def served(self) -> Any:
+        """Of the model that it was decoded for, and keeps until it is freed; None unless decoded."""
     @property
     def rows(self) -> int:
         """B."""
@@ -55,7 +89,10 @@ class Call:
     def answer_scores(
         self, scores: Mapping[str, NDArray[np.float32]], requests: int, rows: int, queue_s: float, execute_s: float
     ) -> None:
-        """Answers a decoded call: (B,) scores by task, and the batch it was scored in. Sent by the next ``flush``."""
+        """Answers a decoded call: (B,) scores by task, and the batch it was scored in. Sent by the next ``flush``.
+
+        Raises ValueError unless decoded, and where scores are of another shape.
+        """
     def answer(self, message: bytes) -> None:
         """Answers with a serialized message. Sent by the next ``flush``."""
     def fail(self, status: int, message: str) -> None:
@@ -68,18 +105,18 @@ class Plane:
     max_resets, handshake_s, stall_s, idle_s, keepalive_s, keepalive_timeout_s, helper_s (seconds).
     """
 
-    def __init__(
-        self,
-        methods: Mapping[str, _Kind],
-        dense_dim: int,
-        rows: Sequence[int],
-        wide_ids: bool,
-        max_rows: int,
-        max_ids: int,
-        model_name: str,
-        model_version: str,
-        limits: Mapping[str, float] = ...,
-    ) -> None: ...
+    def __init__(self, methods: Mapping[str, _Kind], limits: Mapping[str, float] = ...) -> None: ...
+    def serve(self, models: Sequence[Model], default: int = 0) -> None:
+        """From now on calls are decoded for these models, all at once; with none, no call is decoded here.
+
+        A request names its model in a narsil.v1 message or, on any wire, in the metadata ``narsil-model`` and
+        ``narsil-model-version``. One without a name means the name of ``models[default]``; one without a version means
+        the first listed of its name, and without either it means ``models[default]`` itself. What names another model
+        in its message than in its metadata, or one that is not here, is not decoded. Calls that are out keep their
+        models. Models of a set before that nobody else keeps are freed before this returns, unless another thread is
+        just decoding for them: then they are freed with what it returns. Raises ValueError where two models have the
+        same name and version, or ``default`` is the place of none.
+        """
     def listen_tcp(self, host: str, port: int, reuse_port: bool = False) -> int:
         """Binds and listens; returns the port. Raises OSError."""
     def listen_unix(self, path: str) -> None:
@@ -117,6 +154,6 @@ def collate(
 ) -> None:
     """Fuses decoded calls into a batch of ``rows`` rows, padding included: see narsil.engine.collate.
 
-    ``dense`` has room for (rows, D), ``values`` for the batch's ids in the schema's type, and ``lengths``, given for
-    jagged batches alone, for (T * rows,). Raises ValueError otherwise.
+    All calls are of one model. ``dense`` has room for (rows, D), ``values`` for the batch's ids in the schema's type,
+    and ``lengths``, given for jagged batches alone, for (T * rows,). Raises ValueError otherwise.
     """

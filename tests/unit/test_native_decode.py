@@ -25,7 +25,7 @@ from tests.support import SCHEMA
 if not AVAILABLE:
     pytest.skip("built without the native extension", allow_module_level=True)
 
-from narsil._native import Call, Plane, collate
+from narsil._native import Call, Model, Plane, collate
 from tests.conformance.http2_client import Answer, RawClient
 
 LIMITS = RequestLimits(max_rows=60, max_ids=2000)
@@ -38,6 +38,19 @@ SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE}
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def native_model(schema: ModelSchema, name: str = "fake", version: str = "1", served: object = None) -> Model:
+    return Model(
+        served,
+        name=name,
+        version=version,
+        dense_dim=schema.dense_dim,
+        rows=schema.rows.tolist(),
+        wide_ids=schema.id_dtype.itemsize == 8,
+        max_rows=LIMITS.max_rows,
+        max_ids=LIMITS.max_ids,
+    )
+
+
 class Loop:
     """A plane, one connection to it, and one thread that is client, network and lane in turn."""
 
@@ -46,16 +59,8 @@ class Loop:
         self.model = ServedModel("fake", "1", "fake", schema, LIMITS)
         self.wires = {wire.method: wire for wire in wires(self.model)}
         kinds = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
-        self.plane = Plane(
-            kinds,
-            schema.dense_dim,
-            schema.rows.tolist(),
-            schema.id_dtype.itemsize == 8,
-            LIMITS.max_rows,
-            LIMITS.max_ids,
-            "fake",
-            "1",
-        )
+        self.plane = Plane(kinds)
+        self.plane.serve([native_model(schema)])
         self.plane.listen_unix(path)
         self._client = RawClient(f"unix:{path}")
         self._streams: dict[int, int] = {}
@@ -379,7 +384,7 @@ def test_collate_refuses_buffers_that_the_batch_would_overrun(loops):
         (([call], 5, dense, values, lengths), "lengths are for jagged"),
         (([call], 5, dense, values[::-1], None), "contiguous"),
         (([call, undecoded], 10, dense, values, None), "not decoded"),
-        (([call, foreign], 10, dense, values, None), "not decoded by this schema"),
+        (([call, foreign], 10, dense, values, None), "different models"),
         (([call], 2**61, dense, values, None), "too short"),
         (([call], -1, dense, values, None), "fewer rows"),
     ]:

@@ -97,7 +97,7 @@ class NativeTransport(Transport):
     """Serves what GrpcAioTransport serves, without TLS. A Source for the engine's idle lanes."""
 
     def __init__(self, engine: EngineLike, model: ServedModel, options: NativeOptions) -> None:
-        from narsil._native import Plane
+        from narsil._native import Model, Plane
 
         schema, limits = model.schema, model.limits
         self._engine = engine
@@ -116,13 +116,6 @@ class NativeTransport(Transport):
                 f"{_HEALTH}Check": "health_check",
                 f"{_HEALTH}Watch": "health_watch",
             },
-            schema.dense_dim,
-            schema.rows.tolist(),
-            schema.id_dtype.itemsize == 8,
-            limits.max_rows,
-            limits.max_ids,
-            model.name,
-            model.version,
             {
                 "max_message": options.max_message_bytes,
                 "max_buffered": options.max_buffered_bytes,
@@ -131,6 +124,17 @@ class NativeTransport(Transport):
                 **options.limits,
             },
         )
+        served = Model(
+            model,
+            name=model.name,
+            version=model.version,
+            dense_dim=schema.dense_dim,
+            rows=schema.rows.tolist(),
+            wide_ids=schema.id_dtype.itemsize == 8,
+            max_rows=limits.max_rows,
+            max_ids=limits.max_ids,
+        )
+        self._plane.serve([served])
         self.flush = self._plane.flush  # one object, so that the engine calls it once for many results
         self._requests: dict[int, Request] = {}  # that the engine has, by their calls' ids
         self._attendant = threading.Thread(target=self._attend, name="narsil-attendant", daemon=True)

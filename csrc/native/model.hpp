@@ -1,0 +1,63 @@
+// What is served: models, and the set of them that requests are decoded against.
+//
+// A model is constant once it is made. The set is swapped as one; whoever decodes keeps the set that it began with, and
+// a decoded request keeps its model.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace narsil {
+
+// What a request is held against. T features, D dense columns.
+struct Schema {
+  int64_t dense_dim = 0;
+  std::vector<int64_t> rows;  // (T,) of each feature's table
+  bool wide_ids = false;      // a batch's ids are int64
+  int64_t max_rows = 0;       // of one request
+  int64_t max_ids = 0;
+
+  int64_t features() const { return static_cast<int64_t>(rows.size()); }
+};
+
+struct Model {
+  std::string name, version;
+  Schema schema;
+};
+
+using ModelPtr = std::shared_ptr<const Model>;
+
+// How a request names the model that it means; empty where it does not.
+struct ModelName {
+  std::string name, version;
+};
+
+class ModelSet {
+ public:
+  ModelSet() = default;  // nothing is served
+
+  // Without a name a request means models[fallback] or, where it gives a version, that version of its name; without a
+  // version, the first listed of a name.
+  ModelSet(std::vector<ModelPtr> models, size_t fallback) : models_(std::move(models)), fallback_(fallback) {}
+
+  // Null where there is no such model.
+  ModelPtr find(std::string_view name, std::string_view version) const {
+    if (models_.empty()) return nullptr;
+    const ModelPtr& usual = models_[fallback_];
+    if (name.empty() && version.empty()) return usual;
+    if (name.empty()) name = usual->name;
+    for (const ModelPtr& model : models_)
+      if (model->name == name && (version.empty() || model->version == version)) return model;
+    return nullptr;
+  }
+
+ private:
+  std::vector<ModelPtr> models_;
+  size_t fallback_ = 0;
+};
+
+}  // namespace narsil
