@@ -137,8 +137,7 @@ class Server:
 
     def _load(self) -> tuple[Artifact, Backend]:
         settings = self.settings
-        # Damaged compiled files are spared here: load_backend refuses them, or falls back with a warning.
-        artifact = open_artifact(settings.model, verify=settings.verify_checksums, spare=True)
+        artifact = open_artifact(settings.model, verify=settings.verify_checksums)
         backend = load_backend(
             artifact,
             settings.backend,

@@ -31,6 +31,7 @@ from narsil.packaging.modules import Dlrm, load_weights, predict_fp32  # noqa: E
 from narsil.packaging.packager import package_dlrm, quantized_module  # noqa: E402
 from tests.fixtures_models import batch_of, small  # noqa: E402
 
+ONNX_DATA = "narsil_dlrm_default.onnx.data"
 INT8_ERROR = 0.03  # of a score, with rows of 255 steps and up to a dozen ids per bag
 ROUNDING = 1e-5
 
@@ -173,6 +174,29 @@ def test_auto_prefers_torch_and_takes_onnx_where_there_is_nothing_else(small_art
     assert load_backend(replace(small_artifact, device="cuda:0"), device="cpu").name == "onnx"
 
 
+@pytest.mark.parametrize(
+    ("lost", "served"), [("model_default.pt", "onnx"), ("narsil_dlrm_default.onnx", "torch"), (ONNX_DATA, "torch")]
+)
+def test_a_lost_file_stops_nobody_who_does_not_need_it(
+    small_artifact: Artifact, tmp_path: Path, lost: str, served: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_artifact.path, copy)
+    (copy / lost).unlink()
+    artifact = open_artifact(copy)
+    assert load_backend(artifact, served).name == load_backend(artifact, "auto").name == served
+    assert f"{lost} is listed in manifest.json but is not there" in caplog.text
+    with pytest.raises(ArtifactError, match=f"{lost} is listed in"):
+        load_backend(artifact, "onnx" if served == "torch" else "torch")
+    inspected = CliRunner().invoke(cli, ["inspect", str(copy), "--json"])
+    assert f"{lost} is listed in" in str(inspected.exception)
+    assert {file["file"]: file["checksum"] for file in json.loads(inspected.output)["files"]} == {
+        "model_default.pt": "ok",
+        "narsil_dlrm_default.onnx": "ok",
+        ONNX_DATA: "ok",
+    } | {lost: "damaged"}
+
+
 def test_backends_that_cannot_run_say_why(small_artifact: Artifact) -> None:
     with pytest.raises(ArtifactError, match="has no TorchScript file; use --backend onnx"):
         load_backend(replace(small_artifact, torchscript=None), "torch")
@@ -264,7 +288,7 @@ def spoil_layer(module: Any) -> None:
     ("spoil", "message"),
     [
         (spoil_scale, r"model_default\.pt: row 5 of table t_cat_2 is NaN or infinite"),
-        (spoil_layer, r"_module\.over_arch\.model\.1\.bias: row 0 holds NaN or infinite weights"),
+        (spoil_layer, r"row 0 of _module\.over_arch\.model\.1\.bias is NaN or infinite"),
     ],
 )
 def test_a_module_whose_weights_are_no_numbers_is_never_served(
@@ -449,13 +473,16 @@ def test_a_safetensors_checkpoint_of_unnumbered_tables_needs_their_order(tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("over_arch.model.1.bias"), r"lack over_arch\.model\.1\.bias"),
+        (lambda w: w.pop("over_arch.model.1.bias"), r"lacks over_arch\.model\.1\.bias"),
         (lambda w: w.pop("over_arch.model.1.weight"), r"lacks over_arch\.model\.1\.weight"),
         (lambda w: w.pop("dense_arch.model._mlp.0._linear.weight"), "it is not a DLRM's checkpoint"),
         (lambda w: w.update({"inter_arch.crossnet.0": torch.zeros(2)}), "a DLRM with dot interaction has no place for"),
         (lambda w: w.update({table_key("t_cat_1"): torch.zeros(7, 12)}), r"has shape \(7, 12\)"),
         (lambda w: w.update({table_key("t_cat_1"): torch.zeros(7, 16, dtype=torch.int64)}), "must be floating point"),
-        (lambda w: w["over_arch.model.1.bias"].fill_(float("nan")), "holds NaN or infinite"),
+        (
+            lambda w: w["over_arch.model.1.bias"].fill_(float("nan")),
+            r"row 0 of over_arch\.model\.1\.bias is NaN or infinite",
+        ),
         (lambda w: w.update({"module.over_arch.model.1.bias": torch.zeros(1)}), "twice, under two prefixes"),
     ],
 )

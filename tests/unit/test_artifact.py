@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from narsil.artifacts.artifact import MANIFEST, open_artifact, write_manifest
+from narsil.artifacts.artifact import BACKEND_ROLES, MANIFEST, open_artifact, write_manifest
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.errors import ArtifactError
 
@@ -85,6 +85,105 @@ def test_a_lost_file_is_named(folder: Path) -> None:
     (folder / "graph.onnx").unlink()
     with pytest.raises(ArtifactError, match=r"graph\.onnx is listed in manifest\.json but is not there"):
         open_artifact(folder)
+
+
+ROLES = {
+    "torchscript": "model_default.pt",
+    "onnx": "graph.onnx",
+    "onnx_data": "graph.onnx.data",
+    "compiled": "forward.so",
+    "tables": "tables.bin",
+    "weights": "weights.bin",
+}
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """An artifact with a file of every role."""
+    out = tmp_path / "full"
+    out.mkdir()
+    files = {role: out / name for role, name in ROLES.items()}
+    for role, file in files.items():
+        file.write_text(f"whole {role}")
+    write_manifest(out, name="full", version="1", schema=SCHEMA, device="cpu", files=files, architecture={})
+    return out
+
+
+def lost(file: Path) -> None:
+    file.unlink()
+
+
+def changed(file: Path) -> None:
+    file.write_text(file.read_text().replace("whole", "Whole"))
+
+
+def truncated(file: Path) -> None:
+    file.write_text("who")
+
+
+def replaced_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def linked_outside(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+
+
+FAULTS = [lost, changed, truncated, replaced_by_a_folder, linked_outside]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("role", ROLES)
+def test_a_fault_of_one_file_stops_the_backend_that_reads_it_and_no_other(
+    full: Path, role: str, fault: Callable[[Path], None]
+) -> None:
+    fault(full / ROLES[role])
+    artifact = open_artifact(full)
+    assert set(artifact.damage) == {role}
+    assert getattr(artifact, role) is None
+    for backend, roles in BACKEND_ROLES.items():
+        assert artifact.offers(backend)
+        if role not in roles:
+            assert artifact.files_for(backend) == {role: full / ROLES[role] for role in roles}
+            continue
+        assert artifact.problem(backend) == artifact.damage[role]
+        with pytest.raises(ArtifactError, match=ROLES[role]):
+            artifact.files_for(backend)
+
+
+def test_where_no_backend_has_all_its_files_the_artifact_does_not_open(full: Path) -> None:
+    lost(full / "tables.bin")
+    truncated(full / "model_default.pt")
+    assert open_artifact(full).problem("onnx") is None
+    changed(full / "graph.onnx.data")
+    with pytest.raises(ArtifactError, match=r"tables\.bin is listed in manifest\.json but is not there"):
+        open_artifact(full)
+    assert open_artifact(full, verify=False).problem("onnx") is None
+
+
+def test_of_a_backend_whose_file_is_named_the_other_backends_files_are_not_looked_at(full: Path) -> None:
+    lost(full / "model_default.pt")
+    artifact = open_artifact(full / "graph.onnx.data")
+    assert artifact.damage == {}
+    assert [backend for backend in BACKEND_ROLES if artifact.offers(backend)] == ["onnx"]
+    changed(full / "graph.onnx")
+    with pytest.raises(ArtifactError, match=r"graph\.onnx does not match the SHA-256"):
+        open_artifact(full / "graph.onnx.data")
+
+
+def test_a_backend_that_the_artifact_has_nothing_for_says_so(folder: Path) -> None:
+    artifact = open_artifact(folder)
+    with pytest.raises(ArtifactError, match="has no TorchScript file; use --backend onnx"):
+        artifact.files_for("torch")
+    with pytest.raises(ArtifactError, match="holds no compiled model; make one with `narsil compile`"):
+        artifact.files_for("compiled")
+
+
+def test_compiled_code_needs_its_tables(full: Path) -> None:
+    edit(full, lambda manifest: manifest["files"].pop("tables"))
+    assert "without its tables; compile the model again" in str(open_artifact(full).problem("compiled"))
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "a\nb", "a\x1b[2Jb", "\ud800"])

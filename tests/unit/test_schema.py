@@ -112,11 +112,13 @@ def test_random_weights_are_seeded_and_every_row_differs(small_config: DlrmConfi
 def test_weights_are_held_against_the_architecture(small_config: DlrmConfig, small_weights: dict) -> None:
     bias = "over_arch.model.1.bias"
     rest = {name: array for name, array in small_weights.items() if name != bias}
-    with pytest.raises(ArtifactError, match=r"lack over_arch\.model\.1\.bias"):
+    with pytest.raises(ArtifactError, match=r"lacks over_arch\.model\.1\.bias"):
         check_weights(small_config, rest)
-    with pytest.raises(ArtifactError, match="hold attention, which"):
+    with pytest.raises(ArtifactError, match="holds attention, which"):
         check_weights(small_config, {**small_weights, "attention": np.zeros(1, np.float32)})
     with pytest.raises(ArtifactError, match=r"has shape \(2,\); the architecture needs \(1,\)"):
         check_weights(small_config, {**rest, bias: np.zeros(2, np.float32)})
     with pytest.raises(ArtifactError, match="is float64"):
         check_weights(small_config, {**rest, bias: np.zeros(1)})
+    with pytest.raises(ArtifactError, match=r"row 0 of over_arch\.model\.1\.bias is NaN or infinite"):
+        check_weights(small_config, {**rest, bias: np.full(1, np.inf, np.float32)})

@@ -8,9 +8,10 @@ packager. Produces an Artifact. Owns manifest.json and its format. Imports no to
     DIR/narsil_dlrm_default.onnx       ONNX graph, FP32                                         role onnx
     DIR/narsil_dlrm_default.onnx.data  its tables                                               role onnx_data
 
-A folder that ``narsil compile`` wrote has a format of its own and more roles: see compiled.py.
+A folder that ``narsil compile`` wrote has a format of its own and more roles: see compiled_info.py.
 
-A manifest is read as hostile input: its files are plain names that stay in the folder.
+A manifest is read as hostile input: its files are plain names that stay in the folder. A file that is missing or
+damaged stops those who need it and nobody else: its path is None, and the artifact's ``damage`` says why.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from narsil.artifacts.schema import ModelSchema, is_name
 from narsil.errors import ArtifactError
 
 __all__ = [
+    "BACKEND_ROLES",
     "COMPILED_FILE",
     "COMPILED_FORMAT",
     "FORMAT",
@@ -56,15 +58,25 @@ ONNX_SCHEMA = "narsil.schema"  # the graph's metadata entry that holds the schem
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_NAME_BYTES = 255  # of a file, on every common file system
-_COMPILED_ROLES = frozenset({"compiled", "weights", "tables"})
-_ROLES = _COMPILED_ROLES | {"torchscript", "onnx", "onnx_data"}
+# What each backend reads; the first role is the one that says that there is something for it to run.
+BACKEND_ROLES: Mapping[str, tuple[str, ...]] = {
+    "compiled": ("compiled", "tables", "weights"),
+    "torch": ("torchscript",),
+    "onnx": ("onnx", "onnx_data"),
+}
+_ROLES = frozenset(role for roles in BACKEND_ROLES.values() for role in roles)
+_ABSENT = {
+    "compiled": "holds no compiled model; make one with `narsil compile`",
+    "torch": "has no TorchScript file; use --backend onnx",
+    "onnx": "has no ONNX graph; package it with --onnx, or use --backend torch",
+}
 _KEYS = frozenset({"format", "name", "version", "schema", "device", "files"})
 _CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model on disk whose files have been checked."""
+    """A model on disk whose files have been checked. The path of a file that is not there or not whole is None."""
 
     path: Path
     name: str
@@ -73,19 +85,43 @@ class Artifact:
     device: str  # the device baked in the TorchScript: cpu, cuda or cuda:N
     torchscript: Path | None = None
     onnx: Path | None = None
-    compiled: Path | None = None  # with its tables
-    tables: Path | None = None
+    onnx_data: Path | None = None  # its tables
+    compiled: Path | None = None
+    tables: Path | None = None  # of the compiled model
     weights: Path | None = None  # of the fused engine
     manifest: Mapping[str, Any] | None = None
-    damage: str | None = None  # why the compiled files, which are there, must not run
+    damage: Mapping[str, str] = field(default_factory=dict)  # role -> what is wrong with its file
+
+    def offers(self, backend: str) -> bool:
+        """Whether there is something for a backend to run, whole or not."""
+        return any(getattr(self, role) or role in self.damage for role in BACKEND_ROLES[backend][:1])
+
+    def problem(self, backend: str) -> str | None:
+        """Why a backend cannot be given its files, in a sentence; None where it can."""
+        roles = BACKEND_ROLES[backend]
+        for role in roles:
+            if role in self.damage:
+                return self.damage[role]
+        if getattr(self, roles[0]) is None:
+            return f"{self.path} {_ABSENT[backend]}"
+        if backend == "compiled" and self.tables is None:
+            return f"{self.path / MANIFEST} lists {self.compiled} without its tables; compile the model again"
+        return None
+
+    def files_for(self, backend: str) -> dict[str, Path]:
+        """Role -> path of the files that a backend reads. Raises ArtifactError with what ``problem`` says."""
+        if problem := self.problem(backend):
+            raise ArtifactError(problem)
+        files = {role: getattr(self, role) for role in BACKEND_ROLES[backend]}
+        return {role: path for role, path in files.items() if path is not None}
 
 
-def open_artifact(path: str | Path, *, verify: bool = True, spare: bool = False) -> Artifact:
+def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
     """The artifact at a path.
 
-    ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where a
-    file is missing, damaged, foreign or outside the folder. With ``spare``, compiled files may be so where there is
-    TorchScript beside them that is whole: the artifact's ``damage`` then says what is wrong.
+    ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where the
+    manifest is damaged, or no backend's files are all there, whole, and in the folder. Where those of one backend are,
+    the artifact's ``damage`` says what is wrong with the others'.
     """
     path = Path(path)
     if not path.exists():
@@ -98,7 +134,7 @@ def open_artifact(path: str | Path, *, verify: bool = True, spare: bool = False)
         manifest = read_manifest(folder)
         listed = {entry["file"] for entry in manifest["files"].values()}
         if only is None or only in listed:
-            return _from_manifest(folder, manifest, only, verify, spare)
+            return _from_manifest(folder, manifest, only, verify)
     if only is not None and path.suffix == ".onnx":
         raise ArtifactError(
             f"{path} has no {MANIFEST} beside it that lists it; ONNX models are served from the folder "
@@ -190,51 +226,48 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool, spare: bool) -> Artifact:
-    files, damage = _checked_files(folder, manifest["files"], verify, spare and only is None)
-    torchscript, onnx, compiled = files.get("torchscript"), files.get("onnx"), files.get("compiled")
-    if only is not None:  # one file was named, so only its backend may run
-        torchscript = torchscript if torchscript and torchscript.name == only else None
-        onnx = onnx if onnx and (onnx.name == only or files.get("onnx_data", onnx).name == only) else None
-        compiled = compiled if compiled and only in _names(files, _COMPILED_ROLES) else None
-    if torchscript is None and onnx is None and compiled is None:
-        raise ArtifactError(f"{folder / MANIFEST} lists no model_default.pt and no ONNX graph; package the model again")
-    if (compiled is not None) and "tables" not in files:
-        raise ArtifactError(f"{folder / MANIFEST} lists {compiled.name} without its tables; compile the model again")
-    return Artifact(
+def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool) -> Artifact:
+    schema = ModelSchema.from_dict(manifest["schema"])
+    files, damage = _checked_files(folder, _asked_for(manifest["files"], only), verify)
+    artifact = Artifact(
         path=folder,
         name=manifest["name"],
         version=manifest["version"],
-        schema=ModelSchema.from_dict(manifest["schema"]),
+        schema=schema,
         device=manifest["device"],
-        torchscript=torchscript,
-        onnx=onnx,
-        compiled=compiled,
-        tables=files.get("tables"),
-        weights=files.get("weights"),
         manifest=manifest,
         damage=damage,
+        **files,
     )
+    problems = [artifact.problem(backend) for backend in BACKEND_ROLES if artifact.offers(backend)]
+    if not problems:
+        raise ArtifactError(f"{folder / MANIFEST} lists no model_default.pt and no ONNX graph; package the model again")
+    if all(problems):
+        raise ArtifactError(str(problems[0]))
+    return artifact
 
 
-def _names(files: Mapping[str, Path], roles: frozenset[str]) -> set[str]:
-    return {path.name for role, path in files.items() if role in roles}
+def _asked_for(entries: Mapping[str, Mapping[str, Any]], only: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """The manifest's files, or those of the one backend that reads the file which was named."""
+    if only is None:
+        return entries
+    for roles in BACKEND_ROLES.values():
+        chosen = {role: entries[role] for role in roles if role in entries}
+        if only in {entry["file"] for entry in chosen.values()}:
+            return chosen
+    return {}
 
 
 def _checked_files(
-    folder: Path, entries: Mapping[str, Mapping[str, Any]], verify: bool, spare: bool
-) -> tuple[dict[str, Path], str | None]:
-    """Role -> file, and what is wrong with compiled files that may be spared."""
-    files: dict[str, Path] = {}
-    damage = None
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], verify: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Role -> file of those that are whole, and role -> what is wrong with it of the others."""
+    files, damage = {}, {}
     for role, entry in entries.items():
         try:
             files[role] = _checked_file(folder, entry, verify)
         except ArtifactError as error:
-            if not spare or role not in _COMPILED_ROLES or "torchscript" not in entries:
-                raise
-            files[role] = folder / str(entry["file"])
-            damage = damage or str(error)
+            damage[role] = str(error)
     return files, damage
 
 
@@ -257,17 +290,21 @@ def _checked_file(folder: Path, entry: Mapping[str, Any], verify: bool) -> Path:
     # Links within the folder are how volumes are mounted (Kubernetes); links out of it are an escape.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path} is a link that leads out of the artifact's folder; put the file itself there")
-    if not path.is_file():
-        raise ArtifactError(f"{path} is listed in {MANIFEST} but is not there; copy the whole folder again")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise ArtifactError(
-            f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; copy the folder again or package again"
-        )
-    if verify and sha256(path) != entry["sha256"].lower():
-        raise ArtifactError(
-            f"{path} does not match the SHA-256 in {MANIFEST}: it was changed or damaged; copy the folder again"
-        )
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"{path} is listed in {MANIFEST} but is not there; copy the whole folder again")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(
+                f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; copy the folder again or package "
+                "again"
+            )
+        if verify and sha256(path) != entry["sha256"].lower():
+            raise ArtifactError(
+                f"{path} does not match the SHA-256 in {MANIFEST}: it was changed or damaged; copy the folder again"
+            )
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; see its owner and mode") from None
     return path
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from narsil.errors import ArtifactError
 
-__all__ = ["FP16_MOST", "check_quantized_tables", "check_values", "first_bad_row", "first_bad_scale"]
+__all__ = ["FP16_MOST", "bad_weights", "check_quantized_tables", "first_bad_row", "first_bad_scale"]
 
 FP16_MOST = 65504.0  # the largest FP16 number
 
@@ -42,20 +42,15 @@ def check_quantized_tables(
     for table, start, count in zip(tables, starts, rows, strict=True):
         bad = first_bad_scale(data[start : start + count * row_bytes].reshape(count, row_bytes))
         if bad is not None:
-            raise ArtifactError(
-                f"{name}: row {bad} of table {table} has a scale or a bias that is NaN or infinite, and so would be "
-                f"every score that looks it up; package the model again from weights of at most {FP16_MOST:.0f}"
-            )
+            raise ArtifactError(bad_weights(name, f"row {bad} of table {table}"))
 
 
-def check_values(values: NDArray[Any], what: str) -> None:
-    """Raises ArtifactError, naming ``what``, where a float array holds NaN or infinity."""
-    bad = first_bad_row(values)
-    if bad is not None:
-        raise ArtifactError(
-            f"{what}: row {bad} holds NaN or infinite weights, and so would every score that meets them; train it "
-            "again or mend it, and package the model again"
-        )
+def bad_weights(file: str, what: str) -> str:
+    """The sentence about weights, of a row or a tensor, that are no finite numbers."""
+    return (
+        f"{file}: {what} is NaN or infinite, and so would be every score that meets it; mend it, or train the model "
+        "again, and package it again"
+    )
 
 
 def first_bad_scale(rows: NDArray[np.uint8], scale_bias: Any = np.float16) -> int | None:

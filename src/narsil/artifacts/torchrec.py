@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.artifacts.finite import FP16_MOST, check_values, first_bad_row, first_bad_scale
+from narsil.artifacts.finite import bad_weights, first_bad_row, first_bad_scale
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.errors import ArtifactError, first_line
 
@@ -155,11 +155,7 @@ def _check_table_values(tbe: Any, name: str) -> None:
                 raise ArtifactError(f"{name}: scale and bias of {size} bytes are unknown; package with INT8 rows")
             bad = first_bad_scale(_leading_bytes(stored, size), _SCALES[size])
         if bad is not None:
-            label = _label(tbe, table)
-            raise ArtifactError(
-                f"{name}: row {bad} of table {label} is NaN or infinite, and so would be every score that looks it "
-                f"up; package the model again from weights of at most {FP16_MOST:.0f}"
-            )
+            raise ArtifactError(bad_weights(name, f"row {bad} of table {_label(tbe, table)}"))
 
 
 def _leading_bytes(stored: Any, size: int) -> NDArray[np.uint8]:
@@ -172,11 +168,12 @@ def _leading_bytes(stored: Any, size: int) -> NDArray[np.uint8]:
 def _check_dense_values(module: Any, name: str) -> None:
     """Raises ArtifactError where a parameter is NaN or infinite, or a buffer NaN: infinity in one may mask."""
     for key, tensor in module.named_parameters():
-        if tensor.is_floating_point():
-            check_values(tensor.detach().float().cpu().numpy(), f"{name}: {key}")
+        bad = first_bad_row(tensor.detach().float().cpu().numpy()) if tensor.is_floating_point() else None
+        if bad is not None:
+            raise ArtifactError(bad_weights(name, f"row {bad} of {key}"))
     for key, tensor in module.named_buffers():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise ArtifactError(f"{name}: {key} holds NaN; train the model again or mend it, and package it again")
+            raise ArtifactError(bad_weights(name, key))
 
 
 def _features_of(tbe: Any, name: str) -> Iterator[Feature]:

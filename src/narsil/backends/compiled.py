@@ -41,8 +41,8 @@ _TILE_ROWS = 64  # of a batch-invariant run
 
 def why_not(artifact: Artifact) -> str | None:
     """Why the compiled model cannot run here; None where it can. Raises ArtifactError where its manifest is damaged."""
-    if artifact.damage:
-        return artifact.damage
+    if problem := artifact.problem("compiled"):
+        return problem
     info = _info(artifact)
     gpu = gpu_flags() if info.device == "cuda" else ()
     return machine_problem(info, str(torch.__version__), gpu)
@@ -82,11 +82,8 @@ def load_compiled(artifact: Artifact, intra_op_threads: int = 1, *, batch_invari
 
 
 def _info(artifact: Artifact) -> CompiledInfo:
-    if artifact.compiled is None or artifact.tables is None:
-        raise ArtifactError(f"{artifact.path} holds no compiled model; make one with `narsil compile {artifact.path}`")
-    if artifact.damage:
-        raise ArtifactError(f"{artifact.path} cannot run compiled: {artifact.damage}")
-    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, artifact.tables.stat().st_size)
+    size = artifact.files_for("compiled")["tables"].stat().st_size
+    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, size)
 
 
 class Lookup:

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 
 from narsil.artifacts.artifact import ONNX_SCHEMA, Artifact
+from narsil.artifacts.onnx_weights import check_graph
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
@@ -37,8 +38,8 @@ class OnnxBackend(Backend):
     @classmethod
     def load(cls, artifact: Artifact, device: str = "cpu", intra_op_threads: int = 1) -> OnnxBackend:
         """Opens the graph. Raises ArtifactError where it is damaged or differs from the artifact's schema."""
-        if artifact.onnx is None:
-            raise ArtifactError(f"{artifact.path} has no ONNX graph; package it with --onnx, or use --backend torch")
+        files = artifact.files_for("onnx")
+        graph = files["onnx"]
         if device != "cpu":
             raise DeviceUnavailable(f"the onnx backend runs on the cpu, not on {device}; use --backend torch")
         options = onnxruntime.SessionOptions()
@@ -50,10 +51,11 @@ class OnnxBackend(Backend):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(str(artifact.onnx), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise ArtifactError(f"{artifact.onnx} cannot be loaded: {first_line(error)}") from None
+            raise ArtifactError(f"{graph} cannot be loaded: {first_line(error)}") from None
         _check_interface(session, artifact)
+        check_graph(graph, files.get("onnx_data"), artifact.schema)
         return cls(session, artifact.schema)
 
     def run(self, batch: Batch) -> Scores:

@@ -38,6 +38,8 @@ def load_backend(
     if artifact.schema.weighted:
         raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
     chosen = _choose(artifact, device) if name == "auto" else name
+    for problem in artifact.damage.values():
+        log.warning("%s (passed over: the %s backend does not need it)", problem, chosen)
     if chosen == "compiled":
         return _load_compiled(artifact, device, intra_op_threads, batch_invariant)
     if batch_invariant:
@@ -57,7 +59,7 @@ def load_backend(
 
 
 def _choose(artifact: Artifact, device: str | None) -> str:
-    if artifact.compiled is not None and _torch_problem() is None:
+    if artifact.offers("compiled") and _torch_problem() is None:
         from narsil.backends.compiled import compiled_device, why_not
 
         problem = why_not(artifact)
@@ -76,7 +78,7 @@ def _choose(artifact: Artifact, device: str | None) -> str:
             f"{artifact.path} needs torch and fbgemm ({_torch_problem()}), or onnxruntime for its ONNX graph: "
             "install narsil[cpu], narsil[cuda] or narsil[onnx]"
         )
-    return "torch" if artifact.torchscript is not None else "onnx"
+    return "torch" if artifact.torchscript is not None or artifact.onnx is None else "onnx"
 
 
 def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
@@ -92,11 +94,10 @@ def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int
 def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_kernels: bool) -> Backend:
     if problem := _torch_problem():
         raise ConfigError(f"the torch backend needs torch and fbgemm ({problem}); install narsil[cpu] or narsil[cuda]")
-    if artifact.torchscript is None:
-        raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
+    script = artifact.files_for("torch")["torchscript"]
     if not _same(artifact.device, device):
         raise ArtifactError(
-            f"{artifact.torchscript} is packaged for {artifact.device} and cannot run on {device}; "
+            f"{script} is packaged for {artifact.device} and cannot run on {device}; "
             f"package it with --device {device}, or serve it with --device {artifact.device}"
         )
     # The module's own name for the device is the one that its constants hold.
@@ -106,7 +107,7 @@ def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_ker
 
         if not torch.cuda.is_available() or int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise DeviceUnavailable(
-                f"{artifact.torchscript} is packaged for {device}, which is not on this machine; "
+                f"{script} is packaged for {device}, which is not on this machine; "
                 "package it with --device cpu, or serve it where that GPU is"
             )
     from narsil.backends.torchscript import TorchScriptBackend

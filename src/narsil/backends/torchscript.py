@@ -48,14 +48,13 @@ class TorchScriptBackend(Backend):
 
         ``tune`` lets linear layers run on the kernels that measure fastest here; False runs the module as it was saved.
         """
-        if artifact.torchscript is None:
-            raise ArtifactError(f"{artifact.path} has no TorchScript file; use --backend onnx")
-        module = load_torchscript(artifact.torchscript, device)
+        script = artifact.files_for("torch")["torchscript"]
+        module = load_torchscript(script, device)
         # The manifest's row counts bound the ids that are let in: they must be the tables' own.
-        schema, _ = schema_of(module, artifact.torchscript.name)
+        schema, _ = schema_of(module, script.name)
         if schema != artifact.schema:
             raise ArtifactError(
-                f"{artifact.torchscript} and its manifest describe different models: "
+                f"{script} and its manifest describe different models: "
                 f"{_difference(schema, artifact.schema)}; package the model again"
             )
         tuned = tune and torch.device(device).type == "cpu" and tune_linear_layers(module, intra_op_threads)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.errors import ArtifactError
 
 __all__ = ["command"]
 
@@ -20,20 +21,26 @@ _SHOWN_FEATURES = 40
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
 def command(path: Path, as_json: bool, no_verify: bool) -> None:
-    """Print the schema that the artifact at PATH expects, and check its files."""
+    """Print the schema that the artifact at PATH expects, and check its files. Exits with 1 where one is not whole."""
     artifact = open_artifact(path, verify=not no_verify)
     described = _describe(artifact, verified=not no_verify)
     if as_json:
         click.echo(json.dumps(described, indent=1))
     else:
         _print(artifact, described)
+    if artifact.damage:
+        raise ArtifactError("; ".join(artifact.damage.values()))
 
 
 def _describe(artifact: Artifact, verified: bool) -> dict[str, Any]:
     manifest = artifact.manifest or {}
-    state = "ok" if verified else "not checked"
     files = [
-        {"role": role, "file": entry["file"], "bytes": entry["bytes"], "checksum": state}
+        {
+            "role": role,
+            "file": entry["file"],
+            "bytes": entry["bytes"],
+            "checksum": _state(artifact, role, verified),
+        }
         for role, entry in manifest.get("files", {}).items()
     ]
     if not files and artifact.torchscript is not None:
@@ -49,6 +56,13 @@ def _describe(artifact: Artifact, verified: bool) -> dict[str, Any]:
         "architecture": manifest.get("architecture"),
         "versions": manifest.get("versions"),
     }
+
+
+def _state(artifact: Artifact, role: str, verified: bool) -> str:
+    """Of a listed file; those of other backends than the one whose file was named are not looked at."""
+    if role in artifact.damage:
+        return "damaged"
+    return "ok" if verified and getattr(artifact, role) is not None else "not checked"
 
 
 def _print(artifact: Artifact, described: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def command(
 
     artifact = open_artifact(model)
     schema, task = artifact.schema, artifact.schema.tasks[0]
-    name = "torch" if artifact.torchscript is not None else "onnx"
+    name = "torch" if artifact.offers("torch") else "onnx"
     reference = load_backend(artifact, name, tune_kernels=False)
     rows = None if calibration is None else load_calibration(calibration, schema)
     with Client(target) as client:

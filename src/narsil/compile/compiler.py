@@ -97,7 +97,7 @@ def compile_artifact(
     limit = _limit(precision, limit)
     script = _script_of(source)
     _check_device(device)
-    if source.onnx is not None and out.resolve() == source.path.resolve():
+    if source.offers("onnx") and out.resolve() == source.path.resolve():
         raise ArtifactError(f"{out} is the artifact to compile, and would lose its ONNX graph; give another folder")
     engine = _engine(engine, device)
     key = _key(source, script, [precision, engine, device, limit], calibration)
@@ -204,7 +204,8 @@ def _candidates(precision: str, engine: str, device: str) -> tuple[str, ...]:
 
 def _script_of(source: Artifact) -> Path:
     if source.torchscript is None:
-        raise ArtifactError(f"{source.path} has no TorchScript file, which is what `narsil compile` reads")
+        absent = f"{source.path} has no TorchScript file, which is what `narsil compile` reads"
+        raise ArtifactError(source.damage.get("torchscript", absent))
     if source.device != "cpu":
         raise ArtifactError(
             f"{source.path} is packaged for {source.device}; package it with --device cpu to compile it"
@@ -238,7 +239,7 @@ def _cached(out: Path, key: str) -> Artifact | None:
     """The artifact at ``out`` if it is whole and was compiled from the same inputs."""
     try:
         found = artifacts.open_artifact(out, verify=True)
-        if found.compiled is None or found.tables is None:
+        if found.damage or found.compiled is None or found.tables is None:
             return None
         info = CompiledInfo.from_manifest(found.manifest or {}, found.schema, found.tables.stat().st_size)
     except (ArtifactError, OSError):

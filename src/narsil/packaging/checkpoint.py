@@ -51,10 +51,7 @@ def load_checkpoint(
     config = _infer(named, tables, pooling, path)
     weights = {name: named[name] for name in config.shapes if name in named}
     weights.update({name: array for name, array in named.items() if name not in weights})
-    check_weights(config, weights)
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise ArtifactError(f"{path.name}: {name} holds NaN or infinite values; train it again or mend it")
+    check_weights(config, weights, path.name)
     return config, weights
 
 

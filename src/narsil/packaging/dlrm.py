@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.finite import bad_weights, first_bad_row
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ConfigError
@@ -167,20 +168,23 @@ def table_key(table: str) -> str:
     return f"sparse_arch.embedding_bag_collection.embedding_bags.{table}.weight"
 
 
-def check_weights(config: DlrmConfig, weights: DlrmWeights) -> None:
-    """Raises ArtifactError where a tensor is missing, foreign, misshapen or not FP32."""
+def check_weights(config: DlrmConfig, weights: DlrmWeights, origin: str = "the set of weights") -> None:
+    """Raises ArtifactError where a tensor is missing, foreign, misshapen, not FP32, or holds NaN or infinity."""
     missing = [name for name in config.shapes if name not in weights]
     extra = [name for name in weights if name not in config.shapes]
     if missing:
-        raise ArtifactError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        raise ArtifactError(f"{origin} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     if extra:
-        raise ArtifactError(f"the weights hold {extra[0]}, which this architecture has no place for")
+        raise ArtifactError(f"{origin} holds {extra[0]}, which this architecture has no place for")
     for name, shape in config.shapes.items():
         array = weights[name]
         if tuple(array.shape) != shape:
-            raise ArtifactError(f"{name} has shape {tuple(array.shape)}; the architecture needs {shape}")
+            raise ArtifactError(f"{origin}: {name} has shape {tuple(array.shape)}; the architecture needs {shape}")
         if array.dtype != np.float32:
-            raise ArtifactError(f"{name} is {array.dtype}; weights must be float32")
+            raise ArtifactError(f"{origin}: {name} is {array.dtype}; weights must be float32")
+        bad = first_bad_row(array)
+        if bad is not None:
+            raise ArtifactError(bad_weights(origin, f"row {bad} of {name}"))
 
 
 def random_weights(config: DlrmConfig) -> dict[str, Floats]:

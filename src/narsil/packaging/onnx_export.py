@@ -21,6 +21,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from narsil.artifacts import artifact as artifacts
+from narsil.artifacts.onnx_weights import TABLES
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
 __all__ = ["export_onnx"]
@@ -116,7 +117,7 @@ def _dlrm(config: DlrmConfig, weights: DlrmWeights, data: Path) -> Any:
 def _tables(config: DlrmConfig, data: Path) -> list[Any]:
     """The tables (external) and the row at which each one starts, as values' own type."""
     rows = np.array(config.rows_per_table, dtype=np.int64)
-    tables = TensorProto(name="tables", data_type=TensorProto.FLOAT, dims=[int(rows.sum()), config.dim])
+    tables = TensorProto(name=TABLES, data_type=TensorProto.FLOAT, dims=[int(rows.sum()), config.dim])
     tables.data_location = TensorProto.EXTERNAL
     for key, value in (("location", data.name), ("offset", 0), ("length", int(rows.sum()) * config.dim * 4)):
         tables.external_data.add(key=key, value=str(value))
@@ -141,7 +142,7 @@ def _one_hot_branch(config: DlrmConfig) -> Any:
     keyed = build.op("Reshape", _indices(build, config), build.constant([config.tables, -1]))  # (T, B)
     sample_major = build.op("Transpose", keyed, perm=[1, 0])  # (B, T)
     rows = build.op("Add", sample_major, "starts")
-    return _subgraph(build, "one_hot", build.op("Gather", "tables", rows, axis=0))
+    return _subgraph(build, "one_hot", build.op("Gather", TABLES, rows, axis=0))
 
 
 def _jagged_branch(config: DlrmConfig, bags: str, flat: str) -> Any:
@@ -162,7 +163,7 @@ def _jagged_branch(config: DlrmConfig, bags: str, flat: str) -> Any:
     table = build.op("Div", bag, rows)
     row = build.op("Sub", bag, build.op("Mul", table, rows))
     target = build.op("Add", build.op("Mul", row, build.constant([config.tables])), table)  # sample-major
-    looked_up = build.op("Gather", "tables", build.op("Add", values, build.op("Gather", "starts", table)), axis=0)
+    looked_up = build.op("Gather", TABLES, build.op("Add", values, build.op("Gather", "starts", table)), axis=0)
     empty = build.op(
         "ConstantOfShape",
         build.op(
