@@ -58,8 +58,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--narsil-compiled-model", type=Path, help="compiled folder, for --narsil-backend compiled")
     parser.add_argument("--narsil-transport", choices=["auto", "native", "grpcio"], default="auto")
     parser.add_argument("--narsil-execution-mode", choices=["batch", "worker"], default="batch")
-    parser.add_argument("--narsil-batch-size", type=int, default=16, help="requests a batch")
-    parser.add_argument("--narsil-batch-timeout-ms", type=float, default=0.0)
+    parser.add_argument("--narsil-batch-size", type=int, help="requests a batch; default: the server's")
+    parser.add_argument("--narsil-batch-timeout-ms", type=float, help="default: the server's")
     parser.add_argument("--narsil-lanes", type=int, help="default: one per core in batch mode, one in worker mode")
     parser.add_argument("--narsil-no-tune-kernels", action="store_true", help="run the module as it was saved")
     parser.add_argument("--skip-torchrec", action="store_true", help="measure Narsil alone")
@@ -105,11 +105,18 @@ def _narsil(arguments: argparse.Namespace, artifact: Artifact) -> Contender:
         transport=arguments.narsil_transport,
         execution_mode=mode,
         lanes=lanes,
-        batch_size=arguments.narsil_batch_size,
-        batch_timeout_ms=arguments.narsil_batch_timeout_ms,
         device=arguments.device,
-        tune_kernels=not arguments.narsil_no_tune_kernels,
+        **_given(
+            batch_size=arguments.narsil_batch_size,
+            batch_timeout_ms=arguments.narsil_batch_timeout_ms,
+            tune_kernels=False if arguments.narsil_no_tune_kernels else None,
+        ),
     )
+
+
+def _given(**options: object) -> dict[str, object]:
+    """Those that are not None: what is left out is the server's to choose."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _measure(

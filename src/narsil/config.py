@@ -6,36 +6,48 @@ Precedence: command line, then environment (``NARSIL_BATCH_SIZE=8``), then the T
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from narsil.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 ENV_PREFIX = "NARSIL_"
+_NO_SETTINGS = frozenset({"NARSIL_CONFIG", "NARSIL_DEBUG"})  # variables of the command line that are none
 
-# What Kubernetes puts into every container beside a Service named narsil; none of it is meant for Narsil.
-_SERVICE_LINK = re.compile(r"NARSIL_(SERVICE|PORT_\d+)_\w+")
+# What Kubernetes, and Docker's links, put into every container beside a Service whose name begins with narsil, as
+# narsil, narsil-canary or narsil-lanes do. None of it is meant for Narsil.
+_SERVICE_LINK = re.compile(
+    r"NARSIL(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")  # the value of NARSIL_PORT, NARSIL_CANARY_PORT..
+
+# Settings that do nothing with these values, and so are not given in vain.
+_IDLE_VALUES: dict[str, Any] = {
+    "batch_size": 1,
+    "batch_timeout_ms": 0.0,
+    "copy_tables": False,
+    "pin_lanes": False,
+    "port": 0,
+    "tune_kernels": False,
+    "verify_checksums": False,
+}
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(BaseModel):
     """Everything ``narsil serve`` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: Path = Field(description="Artifact folder, model_default.pt or .onnx file to serve.")
     model_name: str = Field("", description="Name that clients may ask for; empty: the artifact's own.")
@@ -107,7 +119,7 @@ class ServeSettings(BaseSettings):
     @classmethod
     def _worker_mode_is_a_batch_of_one(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("execution_mode") == "worker":
-            return {**values, "batch_size": 1, "batch_timeout_ms": 0.0}
+            return {"batch_size": 1, "batch_timeout_ms": 0.0, **values}
         return values
 
     @model_validator(mode="after")
@@ -120,19 +132,81 @@ class ServeSettings(BaseSettings):
             raise ValueError("transport native has no TLS; use grpcio, or a proxy in front")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_given_in_vain(self) -> ServeSettings:
+        for remark in self.given_in_vain():
+            raise ValueError(f"{remark}: leave one of them out")
+        return self
+
     @property
     def lane_count(self) -> int:
         """Lanes to start: as told, else one per usable core on a CPU and one on a GPU."""
         return self.lanes or (usable_cores() if self.device == "cpu" else 1)
 
+    def given_in_vain(self, backend: str | None = None, transport: str | None = None) -> list[str]:
+        """Which of the settings that were given can have no effect beside the others, a remark on each.
+
+        Among the settings alone there are none, since they would have been refused. ``backend`` and ``transport`` are
+        what ``auto`` has become.
+        """
+        idle = self._without_effect(backend or self.backend, transport or self.transport)
+        return [
+            f"{name} {_plain(getattr(self, name))} has no effect with {other}"
+            for name, other in idle.items()
+            if name in self.model_fields_set
+        ]
+
+    def _without_effect(self, backend: str, transport: str) -> dict[str, str]:
+        """Settings that would do something but for another: name -> that other."""
+        on_gpu, worker = self.device != "cpu", self.execution_mode == "worker"
+        cases = [
+            ("batch_size", worker, "execution_mode worker"),
+            ("batch_timeout_ms", worker, "execution_mode worker"),
+            ("batch_timeout_ms", self.batch_size == 1, "batch_size 1"),
+            ("copy_tables", backend == "torch", "the torch backend, which maps no file"),
+            ("max_resets_per_second", transport == "grpcio", "transport grpcio"),
+            (
+                "max_resets_per_second",
+                self.tls_certificate is not None,
+                "tls_certificate, which takes transport grpcio",
+            ),
+            ("pin_lanes", on_gpu, f"device {self.device}"),
+            ("port", self.host.startswith("unix:"), f"host {self.host}"),
+            ("tune_kernels", on_gpu, f"device {self.device}"),
+            ("tune_kernels", backend in ("onnx", "compiled"), f"the {backend} backend"),
+        ]
+        for one, together in _PART_OF.items():
+            limit = getattr(self, together)
+            cases.append((one, getattr(self, one) > limit, f"{together} {limit}, which is less"))
+        idle: dict[str, str] = {}
+        for name, in_vain, other in cases:
+            if in_vain and getattr(self, name) != _IDLE_VALUES.get(name):
+                idle.setdefault(name, other)
+        return idle
+
     def to_toml(self) -> str:
-        """The effective settings as a TOML file that ``--config`` accepts."""
+        """The effective settings as a TOML file that ``--config`` accepts. Raises ConfigError where none could hold
+        them."""
+        idle = self._without_effect(self.backend, self.transport)
         lines = []
         for name, value in self.model_dump().items():
-            if value is not None:
-                plain = str(value) if isinstance(value, Path | Enum) else value
-                lines.append(f"{name} = {json.dumps(plain, ensure_ascii=False)}")
-        return "\n".join(lines) + "\n"
+            if value is not None and name not in idle:
+                # TOML's strings are JSON's, but for the one control character that JSON lets stand.
+                text = json.dumps(_plain(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}\n")
+        try:
+            return "".join(lines).encode().decode()
+        except UnicodeEncodeError:
+            raise ConfigError("a setting holds bytes that are not UTF-8, which no TOML file can hold") from None
+
+
+# What one request or batch may have, and what all that wait may have together.
+_PART_OF = {
+    "batch_size": "max_queue_requests",
+    "max_request_rows": "max_queue_rows",
+    "max_request_ids": "max_queue_ids",
+    "max_message_bytes": "max_queue_bytes",
+}
 
 
 def load_settings(given: Mapping[str, Any], config: Path | None = None) -> ServeSettings:
@@ -140,39 +214,63 @@ def load_settings(given: Mapping[str, Any], config: Path | None = None) -> Serve
 
     Raises ConfigError on an unknown key, a wrong value, or a file that cannot be read.
     """
-    known = {f"{ENV_PREFIX}{name}".upper() for name in ServeSettings.model_fields}
-    unknown = sorted(
-        name
-        for name in os.environ
-        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name)
-    )
-    if unknown:
-        raise ConfigError(f"unknown environment variable {unknown[0]}; see `narsil serve --help` for the settings")
-    if config is not None and not config.is_file():
-        raise ConfigError(f"--config {config}: no such file")
-
-    class _Layered(ServeSettings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            if config is None:
-                return init_settings, env_settings
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
-
+    file = {} if config is None else _from_file(config)
     try:
-        return _Layered(**given)
+        return ServeSettings(**{**file, **_from_environment(os.environ), **given})
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{config} is not valid TOML: {error}") from None
-    except SettingsError as error:
-        raise ConfigError(str(error)) from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings in the environment, by name. Variables without a value count as unset.
+
+    Raises ConfigError on one that is probably a setting misspelt; warns of others that begin like settings.
+    """
+    found = {}
+    for variable, value in sorted(environment.items()):
+        name = variable.upper()
+        if not name.startswith(ENV_PREFIX) or not value.strip() or name in _NO_SETTINGS or _is_service(name, value):
+            continue
+        setting = name.removeprefix(ENV_PREFIX).lower()
+        if setting in ServeSettings.model_fields:
+            found[setting] = value
+        elif meant := _nearest(setting):
+            raise ConfigError(
+                f"unknown environment variable {variable}: did you mean {ENV_PREFIX}{meant.upper()}? "
+                "See `narsil serve --help` for the settings"
+            )
+        else:
+            log.warning("the environment variable %s is no setting of Narsil's and is passed over", variable)
+    return found
+
+
+def _is_service(name: str, value: str) -> bool:
+    """Whether a variable says where a Kubernetes Service is."""
+    link = name == "NARSIL_PORT" or (name.startswith(ENV_PREFIX) and name.endswith("_PORT"))
+    return bool(_SERVICE_LINK.fullmatch(name)) or (link and bool(_SERVICE_ADDRESS.match(value)))
+
+
+def _nearest(name: str) -> str | None:
+    """The setting that somebody who wrote ``name`` probably meant: nearly the same letters, or words left out."""
+    plain = {setting.replace("_", ""): setting for setting in ServeSettings.model_fields}
+    for match in difflib.get_close_matches(name.replace("_", "").lower(), plain, n=1, cutoff=0.8):
+        return plain[match]
+    words = set(name.lower().split("_"))
+    return next((setting for setting in ServeSettings.model_fields if words <= set(setting.split("_"))), None)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, with or without the byte order mark that some editors write."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path} is not UTF-8, as TOML is; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
 
 
 def usable_cores() -> int:
@@ -200,11 +298,13 @@ def _cgroup_quota() -> float | None:
 def _explain(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}; see `narsil serve --help`"
+        meant = _nearest(name)
+        return f"unknown setting {name!r}" + (f": did you mean {meant}?" if meant else "; see `narsil serve --help`")
     if detail["type"] == "missing":
         return f"{name} is not set: give --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()} or {name} in --config"
-    if name == "port" and str(detail["input"]).startswith("tcp://"):
-        return (
-            "NARSIL_PORT is set by Kubernetes for a Service named narsil: give --port, or set enableServiceLinks: false"
-        )
-    return f"{name}: {detail['msg']} (got {detail['input']!r})" if name else str(detail["msg"])
+    return f"{name}: {detail['msg']} (got {detail['input']!r})" if name else str(detail["ctx"]["error"])
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
+    return str(value) if isinstance(value, Path) else value

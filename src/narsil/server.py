@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -147,6 +147,7 @@ class Server:
             batch_invariant=settings.batch_invariant,
         )
         log.info("loaded %s with the %s backend", settings.model, backend.name)
+        warn_of(settings.given_in_vain(backend=backend.name))
         return artifact, backend
 
 
@@ -196,6 +197,7 @@ def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) 
         )
     if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
         log.info("transport: grpcio%s", f" (no native one: {MISSING})" if MISSING else "")
+        warn_of(settings.given_in_vain(transport="grpcio"))
         return GrpcAioTransport(engine, model, grpc_options(settings))
     from narsil.transports.native import NativeOptions, NativeTransport
 
@@ -205,6 +207,12 @@ def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) 
         model,
         NativeOptions(settings.host, settings.port, settings.max_message_bytes, settings.max_queue_bytes),
     )
+
+
+def warn_of(remarks: Iterable[str]) -> None:
+    """Logs each."""
+    for remark in remarks:
+        log.warning("%s", remark)
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:

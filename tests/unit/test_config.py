@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from narsil.cli.serve import command
 from narsil.config import ServeSettings, load_settings, usable_cores
@@ -17,7 +22,7 @@ GIVEN = {"model": Path("m")}
 
 def config_file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "narsil.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
@@ -35,9 +40,40 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_settings(tmp_pat
     assert again.model_dump() == settings.model_dump()
 
 
-def test_worker_mode_is_a_batch_limit_of_one():
-    settings = load_settings({**GIVEN, "execution_mode": "worker", "batch_size": 16, "batch_timeout_ms": 5})
-    assert (settings.batch_size, settings.batch_timeout_ms) == (1, 0.0)
+@given(
+    text=st.text(min_size=1, max_size=20),
+    worker=st.booleans(),
+    backend=st.sampled_from(["auto", "torch", "onnx", "compiled"]),
+    device=st.sampled_from(["cpu", "cuda:1"]),
+    transport=st.sampled_from(["auto", "native", "grpcio"]),
+    unix=st.booleans(),
+    queue_rows=st.integers(1, 1 << 40),
+    seconds=st.floats(0, 3600),
+)
+def test_whatever_the_settings_what_is_printed_gives_them_again(
+    text, worker, backend, device, transport, unix, queue_rows, seconds
+):
+    settings = load_settings(
+        {
+            "model": Path(text),
+            "model_name": text,
+            "execution_mode": "worker" if worker else "batch",
+            "backend": backend,
+            "device": device,
+            "transport": transport,
+            "host": f"unix:{text}" if unix else "::1",
+            "max_queue_rows": queue_rows,
+            "shutdown_delay": seconds,
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        again = load_settings({}, config_file(Path(folder), settings.to_toml()))
+    assert again.model_dump() == settings.model_dump()
+
+
+def test_settings_that_no_file_could_hold_are_not_printed():
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_settings({"model": Path(os.fsdecode(b"m\xff"))}).to_toml()
 
 
 @pytest.mark.parametrize("source", ["file", "environment"])
@@ -47,14 +83,16 @@ def test_worker_mode_from_anywhere_is_a_batch_limit_of_one(source, tmp_path, mon
         path = config_file(tmp_path, 'execution_mode = "worker"\n')
     else:
         monkeypatch.setenv("NARSIL_EXECUTION_MODE", "worker")
-    assert load_settings(GIVEN, path).batch_size == 1
+    settings = load_settings(GIVEN, path)
+    assert (settings.batch_size, settings.batch_timeout_ms) == (1, 0.0)
 
 
 @pytest.mark.parametrize(
     ("given", "text", "message"),
     [
         ({}, "", "model is not set: give --model, NARSIL_MODEL or model in --config"),
-        (GIVEN, "batch_sise = 3", "unknown setting 'batch_sise'"),
+        (GIVEN, "batch_sise = 3", "unknown setting 'batch_sise': did you mean batch_size"),
+        (GIVEN, "[serve]\nlanes = 3", "unknown setting 'serve'; see"),
         (GIVEN, "batch_size = 0", "batch_size: .*greater than or equal to 1"),
         (GIVEN, 'lanes = "many"', "lanes: .*integer"),
         (GIVEN, "lanes = = 3", "is not valid TOML"),
@@ -71,25 +109,156 @@ def test_a_wrong_setting_is_fatal_and_named(tmp_path, given, text, message):
         load_settings(given, config_file(tmp_path, text))
 
 
-def test_an_unknown_environment_variable_is_fatal(monkeypatch):
-    monkeypatch.setenv("NARSIL_BATCHSIZE", "3")
-    with pytest.raises(ConfigError, match="unknown environment variable NARSIL_BATCHSIZE"):
+IN_VAIN = [
+    ({"execution_mode": "worker", "batch_size": 16}, "batch_size 16 has no effect with execution_mode worker"),
+    (
+        {"execution_mode": "worker", "batch_timeout_ms": 5},
+        "batch_timeout_ms 5.0 has no effect with execution_mode worker",
+    ),
+    ({"batch_size": 1, "batch_timeout_ms": 5}, "batch_timeout_ms 5.0 has no effect with batch_size 1"),
+    ({"backend": "torch", "copy_tables": True}, "copy_tables True has no effect with the torch backend"),
+    (
+        {"transport": "grpcio", "max_resets_per_second": 9},
+        "max_resets_per_second 9 has no effect with transport grpcio",
+    ),
+    (
+        {"tls_certificate": "c", "tls_key": "k", "max_resets_per_second": 9},
+        "max_resets_per_second 9 has no effect with tls_certificate",
+    ),
+    ({"device": "cuda", "pin_lanes": True}, "pin_lanes True has no effect with device cuda"),
+    ({"host": "unix:/tmp/s", "port": 50051}, "port 50051 has no effect with host unix:/tmp/s"),
+    ({"device": "cuda:1", "tune_kernels": True}, "tune_kernels True has no effect with device cuda:1"),
+    ({"backend": "onnx", "tune_kernels": True}, "tune_kernels True has no effect with the onnx backend"),
+    ({"max_request_rows": 6, "max_queue_rows": 5}, "max_request_rows 6 has no effect with max_queue_rows 5"),
+    ({"max_request_ids": 6, "max_queue_ids": 5}, "max_request_ids 6 has no effect with max_queue_ids 5"),
+    ({"max_message_bytes": 6000, "max_queue_bytes": 5000}, "max_message_bytes 6000 has no effect with max_queue_bytes"),
+    ({"batch_size": 6, "max_queue_requests": 5}, "batch_size 6 has no effect with max_queue_requests 5"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), IN_VAIN)
+def test_a_setting_that_is_given_in_vain_is_refused_and_both_are_named(given, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_settings({**GIVEN, **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"execution_mode": "worker", "batch_size": 1, "batch_timeout_ms": 0.0},
+        {"device": "cuda", "pin_lanes": False, "tune_kernels": False},
+        {"host": "unix:/tmp/s", "port": 0},
+        {"max_queue_rows": 5},  # the limit of one request is the default, which nobody chose
+        {"backend": "onnx"},
+    ],
+)
+def test_what_is_not_given_or_asks_for_nothing_is_not_refused(given):
+    load_settings({**GIVEN, **given})
+
+
+def test_what_auto_has_become_shows_what_else_was_given_in_vain():
+    settings = load_settings({**GIVEN, "tune_kernels": True, "max_resets_per_second": 9})
+    assert settings.given_in_vain() == []
+    assert settings.given_in_vain(backend="torch", transport="native") == []
+    assert settings.given_in_vain(backend="compiled", transport="grpcio") == [
+        "max_resets_per_second 9 has no effect with transport grpcio",
+        "tune_kernels True has no effect with the compiled backend",
+    ]
+    assert load_settings(GIVEN).given_in_vain(backend="compiled", transport="grpcio") == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("NARSIL_BATCHSIZE", "NARSIL_BATCH_SIZE"),
+        ("NARSIL_BATCH_SISE", "NARSIL_BATCH_SIZE"),
+        ("narsil_lane", "NARSIL_LANES"),
+        ("NARSIL_PORTS", "NARSIL_PORT"),
+        ("NARSIL_QUEUE_ROWS", "NARSIL_MAX_QUEUE_ROWS"),
+        ("NARSIL_THREADS", "NARSIL_INTRA_OP_THREADS"),
+        ("NARSIL_DRAIN", "NARSIL_DRAIN_SECONDS"),
+    ],
+)
+def test_a_misspelt_environment_variable_is_fatal_and_told_the_nearest_name(variable, meant, monkeypatch):
+    monkeypatch.setenv(variable, "3")
+    with pytest.raises(ConfigError, match=f"unknown environment variable {variable}: did you mean {meant}\\?"):
         load_settings(GIVEN)
 
 
-def test_what_kubernetes_sets_for_a_service_of_this_name_is_not_taken_for_settings(monkeypatch):
-    monkeypatch.setenv("NARSIL_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("NARSIL_PORT_50051_TCP_ADDR", "10.0.0.1")
-    assert load_settings(GIVEN).port == 50051
-    monkeypatch.setenv("NARSIL_PORT", "tcp://10.0.0.1:50051")
-    assert load_settings({**GIVEN, "port": 1234}).port == 1234
-    with pytest.raises(ConfigError, match="enableServiceLinks: false"):
-        load_settings(GIVEN)
+@pytest.mark.parametrize(
+    "variable", ["NARSIL_HOME", "NARSIL_VERSION", "NARSIL_IMAGE_TAG", "NARSIL_POD_NAME", "NARSIL_CANARY_PORT"]
+)
+def test_a_variable_that_only_begins_like_a_setting_is_passed_over_with_a_warning(variable, monkeypatch, caplog):
+    monkeypatch.setenv(variable, "3")
+    assert load_settings(GIVEN).model_fields_set == {"model"}
+    assert f"{variable} is no setting" in caplog.text
+
+
+def service_links(name: str) -> dict[str, str]:
+    """What Kubernetes sets in every container of a namespace for a Service of this name with a named and a plain port,
+    and Docker for a link."""
+    prefix = name.upper().replace("-", "_")
+    links = {
+        f"{prefix}_SERVICE_HOST": "10.0.0.1",
+        f"{prefix}_SERVICE_PORT": "50051",
+        f"{prefix}_SERVICE_PORT_GRPC": "50051",
+        f"{prefix}_SERVICE_PORT_HTTP_METRICS": "9090",
+        f"{prefix}_PORT": "tcp://10.0.0.1:50051",
+    }
+    for port, protocol in ((50051, "tcp"), (53, "udp"), (9, "sctp")):
+        one = f"{prefix}_PORT_{port}_{protocol.upper()}"
+        links[one] = f"{protocol}://10.0.0.1:{port}"
+        links |= {f"{one}_PROTO": protocol, f"{one}_PORT": str(port), f"{one}_ADDR": "10.0.0.1"}
+    return links
+
+
+@pytest.mark.parametrize(
+    "service",
+    ["narsil", "narsil-canary", "narsil-lanes", "narsil-batch-size", "narsil-port", "narsil-2", "narsil-serve"],
+)
+def test_what_kubernetes_sets_for_any_service_is_not_taken_for_settings(service, monkeypatch, caplog):
+    for variable, value in service_links(service).items():
+        monkeypatch.setenv(variable, value)
+    settings = load_settings(GIVEN)
+    assert (settings.model_fields_set, settings.port) == ({"model"}, 50051)
+    assert not caplog.text
+
+
+def test_no_setting_has_a_name_that_a_service_s_variable_could_have():
+    taken = {variable for service in ("narsil", "narsil-a-b") for variable in service_links(service)} - {"NARSIL_PORT"}
+    for name in ServeSettings.model_fields:
+        assert not re.search(r"_(SERVICE_HOST|SERVICE_PORT|PORT|PROTO|ADDR)$", f"_{name.upper()}") or name == "port"
+        assert f"NARSIL_{name.upper()}" not in taken
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_environment_variable_counts_as_unset(value, monkeypatch):
+    for name in (*ServeSettings.model_fields, "batchsize"):
+        monkeypatch.setenv(f"NARSIL_{name.upper()}", value)
+    assert load_settings(GIVEN) == ServeSettings(**GIVEN)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "narsil.toml"
+    path.write_bytes(b"\xef\xbb\xbflanes = 3\r\n")
+    assert load_settings(GIVEN, path).lanes == 3
+
+
+def test_a_file_in_another_encoding_is_fatal_in_one_sentence(tmp_path):
+    path = tmp_path / "narsil.toml"
+    path.write_bytes("lanes = 3\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match="is not UTF-8, as TOML is; save it as UTF-8"):
+        load_settings(GIVEN, path)
 
 
 def test_a_missing_file_is_fatal(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_settings(GIVEN, tmp_path / "none.toml")
+
+
+def test_a_file_that_cannot_be_read_is_fatal_in_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_settings(GIVEN, tmp_path)
 
 
 def test_lanes_default_to_the_usable_cores_on_a_cpu_and_to_one_on_a_gpu():

@@ -48,7 +48,12 @@ command = click.Command(
     callback=_serve,
     params=[
         *_OPTIONS,
-        click.Option(["--config"], type=click.Path(path_type=Path), help="TOML file with any of these settings."),
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            envvar=f"{ENV_PREFIX}CONFIG",
+            help=f"TOML file with any of these settings.  [env: {ENV_PREFIX}CONFIG]",
+        ),
         click.Option(["--print-config"], is_flag=True, help="Print the effective settings as TOML and exit."),
     ],
     help=f"""Serve an artifact over gRPC until SIGTERM.
