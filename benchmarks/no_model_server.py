@@ -13,13 +13,14 @@ import numpy as np
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
+from narsil.catalog.manager import ModelManager
 from narsil.config import ServeSettings
 from narsil.dataflow import Batch, Scores
 from narsil.engine.engine import Engine
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import ServedModel
 from narsil.packaging.dlrm import DlrmConfig
 from narsil.server import make_transport, prepare_process, settle_process
-from narsil.transports.base import ServedModel
 
 
 class NoModel(Backend):
@@ -47,9 +48,12 @@ async def main() -> None:
     prepare_process()
     settings = ServeSettings(model="none", transport=arguments.transport, host=arguments.host, port=0)
     schema = DlrmConfig().schema
-    engine = Engine([NoModel(schema)] * arguments.lanes, BatchPolicy(lanes=arguments.lanes))
+    engine = Engine(arguments.lanes, BatchPolicy(lanes=arguments.lanes))
     engine.start()
-    transport = make_transport(engine, ServedModel("none", "1", "none", schema), settings)
+    models = ModelManager(engine)
+    models.add(ServedModel("none", "1", [NoModel(schema)] * arguments.lanes))
+    transport = make_transport(engine, settings)
+    models.subscribe(transport.serve)
     settle_process()
     print(f"listening on {await transport.start()}", flush=True)
     stopped = asyncio.Event()

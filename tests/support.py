@@ -13,16 +13,18 @@ import pytest
 
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.backends.fake import FakeBackend, FakeBehaviour, fake_scores
+from narsil.catalog.catalog import Catalog
 from narsil.clock import Clock
-from narsil.dataflow import Features, Jagged, OneHot, Request, Result
+from narsil.dataflow import Features, Jagged, OneHot, Request, Result, Served
 from narsil.engine.collate import Collator
 from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.extension import AVAILABLE
-from narsil.transports.base import ServedModel, Transport
+from narsil.telemetry.observer import Observer
+from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
-from narsil.transports.validate import RequestLimits
 
 T = TypeVar("T")
 PATIENCE_S = 30.0  # how long a test waits for what must happen; reached only by a failing test
@@ -73,15 +75,41 @@ def jagged(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA, longest: int 
     return Features(rows, dense, Jagged(values, starts, lengths))
 
 
+def fake_model(
+    behaviour: FakeBehaviour | None = None,
+    *,
+    lanes: int = 1,
+    schema: ModelSchema = SCHEMA,
+    name: str = "fake",
+    version: str = "1",
+    limits: RequestLimits | None = None,
+    share: float = 1.0,
+) -> ServedModel:
+    """A served model of fake backends, one per lane."""
+    backend = FakeBackend(schema, behaviour)
+    backends = [backend, *(backend.share() for _ in range(lanes - 1))]
+    return ServedModel(name, version, backends, limits, share=share)
+
+
+class AnEngine(Engine):
+    """An engine whose tests need not name the one model that it serves."""
+
+    model: ServedModel
+
+
+NOBODY = fake_model()  # of requests that no engine sees
+
+
 def request(
     rows: int = 1,
     *,
+    model: Served = NOBODY,
     arrived: float = 0.0,
     deadline: float | None = None,
     features: Features | None = None,
     size: int = 0,
 ) -> Request:
-    return Request(features or one_hot(rows), Reply(), arrived, deadline, size)
+    return Request(model, features or one_hot(rows), Reply(), arrived, deadline, size)
 
 
 def scores_alone(features: Features, schema: ModelSchema = SCHEMA) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -115,12 +143,15 @@ def engine_with(
     limits: QueueLimits | None = None,
     clock: Clock | None = None,
     schema: ModelSchema = SCHEMA,
-) -> Iterator[Engine]:
-    """A started engine over fake lanes, drained at the end."""
-    backend = FakeBackend(schema, behaviour)
-    engine = Engine([backend, *(backend.share() for _ in range(lanes - 1))], policy, limits, clock)
+    observer: Observer | None = None,
+    model: ServedModel | None = None,
+) -> Iterator[AnEngine]:
+    """A started engine that serves a fake model, drained at the end."""
+    engine = AnEngine(lanes, policy, limits, clock, observer)
     engine.start()
     try:
+        engine.model = model or fake_model(behaviour, lanes=lanes, schema=schema)
+        engine.add(engine.model)
         yield engine
     finally:
         if behaviour is not None and behaviour.hold is not None:
@@ -136,9 +167,13 @@ TRANSPORTS = ["grpcio", pytest.param("native", marks=pytest.mark.skipif(not AVAI
 
 @contextmanager
 def grpc_transport(
-    engine: Engine, limits: RequestLimits | None = None, kind: str = "grpcio", **options: Any
+    engine: AnEngine,
+    limits: RequestLimits | None = None,
+    kind: str = "grpcio",
+    observer: Observer | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Transport, str, OnLoop]]:
-    """The engine behind a real gRPC socket on loopback, on an event loop in a thread of its own.
+    """The engine's model behind a real gRPC socket on loopback, on an event loop in a thread of its own.
 
     Yields the transport, its address, and a function that runs a coroutine on that loop.
     """
@@ -150,15 +185,16 @@ def grpc_transport(
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
     async def make() -> tuple[Transport, str]:
-        model = ServedModel("fake", "1", "fake", engine.schema, limits or RequestLimits())
         options.setdefault("port", 0)
         transport: Transport
         if kind == "native":
             from narsil.transports.native import NativeOptions, NativeTransport
 
-            transport = NativeTransport(engine, model, NativeOptions(**options))
+            transport = NativeTransport(engine, NativeOptions(**options), observer)
         else:
-            transport = GrpcAioTransport(engine, model, GrpcOptions(**options))
+            transport = GrpcAioTransport(engine, GrpcOptions(**options), observer)
+        engine.model.limits = limits or engine.model.limits
+        transport.serve(Catalog([engine.model]))
         return transport, await transport.start()
 
     try:
@@ -175,7 +211,7 @@ def grpc_transport(
 
 @contextmanager
 def grpc_server(
-    engine: Engine, limits: RequestLimits | None = None, kind: str = "grpcio", **options: Any
+    engine: AnEngine, limits: RequestLimits | None = None, kind: str = "grpcio", **options: Any
 ) -> Iterator[str]:
     """As grpc_transport; yields the address alone."""
     with grpc_transport(engine, limits, kind, **options) as (_, address, _):

@@ -99,6 +99,18 @@ class Features:
         return self
 
 
+class Served(Protocol):
+    """The model that a request is for; see narsil.engine.served_model.ServedModel."""
+
+    @property
+    def name(self) -> str:
+        """As clients name it."""
+
+    @property
+    def version(self) -> str:
+        """As clients name it."""
+
+
 class Payload(Protocol):
     """A request's rows, already validated, wherever they lie: Features, or a message that native code has read."""
 
@@ -134,8 +146,9 @@ class Reply(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One client request: features, when it came, when it stops mattering, and where its result goes."""
+    """One client request: its model, its rows, when it came, when it stops mattering, and where its result goes."""
 
+    model: Served  # that it was decoded for, and that scores it
     features: Payload
     reply: Reply
     arrived: float  # seconds on the engine's clock

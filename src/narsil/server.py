@@ -1,4 +1,4 @@
-"""The server's whole life: startup, serving until a signal, shutdown."""
+"""Composes a server out of its parts, and leads it through its life: startup, serving until a signal, shutdown."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import gc
 import logging
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 
-from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.schema import ModelSchema
-from narsil.backends.base import Backend
-from narsil.backends.pinning import pin
 from narsil.backends.registry import load_backend
+from narsil.catalog.manager import ModelManager
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.engine import Engine
+from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.errors import ConfigError
 from narsil.extension import AVAILABLE, MISSING
-from narsil.transports.base import ServedModel, Transport
+from narsil.telemetry.observer import CountingObserver, Observer
+from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
-from narsil.transports.validate import RequestLimits
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,10 @@ CLOSE_S = 1.0
 
 
 class Server:
-    """One model behind one address."""
+    """Models behind one address."""
 
     _engine: Engine  # from startup on
     _transport: Transport  # from startup on
-    _backends: list[Backend]  # from startup on; one per lane
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
@@ -70,35 +69,22 @@ class Server:
         """Loads the model, warms every lane, then listens. Returns the bound address."""
         prepare_process()
         settings = self.settings
-        artifact, backend = await asyncio.to_thread(self._load)
-        self._backends = backends = [backend, *(backend.share() for _ in range(settings.lane_count - 1))]
-        if settings.pin_lanes and settings.device == "cpu":
-            self._backends = backends = pin(backends, settings.intra_op_threads)
-        self._engine = Engine(
-            backends,
-            BatchPolicy(
-                settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3, settings.lane_count
-            ),
-            QueueLimits(
-                settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids, settings.max_queue_bytes
-            ),
-        )
-        began = time.monotonic()
-        await asyncio.to_thread(self._engine.start, list(warmup_payloads(backend.schema, settings.max_batch_rows)))
+        self._observer = CountingObserver()
+        self._engine = make_engine(settings, self._observer)
+        self._engine.start()
+        self.models = ModelManager(self._engine)
+        await asyncio.to_thread(self._add_model)
         settle_process()
-        log.info("warmed %d lanes in %.1f s", len(backends), time.monotonic() - began)
-        model = ServedModel(
-            settings.model_name or artifact.name,
-            artifact.version,
-            backend.name,
-            backend.schema,
-            RequestLimits(settings.max_request_rows, settings.max_request_ids),
-        )
-        self._transport = make_transport(self._engine, model, settings)
+        self._transport = make_transport(self._engine, settings, self._observer)
+        self.models.subscribe(self._transport.serve)
         try:
             return await self._transport.start()
         except OSError as error:
             raise ConfigError(str(error)) from None
+
+    def _add_model(self) -> None:
+        model = load_model(self.settings)
+        self.models.add(model, list(warmup_payloads(model.schema, self.settings.max_batch_rows)))
 
     def announce(self, address: str) -> None:
         """The one line on standard output that says requests are taken now."""
@@ -130,25 +116,45 @@ class Server:
         drained = await asyncio.to_thread(self._engine.drain, grace)
         await asyncio.sleep(LINGER_S)
         await self._transport.stop(CLOSE_S if drained else 0.0)
-        for backend in self._backends:
-            backend.close()
+        for model in self.models.catalog:
+            self.models.remove(model)
         log.info("stopped: %s", self._engine.statistics())
         return 0 if drained else 1
 
-    def _load(self) -> tuple[Artifact, Backend]:
-        settings = self.settings
-        artifact = open_artifact(settings.model, verify=settings.verify_checksums)
-        backend = load_backend(
-            artifact,
-            settings.backend,
-            settings.device,
-            settings.intra_op_threads,
-            tune_kernels=settings.tune_kernels,
-            batch_invariant=settings.batch_invariant,
-        )
-        log.info("loaded %s with the %s backend", settings.model, backend.name)
-        warn_of(settings.given_in_vain(backend=backend.name))
-        return artifact, backend
+
+def load_model(settings: ServeSettings) -> ServedModel:
+    """The settings' artifact, loaded once and shared by as many backends as there are lanes. Raises NarsilError."""
+    artifact = open_artifact(settings.model, verify=settings.verify_checksums)
+    backend = load_backend(
+        artifact,
+        settings.backend,
+        settings.device,
+        settings.intra_op_threads,
+        tune_kernels=settings.tune_kernels,
+        batch_invariant=settings.batch_invariant,
+    )
+    log.info("loaded %s with the %s backend", settings.model, backend.name)
+    warn_of(settings.given_in_vain(backend=backend.name))
+    return ServedModel(
+        settings.model_name or artifact.name,
+        artifact.version,
+        [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
+        RequestLimits(settings.max_request_rows, settings.max_request_ids),
+    )
+
+
+def make_engine(settings: ServeSettings, observer: Observer | None = None) -> Engine:
+    """The engine that the settings ask for; it serves no model yet."""
+    pinned = settings.pin_lanes and settings.device == "cpu"
+    return Engine(
+        settings.lane_count,
+        BatchPolicy(settings.batch_size, settings.max_batch_rows, settings.batch_timeout_ms / 1e3, settings.lane_count),
+        QueueLimits(
+            settings.max_queue_requests, settings.max_queue_rows, settings.max_queue_ids, settings.max_queue_bytes
+        ),
+        observer=observer,
+        thread_setup=pin(settings.lane_count, settings.intra_op_threads) if pinned else None,
+    )
 
 
 def prepare_process() -> None:
@@ -188,7 +194,7 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
             yield Features(rows, dense, Jagged.laid_out(values, lengths))
 
 
-def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) -> Transport:
+def make_transport(engine: Engine, settings: ServeSettings, observer: Observer | None = None) -> Transport:
     """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
     if settings.transport == "native" and not AVAILABLE:
         raise ConfigError(
@@ -198,14 +204,20 @@ def make_transport(engine: Engine, model: ServedModel, settings: ServeSettings) 
     if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
         log.info("transport: grpcio%s", f" (no native one: {MISSING})" if MISSING else "")
         warn_of(settings.given_in_vain(transport="grpcio"))
-        return GrpcAioTransport(engine, model, grpc_options(settings))
+        return GrpcAioTransport(engine, grpc_options(settings), observer)
     from narsil.transports.native import NativeOptions, NativeTransport
 
     log.info("transport: native")
     return NativeTransport(
         engine,
-        model,
-        NativeOptions(settings.host, settings.port, settings.max_message_bytes, settings.max_queue_bytes),
+        NativeOptions(
+            settings.host,
+            settings.port,
+            settings.max_message_bytes,
+            settings.max_metadata_bytes,
+            settings.max_queue_bytes,
+        ),
+        observer,
     )
 
 
@@ -230,6 +242,7 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
         settings.host,
         settings.port,
         settings.max_message_bytes,
+        settings.max_metadata_bytes,
         read(settings.tls_certificate),
         read(settings.tls_key),
         read(settings.tls_client_ca),

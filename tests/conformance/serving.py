@@ -12,17 +12,16 @@ import numpy as np
 
 from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import predictor_body
+from narsil.catalog.catalog import Catalog
 from narsil.dataflow import Features
-from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
+from narsil.engine.served_model import RequestLimits
 from narsil.protos import predictor_pb2
-from narsil.transports.base import ServedModel
-from narsil.transports.validate import RequestLimits
-from tests.support import PATIENCE_S, engine_with, grpc_transport
+from tests.support import PATIENCE_S, AnEngine, engine_with, grpc_transport
 
 
 @contextmanager
-def serving(kind: str, behaviour: FakeBehaviour | None = None, **options: Any) -> Iterator[tuple[str, Engine]]:
+def serving(kind: str, behaviour: FakeBehaviour | None = None, **options: Any) -> Iterator[tuple[str, AnEngine]]:
     """As serving_transport; yields the address and the engine alone."""
     with serving_transport(kind, behaviour, **options) as (address, made, _):
         yield address, made
@@ -37,7 +36,7 @@ def serving_transport(
     message_bytes: int = 16 << 20,
     engine_limits: QueueLimits | None = None,
     **engine: Any,
-) -> Iterator[tuple[str, Engine, Any]]:
+) -> Iterator[tuple[str, AnEngine, Any]]:
     """Yields the address, the engine and the transport. Whatever a test holds is let go of at the end."""
     with (
         engine_with(behaviour, limits=engine_limits, **engine) as made,
@@ -55,12 +54,12 @@ def serving_transport(
 
 
 @contextmanager
-def native_transport(engine: Engine, **options: Any) -> Iterator[tuple[Any, str]]:
+def native_transport(engine: AnEngine, **options: Any) -> Iterator[tuple[Any, str]]:
     """The native transport with these NativeOptions, and its address. It needs no event loop to live in."""
     from narsil.transports.native import NativeOptions, NativeTransport
 
-    model = ServedModel("fake", "1", "fake", engine.schema)
-    transport = NativeTransport(engine, model, NativeOptions(**{"port": 0, **options}))
+    transport = NativeTransport(engine, NativeOptions(**{"port": 0, **options}))
+    transport.serve(Catalog([engine.model]))
     try:
         yield transport, asyncio.run(transport.start())
     finally:

@@ -18,10 +18,10 @@ from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import predictor_body
 from narsil.client import build_request
 from narsil.engine.queue import QueueLimits
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1, predictor
-from narsil.transports.validate import RequestLimits
 from tests.conformance.serving import predict_torchrec, scores_in, serving, serving_transport
 from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, wait_until
 

@@ -17,10 +17,10 @@ from narsil.bench.workload import predictor_body
 from narsil.client import Context, build_request
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import DeadlineExceeded, ForwardFailed, InvalidRequest, ModelNotFound, QueueFull
 from narsil.protos import predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
-from narsil.transports.validate import RequestLimits
 from tests.conformance.serving import predict_torchrec, serving
 from tests.support import (
     PATIENCE_S,

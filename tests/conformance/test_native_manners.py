@@ -21,7 +21,7 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.extension import AVAILABLE
 from narsil.transports.codec import narsil_v1
-from narsil.transports.reflection import METHOD as REFLECTION
+from narsil.transports.endpoints import REFLECTION
 from tests.conformance.http2_client import (
     CONTINUATION,
     RawClient,

@@ -37,6 +37,7 @@ from narsil.compile.gate import replay
 from narsil.compile.judge import ArtifactJudge
 from narsil.dataflow import Batch, Request
 from narsil.engine.engine import Engine
+from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.packaging.dlrm import DlrmConfig, random_weights
 from narsil.packaging.packager import package_dlrm
@@ -298,13 +299,15 @@ def test_scores_are_the_callers_to_keep(small):
 def test_two_lanes_serve_it(small):
     backend = load_backend(open_artifact(small.out), "auto", "cpu")
     assert backend.name == "compiled"
-    engine = Engine([backend, backend.share()])
-    engine.start([one_hot(rows, 0, backend.schema) for rows in (1, 100)])
+    model = ServedModel("small", "1", [backend, backend.share()])
+    engine = Engine(2)
+    engine.start()
+    engine.add(model, [one_hot(rows, 0, backend.schema) for rows in (1, 100)])
     sent = []
     for number in range(60):
         features = one_hot(1 + number % 9, number, backend.schema)
         reply = Reply()
-        engine.submit(Request(features, reply, arrived=engine.now()))
+        engine.submit(Request(model, features, reply, arrived=engine.now()))
         sent.append((features, reply))
     for features, reply in sent:
         ids = np.ascontiguousarray(features.sparse.ids).ravel()

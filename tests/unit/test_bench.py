@@ -21,8 +21,8 @@ from narsil.bench.pictures import draw
 from narsil.bench.report import loaded_by, make_report, ratio_lines, render_table, write_report
 from narsil.bench.servers import AttachedServer, ServerDied, cpu_seconds
 from narsil.bench.workload import Workload
+from narsil.engine.served_model import RequestLimits
 from narsil.transports.codec import narsil_v1, predictor
-from narsil.transports.validate import RequestLimits
 from tests.support import SCHEMA, engine_with, grpc_server
 
 WORKLOAD = Workload(SCHEMA, rows=5, bodies=30)

@@ -11,10 +11,10 @@ from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.client import Context, build_request, read_model, read_response
 from narsil.dataflow import Features, Jagged, OneHot, StageTimes
 from narsil.engine.collate import Collator
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1
-from narsil.transports.validate import RequestLimits
 from tests.support import SCHEMA, jagged, one_hot
 
 LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)
@@ -23,7 +23,7 @@ NAMES = [feature.name for feature in SCHEMA.features]
 
 
 def decode(body: bytes, schema: ModelSchema = SCHEMA, limits: RequestLimits = LIMITS) -> Features:
-    return narsil_v1.decode(body, schema, limits).features
+    return narsil_v1.decode(body, schema, limits)
 
 
 def rows_of(features: Features) -> list[list[list[int]]]:
@@ -263,9 +263,9 @@ def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
 
 
 def test_a_response_carries_scores_names_and_provenance():
-    call = narsil_v1.decode(build_request(**GOOD, request_id="r-7"), SCHEMA, LIMITS)
+    asked = narsil_v1.read(build_request(**GOOD, request_id="r-7"))
     scores = {"click": np.array([0.25, 0.5], np.float32), "buy": np.array([0.1, 0.2], np.float32)}
-    body = narsil_v1.encode(call, "dlrm", "3", scores, StageTimes(0.0012, 0.0, 0.0034, 2, 17))
+    body = narsil_v1.encode(asked.request_id, "dlrm", "3", scores, StageTimes(0.0012, 0.0, 0.0034, 2, 17))
     prediction = read_response(body)
     assert {task: values.tolist() for task, values in prediction.scores.items()} == {
         task: values.tolist() for task, values in scores.items()

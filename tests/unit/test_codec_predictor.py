@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.collate import Collator
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.protos import predictor_pb2
 from narsil.transports.codec import predictor
-from narsil.transports.validate import RequestLimits
 from tests.support import SCHEMA, jagged, one_hot
 
 LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)

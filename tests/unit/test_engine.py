@@ -13,14 +13,26 @@ from narsil.dataflow import Request
 from narsil.engine.engine import Engine
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import ServedModel
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, ForwardFailed, QueueFull
-from tests.support import SCHEMA, Reply, engine_with, jagged, one_hot, request, scores_alone, wait_until
+from tests.support import (
+    SCHEMA,
+    AnEngine,
+    Reply,
+    engine_with,
+    fake_model,
+    jagged,
+    one_hot,
+    request,
+    scores_alone,
+    wait_until,
+)
 
 WORKER = BatchPolicy(max_requests=1)
 
 
-def submit(engine: Engine, **arguments) -> Request:
-    made = request(**arguments)
+def submit(engine: AnEngine, **arguments) -> Request:
+    made = request(model=engine.model, **arguments)
     engine.submit(made)
     return made
 
@@ -30,7 +42,7 @@ def held() -> FakeBehaviour:
     return FakeBehaviour(hold=threading.Event())
 
 
-def occupy(engine: Engine, behaviour: FakeBehaviour) -> Request:
+def occupy(engine: AnEngine, behaviour: FakeBehaviour) -> Request:
     """A request that is running, so that what comes after it waits."""
     running = submit(engine)
     wait_until(lambda: len(behaviour.forwards) == 1)
@@ -83,12 +95,10 @@ def test_padding_rows_reach_no_client_whole_or_in_pieces(rows):
         def bucket(self, rows):
             return rows + 3
 
-    engine = Engine([Padding(SCHEMA)], BatchPolicy(max_rows=10))
-    engine.start()
-    features = jagged(rows, seed=rows)
-    scores = submit(engine, features=features).reply.wait().scores["default"]
-    np.testing.assert_array_equal(scores, scores_alone(features))
-    assert engine.drain(30)
+    with engine_with(policy=BatchPolicy(max_rows=10), model=ServedModel("m", "1", [Padding(SCHEMA)])) as engine:
+        features = jagged(rows, seed=rows)
+        scores = submit(engine, features=features).reply.wait().scores["default"]
+        np.testing.assert_array_equal(scores, scores_alone(features))
 
 
 def test_lanes_run_at_the_same_time():
@@ -133,11 +143,10 @@ def test_what_a_full_batch_leaves_over_is_taken_by_an_idle_lane_at_once():
 
 def test_draining_waits_for_no_company():
     clock, behaviour = FakeClock(), FakeBehaviour()
-    engine = Engine([FakeBackend(SCHEMA, behaviour)], BatchPolicy(timeout=60.0), clock=clock)
-    engine.start()
-    waiting = submit(engine, arrived=0.0)
-    assert engine.drain(30)
-    assert waiting.reply.wait().error is None
+    with engine_with(behaviour, policy=BatchPolicy(timeout=60.0), clock=clock) as engine:
+        waiting = submit(engine, arrived=0.0)
+        assert engine.drain(30)
+        assert waiting.reply.wait().error is None
 
 
 def test_a_request_in_pieces_is_given_up_when_its_client_goes_away():
@@ -269,23 +278,20 @@ def test_scores_of_a_wrong_shape_fail_the_request_instead_of_reaching_the_client
         def run(self, batch):
             return {"default": super().run(batch)["default"][:-1]}
 
-    engine = Engine([Short(SCHEMA)])
-    engine.start()
-    made = submit(engine, rows=3)
-    assert "gave (2,) for 3 rows" in str(made.reply.wait().error)
-    assert engine.drain(10)
+    with engine_with(model=ServedModel("m", "1", [Short(SCHEMA)])) as engine:
+        made = submit(engine, rows=3)
+        assert "gave (2,) for 3 rows" in str(made.reply.wait().error)
 
 
 def test_draining_finishes_what_was_admitted_and_admits_nothing_more():
     behaviour = held()
-    engine = Engine([FakeBackend(SCHEMA, behaviour)])
-    engine.start()
-    running, waiting = occupy(engine, behaviour), submit(engine)
-    assert not engine.drain(timeout=0)
-    with pytest.raises(Draining):
-        submit(engine)
-    behaviour.hold.set()
-    assert engine.drain(30)
+    with engine_with(behaviour) as engine:
+        running, waiting = occupy(engine, behaviour), submit(engine)
+        assert not engine.drain(timeout=0)
+        with pytest.raises(Draining):
+            submit(engine)
+        behaviour.hold.set()
+        assert engine.drain(30)
     assert running.reply.wait().error is None
     assert waiting.reply.wait().error is None
 
@@ -296,20 +302,26 @@ def test_a_reply_that_raises_loses_its_own_result_and_nothing_else(caplog):
             raise OSError("the socket is gone")
 
     with engine_with() as engine:
-        engine.submit(Request(one_hot(1), Broken(), 0.0))
+        engine.submit(Request(engine.model, one_hot(1), Broken(), 0.0))
         assert submit(engine).reply.wait().error is None
     assert "failed to take a result" in caplog.text
 
 
 def test_a_warmup_that_fails_fails_the_start():
-    engine = Engine([FakeBackend(SCHEMA, FakeBehaviour(fail_if=lambda batch: True))])
-    with pytest.raises(RuntimeError, match="told to fail"):
-        engine.start([one_hot(1)])
+    broken = fake_model(FakeBehaviour(fail_if=lambda batch: True), name="broken")
+    with engine_with() as engine:
+        with pytest.raises(RuntimeError, match="told to fail"):
+            engine.add(broken, [one_hot(1)])
+        assert submit(engine).reply.wait().error is None
 
 
-def test_an_engine_needs_a_lane():
-    with pytest.raises(ConfigError):
-        Engine([])
+def test_an_engine_needs_a_lane_and_a_backend_for_each():
+    with pytest.raises(ConfigError, match="at least one lane"):
+        Engine(0)
+    with pytest.raises(ConfigError, match="at least one lane"):
+        ServedModel("m", "1", [])
+    with engine_with(lanes=2) as engine, pytest.raises(ConfigError, match="3 backends for 2 lanes"):
+        engine.add(fake_model(lanes=3))
 
 
 def test_under_a_storm_of_everything_each_request_ends_exactly_once():
@@ -318,14 +330,14 @@ def test_under_a_storm_of_everything_each_request_ends_exactly_once():
     everyone: list[tuple[Request, str]] = []
     guard = threading.Lock()
 
-    def client(engine: Engine, seed: int) -> None:
+    def client(engine: AnEngine, seed: int) -> None:
         random = np.random.default_rng(seed)
         for number in range(100):
             features = jagged(int(random.integers(1, 20)), seed=number)
             if number % 17 == 0:
                 features.dense[0, 0] = 13.0
             deadline = engine.now() if number % 13 == 0 else None
-            made = Request(features, Reply(), engine.now(), deadline)
+            made = Request(engine.model, features, Reply(), engine.now(), deadline)
             try:
                 engine.submit(made)
             except QueueFull:

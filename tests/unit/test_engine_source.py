@@ -48,7 +48,7 @@ def test_an_idle_lane_runs_what_its_source_gives():
     source = FakeSource()
     with engine_with() as engine:
         engine.attach(source)
-        made = [request(rows) for rows in (1, 2, 3)]
+        made = [request(rows, model=engine.model) for rows in (1, 2, 3)]
         source.arrivals.put(made)
         results = [one.reply.wait() for one in made]
         assert [len(result.scores["default"]) for result in results] == [1, 2, 3]
@@ -60,7 +60,7 @@ def test_requests_still_come_by_submit_and_wake_a_lane_that_polls():
     with engine_with() as engine:
         engine.attach(source)
         wait_until(lambda: source.polling == 1)
-        made = request()
+        made = request(model=engine.model)
         engine.submit(made)
         assert made.reply.wait().error is None
 
@@ -70,7 +70,7 @@ def test_what_the_source_gives_and_the_queue_refuses_is_delivered_as_that_error(
     policy, limits = BatchPolicy(max_requests=1), QueueLimits(max_requests=2)
     with engine_with(behaviour, policy=policy, limits=limits) as engine:
         engine.attach(source)
-        made = [request() for _ in range(4)]
+        made = [request(model=engine.model) for _ in range(4)]
         source.arrivals.put(made)
         refused = [one.reply.wait() for one in made[2:]]
         assert all(isinstance(result.error, QueueFull) for result in refused)
@@ -84,7 +84,7 @@ def test_a_lane_that_is_full_leaves_the_rest_to_one_that_polls():
     with engine_with(behaviour, lanes=2, policy=BatchPolicy(max_requests=1)) as engine:
         engine.attach(source)
         wait_until(lambda: source.polling == 2)
-        source.arrivals.put([request(1), request(2)])
+        source.arrivals.put([request(1, model=engine.model), request(2, model=engine.model)])
         wait_until(lambda: sorted(behaviour.forwards) == [1, 2])
 
 
@@ -92,7 +92,7 @@ def test_a_batch_timeout_bounds_the_poll():
     source = FakeSource()
     with engine_with(policy=BatchPolicy(timeout=0.01)) as engine:
         engine.attach(source)
-        made = request(arrived=engine.now())
+        made = request(model=engine.model, arrived=engine.now())
         source.arrivals.put([made])
         assert made.reply.wait().error is None
 
@@ -104,7 +104,7 @@ def test_once_detached_lanes_wait_for_submit_again():
         wait_until(lambda: source.polling == 3)
         engine.attach(None)
         wait_until(lambda: source.polling == 0)
-        made = request()
+        made = request(model=engine.model)
         engine.submit(made)
         assert made.reply.wait().error is None
 
@@ -124,10 +124,10 @@ def test_what_arrives_while_the_engine_drains_is_told_so():
     source, behaviour = FakeSource(), FakeBehaviour(hold=threading.Event())
     with engine_with(behaviour) as engine:
         engine.attach(source)
-        running = request()
+        running = request(model=engine.model)
         source.arrivals.put([running])
         wait_until(lambda: behaviour.forwards == [1])
-        late = request()
+        late = request(model=engine.model)
         source.arrivals.put([late])
         drained = threading.Thread(target=engine.drain, args=(PATIENCE_S,))
         drained.start()

@@ -11,16 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narsil.artifacts.schema import Feature, ModelSchema
+from narsil.catalog.catalog import Catalog
 from narsil.client import build_request
 from narsil.dataflow import Features, Jagged, OneHot, StageTimes
 from narsil.engine.collate import Collator
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest, ModelNotFound
 from narsil.extension import AVAILABLE, NativeFeatures
 from narsil.protos import narsil_pb2, predictor_pb2
-from narsil.transports.base import ServedModel, wires
 from narsil.transports.codec import narsil_v1, predictor
-from narsil.transports.validate import RequestLimits
-from tests.support import SCHEMA
+from narsil.transports.endpoints import ENDPOINTS, Metadata
+from tests.support import SCHEMA, fake_model
 
 if not AVAILABLE:
     pytest.skip("built without the native extension", allow_module_level=True)
@@ -56,8 +57,8 @@ class Loop:
 
     def __init__(self, schema: ModelSchema, path: str) -> None:
         self.schema = schema
-        self.model = ServedModel("fake", "1", "fake", schema, LIMITS)
-        self.wires = {wire.method: wire for wire in wires(self.model)}
+        self.catalog = Catalog([fake_model(schema=schema, limits=LIMITS)])
+        self.wires = {each.method: each.wire for each in ENDPOINTS if each.wire}
         kinds = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
         self.plane = Plane(kinds)
         self.plane.serve([native_model(schema)])
@@ -91,7 +92,7 @@ class Loop:
     def portable(self, method: str, body: bytes) -> Features | None:
         """What the portable codec reads, or None where it refuses."""
         try:
-            return self.wires[method].decode(body)[0]
+            return self.wires[method].decode(body, Metadata(), self.catalog).features
         except (InvalidRequest, ModelNotFound):
             return None
 
@@ -330,8 +331,8 @@ def test_answers_are_byte_for_byte_the_portable_codec_s(loops, count, tasks, bat
         call.answer_scores(scores, *batch, *times)
         answer = loop.end(call)
         if method == narsil_v1.METHOD:
-            features = narsil_v1.decode(body, SCHEMA, LIMITS)
-            expected = narsil_v1.encode(features, "fake", "1", scores, stage)
+            asked = narsil_v1.read(body)
+            expected = narsil_v1.encode(asked.request_id, "fake", "1", scores, stage)
         else:
             expected = predictor.encode(scores)
         assert answer.status == 0

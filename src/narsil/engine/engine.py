@@ -1,29 +1,33 @@
 """The engine: admits requests, hands them to lanes, and ends each exactly once.
 
-Receives Requests from any transport's thread, delivers Results from lane threads. Owns the queue, the lanes and
-the counts. It acts on what the scheduler decides and decides nothing itself.
+Receives Requests for any model from any transport's thread, delivers Results from lane threads. Owns the queues, the
+lanes and the counts. It acts on what the scheduler decides and decides nothing itself.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
 
-from narsil.backends.base import Backend
 from narsil.clock import Clock, MonotonicClock
 from narsil.dataflow import Features, Request, Result, StageTimes
-from narsil.engine.lane import Lane
-from narsil.engine.queue import QueueLimits, RequestQueue
+from narsil.engine.backlog import Backlog
+from narsil.engine.lane import Job, Lane, Work
+from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy, Decision, schedule
+from narsil.engine.served_model import ServedModel
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, QueueFull, RequestError
+from narsil.telemetry.observer import Observer
 
 log = logging.getLogger(__name__)
 
 DRAINING = "the server is shutting down; retry on another one"
+GONE = "the client cancelled the request; it was not run"
 
 
 @dataclass(slots=True)
@@ -58,26 +62,54 @@ class Source(Protocol):
         """No lane will poll any more: what comes from now on is refused with this text, as Draining is."""
 
 
-class Engine:
-    """Continuous batching over the lanes of one model.
+@dataclass(slots=True)
+class _Batch:
+    """What a lane runs."""
 
-    ``backends`` holds one instance per lane. Thread-safe. Every request that ``submit`` admits gets exactly
-    one ``reply.deliver``; one that ``submit`` raises for or that ``cancel`` takes back gets none.
+    backlog: Backlog
+    requests: int
+    rows: int
+    predicted: float  # seconds that were charged for it
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One lane, as the engine sees it. All under the engine's lock but ``batch``, which is its lane's own."""
+
+    woken: threading.Condition  # on which it sleeps
+    jobs: deque[Job] = field(default_factory=deque)  # that this lane alone can do
+    batch: _Batch | None = None
+    served: bool = False  # its last work was requests, so that a job has its turn
+    parked: bool = False  # counted in _polling
+    ended: bool = False
+
+
+class Engine:
+    """Continuous batching over the lanes of this process, for any number of models.
+
+    Thread-safe. Every request that ``submit`` admits gets exactly one ``reply.deliver``; one that ``submit`` raises for
+    or that ``cancel`` takes back gets none. ``limits`` bound what waits for each model.
     """
 
     def __init__(
         self,
-        backends: Sequence[Backend],
+        lanes: int,
         policy: BatchPolicy | None = None,
         limits: QueueLimits | None = None,
         clock: Clock | None = None,
+        observer: Observer | None = None,
+        thread_setup: Callable[[int], None] | None = None,
     ) -> None:
-        if not backends:
+        """``thread_setup`` is called with its number in each lane's thread, before anything else."""
+        if lanes < 1:
             raise ConfigError("an engine needs at least one lane")
-        self.schema = backends[0].schema
         self._policy = policy or BatchPolicy()
+        self._limits = limits or QueueLimits()
         self._clock = clock or MonotonicClock()
-        self._queue = RequestQueue(limits or QueueLimits())
+        self._observer = observer or Observer()
+        # Models that are served, and those that have gone but still have requests here.
+        self._backlogs: dict[ServedModel, Backlog] = {}
+        self._served: set[ServedModel] = set()
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)  # drain waits here for the last request to end
         # Lanes that wait for work, each on its own condition. The one that ran last is woken first: its core's caches
@@ -87,18 +119,50 @@ class Engine:
         self._polling = 0  # lanes that wait in the source, rather than on a condition
         self._draining = False
         self._stats = EngineStatistics()
-        self._lanes = [
-            Lane(f"lane-{i}", backend, self._policy.max_rows, self._take_of_one_lane(), self._settle, self._clock.now)
-            for i, backend in enumerate(backends)
-        ]
+        setup = thread_setup or (lambda number: None)
+        self._seats = [_Seat(threading.Condition(self._lock)) for _ in range(lanes)]
+        self._lanes = [Lane(number, self._policy.max_rows, self, self._clock.now, setup) for number in range(lanes)]
 
-    def start(self, warmup: Sequence[Features] = ()) -> None:
-        """Starts the lanes and returns once each has run every warmup payload. Raises what a warmup forward raised."""
+    def start(self) -> None:
+        """Starts the lanes."""
         for lane in self._lanes:
-            lane.warmup = warmup
             lane.start()
-        for lane in self._lanes:
-            lane.wait_until_warm()
+
+    def add(self, model: ServedModel, warmup: Sequence[Features] = ()) -> None:
+        """Takes requests for this model from now on; returns once every lane has run every warmup payload on it.
+
+        Requests for other models go on meanwhile, between two payloads. Raises ConfigError where the model has another
+        number of backends than there are lanes, and what a warmup forward raised; the model is then not added.
+        """
+        if len(model.backends) != len(self._lanes):
+            raise ConfigError(f"model {model.name} has {len(model.backends)} backends for {len(self._lanes)} lanes")
+        ready: list[Future[None]] = []
+        with self._lock:
+            if self._draining:
+                raise Draining(DRAINING)
+            for seat, lane in zip(self._seats, self._lanes, strict=True):
+                jobs = [lane.opening(model), *(lane.warming(model, features) for features in warmup)]
+                seat.jobs.extend(jobs)
+                ready += [job.done for job in jobs]
+            self._wake_all()
+        try:
+            for done in ready:
+                done.result()
+        except BaseException:
+            for done in ready:
+                done.cancel()
+            raise
+        with self._lock:
+            self._served.add(model)
+
+    def remove(self, model: ServedModel) -> None:
+        """Lets go of this model once the requests that it has have ended. What was decoded for it and comes after this
+        is answered all the same."""
+        with self._lock:
+            self._served.discard(model)
+            backlog = self._backlogs.get(model)
+            if backlog is not None:
+                self._forget_if_idle(backlog)
 
     def now(self) -> float:
         """The engine's clock, on which requests state their arrival and deadline."""
@@ -115,8 +179,11 @@ class Engine:
             with self._lock:
                 self._admit(request, ended)
                 self._wake(1)
+        except RequestError as error:
+            self._tell("ended", [(request, Result(error=error))])
+            raise
         finally:
-            _deliver(ended)
+            self._deliver(ended)
 
     def attach(self, source: Source | None) -> None:
         """Has idle lanes poll this source from now on, or none; there is one at most. Requests come by ``submit`` too.
@@ -125,17 +192,18 @@ class Engine:
         raise.
         """
         with self._lock:
-            self._wake(len(self._lanes))  # they come back to the new one
+            self._wake_all()  # they come back to the new one
             self._source = source
 
     def cancel(self, request: Request) -> bool:
         """Takes a request back: it frees its place at once and never runs. False when it runs already or has ended."""
         with self._lock:
-            if not self._queue.remove(request):
+            if not self._leave(request):
                 return False
             self._stats.cancelled += 1
             self._signal_if_idle()
-            return True
+        self._tell("ended", [(request, Result(error=Cancelled(GONE)))])
+        return True
 
     def drain(self, timeout: float | None = None) -> bool:
         """Admits nothing more, waits for all admitted requests to end, stops the lanes.
@@ -146,7 +214,7 @@ class Engine:
             self._draining = True
             if self._source is not None:
                 self._source.close(DRAINING)
-            self._wake(len(self._lanes))
+            self._wake_all()
             done = self._idle.wait_for(self._is_idle, timeout)
         if done:
             for lane in self._lanes:
@@ -155,58 +223,111 @@ class Engine:
         return done
 
     def statistics(self) -> EngineStatistics:
-        """A consistent snapshot of the counts."""
+        """A consistent snapshot of the counts, over all models."""
         with self._lock:
-            return replace(self._stats, queued=len(self._queue))
+            return replace(self._stats, queued=self._queued())
 
-    def _take_of_one_lane(self) -> Callable[[], Sequence[Request] | None]:
-        """A ``take`` for one lane, with the condition on which it sleeps."""
-        return partial(self._take, threading.Condition(self._lock))
-
-    def _take(self, woken: threading.Condition) -> Sequence[Request] | None:
-        """What the calling lane runs next; waits for it in the source, or on ``woken``. None ends the lane."""
+    def take(self, lane: int) -> Work | None:
+        """What a lane does next; waits for it. None ends the lane. Called by lanes."""
+        seat = self._seats[lane]
         wait: float | None = 0.0  # first a look at what has arrived while it ran
-        parked = False
-        while True:
-            source = self._source
-            arrived = () if source is None else source.poll(wait)
-            with self._lock:
-                if parked:
-                    self._polling -= 1
-                ended = self._admit_all(arrived)
-                now = self._clock.now()
-                decision = self._decide(now)
-                ended += self._end_unrun(decision.expired, decision.cancelled)
-                parked, wait = False, 0.0
-                if decision.take:
-                    self._begin(decision.take)
-                elif not ended:
-                    if self._draining and not len(self._queue):
-                        self._wake(1)  # another lane ends too
-                        return None
-                    if self._source is None:
-                        self._sleep(woken, decision.wake_at)
-                        continue
-                    self._polling += 1
-                    parked = True
-                    wait = None if decision.wake_at is None else max(0.0, decision.wake_at - now)
-                self._signal_if_idle()
-            _deliver(ended)
+        while not seat.ended:
+            work, wait = self._look(seat, wait)
+            if work is not None:
+                return work
+        for job in seat.jobs:
+            job.done.cancel()
+        return None
+
+    def settle(self, results: Sequence[tuple[Request, Result]]) -> None:
+        """Ends requests that a lane has taken. Called by lanes, once for each request."""
+        with self._lock:
+            stats = self._stats
+            stats.running -= len(results)
+            for request, result in results:
+                self._backlog(request).running -= 1
+                if result.error is None:
+                    stats.answered += 1
+                elif isinstance(result.error, Cancelled):
+                    stats.cancelled += 1
+                elif isinstance(result.error, DeadlineExceeded):
+                    stats.expired += 1
+                else:
+                    stats.failed += 1
+            self._signal_if_idle()
+        self._deliver(results)
+
+    def finish(self, lane: int, seconds: float) -> None:
+        """A lane has ended the batch that it took, after so long. Called by lanes."""
+        seat = self._seats[lane]
+        batch, seat.batch = seat.batch, None
+        if batch is None:
+            return
+        with self._lock:
+            batch.backlog.finish(batch.rows, batch.predicted, seconds)
+            self._forget_if_idle(batch.backlog)
+        self._tell("ran", batch.backlog.model, batch.requests, batch.rows, seconds)
+
+    def _look(self, seat: _Seat, wait: float | None) -> tuple[Work | None, float | None]:
+        """One look at the source and the queues: what the lane does now, or how long it may wait before the next look.
+
+        A function of its own, so that a lane that waits holds on to no request, and through it to no model.
+        """
+        source = self._source
+        arrived = () if source is None else source.poll(wait)
+        with self._lock:
+            if seat.parked:
+                self._polling -= 1
+                seat.parked = False
+            ended = self._admit_all(arrived)
+            now = self._clock.now()
+            decision = self._decide(now)
+            ended += self._end_unrun(decision.expired, decision.cancelled)
+            work, wait = self._choose(seat, decision, now, again=bool(ended))
+            self._signal_if_idle()
+        self._deliver(ended)
+        return work, wait
+
+    def _choose(self, seat: _Seat, decision: Decision, now: float, *, again: bool) -> tuple[Work | None, float | None]:
+        """Jobs and requests by turns; without either the lane waits, unless it is to look ``again``."""
+        if seat.jobs and (seat.served or not decision.take):
+            seat.served = False
             if decision.take:
-                return decision.take
+                self._wake(1)  # a lane that idles can have them
+            return seat.jobs.popleft(), 0.0
+        if decision.take:
+            seat.served = True
+            self._begin(seat, decision.take)
+            return decision.take, 0.0
+        if again:
+            return None, 0.0
+        if self._draining and not self._queued():
+            self._wake(1)  # another lane ends too
+            seat.ended = True
+            return None, 0.0
+        if self._source is None:
+            self._sleep(seat.woken, decision.wake_at)
+            return None, 0.0
+        self._polling += 1
+        seat.parked = True
+        return None, None if decision.wake_at is None else max(0.0, decision.wake_at - now)
 
     def _decide(self, now: float) -> Decision:
         # While draining no company can come: nobody waits for it.
         policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
-        return schedule(self._queue, policy, now)
+        return schedule(tuple(self._backlogs.values()), policy, now)
 
-    def _begin(self, batch: Sequence[Request]) -> None:
+    def _begin(self, seat: _Seat, batch: Sequence[Request]) -> None:
+        backlog = self._backlog(batch[0])
         for request in batch:
-            self._queue.remove(request)
+            backlog.queue.remove(request)
+        rows = sum(request.rows for request in batch)
+        backlog.running += len(batch)
+        seat.batch = _Batch(backlog, len(batch), rows, backlog.begin(rows))
         self._stats.batches += 1
-        self._stats.rows += sum(request.rows for request in batch)
+        self._stats.rows += rows
         self._stats.running += len(batch)
-        if len(self._queue):  # what is left is another lane's share, or its time has come too
+        if self._queued():  # what is left is another lane's share, or its time has come too
             self._wake(1)
 
     def _sleep(self, woken: threading.Condition, until: float | None) -> None:
@@ -214,6 +335,21 @@ class Engine:
         self._clock.wait(woken, until)
         if woken in self._sleeping:  # its time came, rather than work
             self._sleeping.remove(woken)
+
+    def _backlog(self, request: Request) -> Backlog:
+        """Its model's. A model that has been removed, or is only now used, gets one for as long as it has requests."""
+        model = cast(ServedModel, request.model)
+        backlog = self._backlogs.get(model)
+        if backlog is None:
+            backlog = self._backlogs[model] = Backlog(model, self._limits)
+        return backlog
+
+    def _forget_if_idle(self, backlog: Backlog) -> None:
+        if backlog.idle and backlog.model not in self._served:
+            self._backlogs.pop(backlog.model, None)
+
+    def _queued(self) -> int:
+        return sum(len(backlog.queue) for backlog in self._backlogs.values())
 
     def _admit_all(self, requests: Iterable[Request]) -> list[tuple[Request, Result]]:
         """Queues what it can; returns those that ended by it: refused, or displaced."""
@@ -231,55 +367,50 @@ class Engine:
         try:
             if self._draining:
                 raise Draining(DRAINING)
+            backlog = self._backlog(request)
+            if backlog.idle:
+                backlog.join(self._backlogs.values())
             try:
-                self._queue.add(request)
+                backlog.queue.add(request)
             except QueueFull:
-                swept = self._sweep()
+                swept = self._sweep(backlog)
                 if not swept:
                     raise
                 ended += swept
-                self._queue.add(request)
+                backlog.queue.add(request)
         except RequestError:
             self._stats.rejected += 1
             raise
 
-    def _settle(self, results: Sequence[tuple[Request, Result]]) -> None:
-        with self._lock:
-            stats = self._stats
-            stats.running -= len(results)
-            for _, result in results:
-                if result.error is None:
-                    stats.answered += 1
-                elif isinstance(result.error, Cancelled):
-                    stats.cancelled += 1
-                elif isinstance(result.error, DeadlineExceeded):
-                    stats.expired += 1
-                else:
-                    stats.failed += 1
-            self._signal_if_idle()
-        _deliver(results)
-
-    def _sweep(self) -> list[tuple[Request, Result]]:
+    def _sweep(self, backlog: Backlog) -> list[tuple[Request, Result]]:
         now = self._clock.now()
-        cancelled = [request for request in self._queue if request.reply.cancelled]
-        expired = [request for request in self._queue if request.expired(now) and not request.reply.cancelled]
+        cancelled = [request for request in backlog.queue if request.reply.cancelled]
+        expired = [request for request in backlog.queue if request.expired(now) and not request.reply.cancelled]
         return self._end_unrun(expired, cancelled)
 
     def _end_unrun(self, expired: Iterable[Request], cancelled: Iterable[Request]) -> list[tuple[Request, Result]]:
-        """Takes requests that will never run out of the queue; the caller delivers their results without the lock."""
+        """Takes requests that will never run from their queues; the caller delivers their results without the lock."""
         now = self._clock.now()
         ended = []
         for request in expired:
-            self._queue.remove(request)
+            self._leave(request)
+            self._stats.expired += 1
             waited = now - request.arrived
             error = DeadlineExceeded(f"the deadline passed after {waited * 1e3:.1f} ms in the queue; it was not run")
             ended.append((request, Result(error=error, times=StageTimes(queue=waited))))
-        self._stats.expired += len(ended)
         for request in cancelled:
-            self._queue.remove(request)
+            self._leave(request)
             self._stats.cancelled += 1
-            ended.append((request, Result(error=Cancelled("the client cancelled the request; it was not run"))))
+            ended.append((request, Result(error=Cancelled(GONE))))
         return ended
+
+    def _leave(self, request: Request) -> bool:
+        """Takes a request out of its queue; False when it is not (any more) in it."""
+        backlog = self._backlogs.get(cast(ServedModel, request.model))
+        if backlog is None or not backlog.queue.remove(request):
+            return False
+        self._forget_if_idle(backlog)
+        return True
 
     def _wake(self, lanes: int) -> None:
         """Wakes so many idle lanes, the last to sleep first."""
@@ -289,26 +420,39 @@ class Engine:
             for _ in range(min(lanes, self._polling)):
                 self._source.wake()
 
+    def _wake_all(self) -> None:
+        self._wake(len(self._lanes))
+
     def _is_idle(self) -> bool:
-        return not len(self._queue) and not self._stats.running
+        return not self._queued() and not self._stats.running
 
     def _signal_if_idle(self) -> None:
         if self._draining and self._is_idle():
             self._idle.notify_all()
-            self._wake(len(self._lanes))
+            self._wake_all()
 
+    def _deliver(self, ends: Sequence[tuple[Request, Result]]) -> None:
+        """Hands results over, then wakes their transports. A transport that raises loses its own results and no
+        others."""
+        if not ends:
+            return
+        wakes = set()
+        for request, result in ends:
+            try:
+                wakes.add(request.reply.deliver(result))
+            except Exception:
+                log.exception("a transport failed to take a result")
+        for wake in wakes:
+            try:
+                if wake is not None:
+                    wake()
+            except Exception:
+                log.exception("a transport could not be woken")
+        self._tell("ended", ends)
 
-def _deliver(results: Iterable[tuple[Request, Result]]) -> None:
-    """Hands results over, then wakes their transports. A transport that raises loses its own results and no others."""
-    wakes = set()
-    for request, result in results:
+    def _tell(self, what: str, *details: object) -> None:
+        """An observer that raises is a fault of its own, and harms no request."""
         try:
-            wakes.add(request.reply.deliver(result))
+            getattr(self._observer, what)(*details)
         except Exception:
-            log.exception("a transport failed to take a result")
-    for wake in wakes:
-        try:
-            if wake is not None:
-                wake()
-        except Exception:
-            log.exception("a transport could not be woken")
+            log.exception("the observer failed")

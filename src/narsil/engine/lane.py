@@ -1,24 +1,103 @@
-"""A lane: one thread with one backend instance that runs what the engine hands it.
+"""A lane: one thread that runs what the engine hands it, for any model that it has opened.
 
-Receives lists of requests from ``take``, gives one Result for each of them to ``settle``. Owns its
-collation buffers and its backend instance.
+Receives lists of requests, each of one model, or jobs from a Dispatcher, and gives it one Result for each request. Owns
+one collator per model, and uses the model's backend instance of its own number.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import perf_counter
+from typing import Protocol, TypeAlias
+
+import numpy as np
 
 from narsil.backends.base import Backend
-from narsil.dataflow import Features, Payload, Request, Result, Scores, StageTimes
+from narsil.dataflow import Batch, Features, Payload, Request, Result, Scores, Served, StageTimes
 from narsil.engine.collate import Collator
+from narsil.engine.served_model import ServedModel
 from narsil.engine.split import join, split
 from narsil.errors import Cancelled, DeadlineExceeded, ForwardFailed, RequestError
 
 log = logging.getLogger(__name__)
+
+
+class Job:
+    """Something that one lane alone can do, in its own thread. ``done`` tells when, or what it raised."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        """Does it, unless it has been cancelled."""
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._work()
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
+Work: TypeAlias = Sequence[Request] | Job
+
+
+class Dispatcher(Protocol):
+    """The engine, as lanes see it."""
+
+    def take(self, lane: int) -> Work | None:
+        """What this lane does next; waits for it. None ends the lane."""
+
+    def settle(self, results: Sequence[tuple[Request, Result]]) -> None:
+        """Ends requests that a lane has taken: exactly once for each."""
+
+    def finish(self, lane: int, seconds: float) -> None:
+        """The lane has ended all requests that it took last, after so long."""
+
+
+class _Runner:
+    """A model as one lane runs it. Holds the model's backend and not the model, which it must not keep alive."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        self.name = name
+        self.backend = backend
+        self.collator = Collator(backend.schema, backend.bucket)
+
+    def run(self, parts: Sequence[Payload]) -> tuple[Scores, float, float]:
+        """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.
+
+        Raises ForwardFailed on scores of a wrong shape, and on scores that are no finite number.
+        """
+        rows = sum(part.rows for part in parts)
+        begin = perf_counter()
+        batch = self.collator.collate(parts)
+        collated = perf_counter()
+        scores = self.backend.run(batch)
+        executed = perf_counter()
+        return self._checked(scores, batch, rows), collated - begin, executed - collated
+
+    def _checked(self, scores: Scores, batch: Batch, rows: int) -> Scores:
+        wanted = {}
+        for task in self.backend.schema.tasks:
+            if task not in scores or scores[task].shape != (batch.rows,):
+                found = scores[task].shape if task in scores else "nothing"
+                raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
+            wanted[task] = values = scores[task][:rows]
+            if not np.isfinite(values).all():
+                row = int(np.flatnonzero(~np.isfinite(values))[0])
+                # Which row of the batch it was says nothing to a client; in a batch of its own it does.
+                log.error("model %s, task %s: row %d of %d scored %s", self.name, task, row, rows, values[row])
+                raise ForwardFailed(
+                    f"task {task}: the model scored row {row} as {values[row]}, which is no answer; look at this row's "
+                    "values and at the model's weights"
+                )
+        return wanted
 
 
 class Lane(threading.Thread):
@@ -30,39 +109,51 @@ class Lane(threading.Thread):
 
     def __init__(
         self,
-        name: str,
-        backend: Backend,
+        number: int,
         max_batch_rows: int,
-        take: Callable[[], Sequence[Request] | None],
-        settle: Callable[[Sequence[tuple[Request, Result]]], None],
+        dispatcher: Dispatcher,
         now: Callable[[], float],
+        thread_setup: Callable[[int], None],
     ) -> None:
-        super().__init__(name=name, daemon=True)
-        self._backend = backend
+        super().__init__(name=f"lane-{number}", daemon=True)
+        self._number = number
         self._max_batch_rows = max_batch_rows
-        self._take = take
-        self._settle = settle
+        self._dispatcher = dispatcher
         self._now = now
-        self._collator = Collator(backend.schema, backend.bucket)
-        self._warm: Future[None] = Future()
-        self.warmup: Sequence[Features] = ()  # payloads to run before the first request
-
-    def wait_until_warm(self) -> None:
-        """Blocks until the lane takes requests. Raises what its warmup raised."""
-        self._warm.result()
+        self._thread_setup = thread_setup
+        self._runners: weakref.WeakKeyDictionary[Served, _Runner] = weakref.WeakKeyDictionary()
 
     def run(self) -> None:
         """The lane's whole life."""
-        try:
-            self._backend.thread_setup()
-            for features in self.warmup:
-                self._run([features])
-        except Exception as error:
-            self._warm.set_exception(error)
-            return
-        self._warm.set_result(None)
-        while (requests := self._take()) is not None:
-            self._serve(requests)
+        self._thread_setup(self._number)
+        while (work := self._dispatcher.take(self._number)) is not None:
+            if isinstance(work, Job):
+                work.run()
+            else:
+                began = self._now()
+                self._serve(work)
+                self._dispatcher.finish(self._number, self._now() - began)
+            del work  # while the lane waits it keeps no request alive, nor the request's model
+
+    def opening(self, model: ServedModel) -> Job:
+        """The job after which this lane can run the model."""
+        backend = model.backends[self._number]
+
+        def open_here() -> None:
+            backend.thread_setup()
+            self._runners[model] = _Runner(model.name, backend)
+
+        return Job(open_here)
+
+    def warming(self, model: ServedModel, features: Features) -> Job:
+        """The job that runs one payload, in pieces where it is larger than a batch."""
+
+        def warm() -> None:
+            for start in range(0, features.rows, self._max_batch_rows):
+                stop = min(start + self._max_batch_rows, features.rows)
+                self._runners[model].run([features.slice(start, stop)])
+
+        return Job(warm)
 
     def _serve(self, requests: Sequence[Request]) -> None:
         try:
@@ -90,9 +181,9 @@ class Lane(threading.Thread):
         if len(parts) == 1 and rows[0] > self._max_batch_rows:
             scores, collate, execute = self._run_in_pieces(requests[0])
         else:
-            scores, collate, execute = self._run(parts)
+            scores, collate, execute = self._runners[requests[0].model].run(parts)
         total = sum(rows)
-        self._settle(
+        self._dispatcher.settle(
             [
                 (
                     request,
@@ -102,30 +193,13 @@ class Lane(threading.Thread):
             ]
         )
 
-    def _run(self, parts: Sequence[Payload]) -> tuple[Scores, float, float]:
-        """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.
-
-        Raises ForwardFailed on scores of a wrong shape.
-        """
-        rows = sum(part.rows for part in parts)
-        begin = perf_counter()
-        batch = self._collator.collate(parts)
-        collated = perf_counter()
-        scores = self._backend.run(batch)
-        for task in self._backend.schema.tasks:
-            if task not in scores or scores[task].shape != (batch.rows,):
-                found = scores[task].shape if task in scores else "nothing"
-                raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
-        wanted = {task: values[:rows] for task, values in scores.items()}
-        return wanted, collated - begin, perf_counter() - collated
-
     def _run_in_pieces(self, request: Request) -> tuple[Scores, float, float]:
         """Several forwards for one request, given up between two of them when nobody waits for it any more."""
         features, step = request.features, self._max_batch_rows
-        pieces = []
+        runner, pieces = self._runners[request.model], []
         for start in range(0, features.rows, step):
             self._check_wanted(request)
-            pieces.append(self._run([features.slice(start, min(start + step, features.rows))]))
+            pieces.append(runner.run([features.slice(start, min(start + step, features.rows))]))
         return join([piece[0] for piece in pieces]), sum(p[1] for p in pieces), sum(p[2] for p in pieces)
 
     def _check_wanted(self, request: Request) -> None:
@@ -141,4 +215,5 @@ class Lane(threading.Thread):
             kind = type(error).__name__
             # The text may hold paths and other things of this machine; it stays in the log.
             error = ForwardFailed(f"the model's forward failed on this request ({kind}); the server's log says why")
-        self._settle([(request, Result(error=error))])
+        # Without its traceback, which would keep the batch alive for as long as the client holds the answer.
+        self._dispatcher.settle([(request, Result(error=error.with_traceback(None)))])

@@ -7,7 +7,9 @@ handlers wait on.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,22 +19,14 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
+from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.transports.base import (
-    MAX_STREAMS,
-    SERVICES,
-    EngineLike,
-    ServedModel,
-    Transport,
-    Wire,
-    address_of,
-    describe,
-    wires,
-)
-from narsil.transports.codec import narsil_v1
+from narsil.telemetry.observer import Observer
+from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
+from narsil.transports.endpoints import ENDPOINTS, MODEL_KEY, SERVICES, VERSION_KEY, Endpoint, Metadata, Wire
 from narsil.transports.health import Health
-from narsil.transports.reflection import names
+from narsil.transports.reflection import services
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +46,7 @@ class GrpcOptions:
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free one
     max_message_bytes: int = 16 << 20
+    max_metadata_bytes: int = 16 << 10
     tls_certificate: bytes | None = None  # PEM; with it goes the key
     tls_key: bytes | None = None
     tls_client_ca: bytes | None = None  # PEM; given: clients must present a certificate it signed
@@ -102,14 +97,19 @@ class _Reply:
 
 
 class GrpcAioTransport(Transport):
-    """Serves both of Narsil's gRPC wires, GetModel, grpc.health.v1 and server reflection."""
+    """Serves every endpoint; health and reflection with grpcio's own means."""
 
-    def __init__(self, engine: EngineLike, model: ServedModel, options: GrpcOptions) -> None:
+    def __init__(self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None) -> None:
         self._engine = engine
-        self._model = model
         self._options = options
+        self._observer = observer or Observer()
+        self._catalog = EMPTY
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
+
+    def serve(self, catalog: Catalog) -> None:
+        """See Transport.serve."""
+        self._catalog = catalog
 
     async def start(self) -> str:
         """See Transport.start. Raises OSError when the address cannot be bound."""
@@ -121,20 +121,30 @@ class GrpcAioTransport(Transport):
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
+                # Between a soft limit and the hard one gRPC refuses by chance; here the same call ends the same way.
+                ("grpc.max_metadata_size", options.max_metadata_bytes),
+                ("grpc.absolute_max_metadata_size", options.max_metadata_bytes),
                 # A peer that is gone without a word is noticed, and its calls and memory are freed.
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                # A client may ask so too, as often as its load balancer's idle timeout makes it: a ping costs little,
+                # and ending its connection for it, as gRPC does by default, costs all its calls.
+                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.so_reuseport", 0),  # a second server on this port is a mistake, not a second listener
             ],
         )
-        handlers: dict[str, _Handler] = {
-            wire.method: self._scoring_handler(wire, outbox, loop) for wire in wires(self._model)
+        handlers = {
+            each.method: self._scoring_handler(each.method, each.wire, outbox, loop)
+            if each.wire
+            else self._unary_handler(each)
+            for each in ENDPOINTS
+            if each.wire or each.answer
         }
-        handlers[narsil_v1.METHOD_GET_MODEL] = self._get_model
         server.add_generic_rpc_handlers((_RawHandlers(handlers),))
         self._health = Health(("", *SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        enable_server_reflection(names(SERVICES), server)
+        enable_server_reflection(services(), server)
         try:
             port = self._bind(server)
         except RuntimeError as error:
@@ -158,6 +168,8 @@ class GrpcAioTransport(Transport):
     def _bind(self, server: grpc.aio.Server) -> int:
         options = self._options
         address = address_of(options.host, options.port)
+        if options.host.startswith(UNIX):
+            _refuse_a_live_socket(options.host.removeprefix(UNIX))
         if options.tls_certificate is None or options.tls_key is None:
             return int(server.add_insecure_port(address))
         credentials = grpc.ssl_server_credentials(
@@ -167,17 +179,22 @@ class GrpcAioTransport(Transport):
         )
         return int(server.add_secure_port(address, credentials))
 
-    def _scoring_handler(self, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
-        engine, decode, encode = self._engine, wire.decode, wire.encode
+    def _scoring_handler(self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
+        engine = self._engine
 
         async def score(body: bytes, context: _Context) -> bytes:
             try:
-                features, call = decode(body)
+                try:
+                    decoded = wire.decode(body, _metadata(context), self._catalog)
+                except RequestError as error:
+                    self._observer.refused(method, error)
+                    raise
                 now = engine.now()
                 remaining = context.time_remaining()
                 reply = _Reply(outbox, loop)
                 deadline = None if remaining is None else now + remaining
-                request = Request(features, reply, now, deadline, max(len(body), features.nbytes))
+                features = decoded.features
+                request = Request(decoded.model, features, reply, now, deadline, max(len(body), features.nbytes))
                 engine.submit(request)
                 try:
                     result = await reply.future
@@ -188,7 +205,7 @@ class GrpcAioTransport(Transport):
                     raise
                 if result.error is not None:
                     raise result.error
-                return encode(call, result)
+                return wire.encode(decoded, result)
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:
@@ -196,13 +213,38 @@ class GrpcAioTransport(Transport):
 
         return score
 
-    async def _get_model(self, body: bytes, context: _Context) -> bytes:
-        try:
-            return describe(self._model, body)
-        except RequestError as error:
-            return await _abort(context, error)
-        except Exception:
-            return await _abort_unexpected(context)
+    def _unary_handler(self, endpoint: Endpoint) -> _Handler:
+        answer = endpoint.answer
+        assert answer is not None  # noqa: S101 - the caller has looked
+
+        async def handle(body: bytes, context: _Context) -> bytes:
+            try:
+                return answer(body, _metadata(context), self._catalog)
+            except RequestError as error:
+                return await _abort(context, error)
+            except Exception:
+                return await _abort_unexpected(context)
+
+        return handle
+
+
+def _metadata(context: _Context) -> Metadata:
+    """What the call's metadata says of the model."""
+    found: dict[str, list[str]] = {MODEL_KEY: [], VERSION_KEY: []}
+    for key, value in context.invocation_metadata() or ():
+        if key in found:
+            found[key].append(value if isinstance(value, str) else value.decode("utf-8", "replace"))
+    # As HTTP has it, several are one, joined by commas.
+    return Metadata(",".join(found[MODEL_KEY]), ",".join(found[VERSION_KEY]))
+
+
+def _refuse_a_live_socket(path: str) -> None:
+    """gRPC replaces whatever socket file is there. Raises OSError where a server still listens on it."""
+    probe = socket.socket(socket.AF_UNIX)
+    probe.setblocking(False)
+    with probe:
+        if probe.connect_ex(path) in (0, errno.EAGAIN):
+            raise OSError(errno.EADDRINUSE, f"cannot listen on {UNIX}{path}: another server does")
 
 
 class _RawHandlers(grpc.GenericRpcHandler):

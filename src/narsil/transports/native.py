@@ -11,35 +11,25 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
+from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, status_of
 from narsil.extension import NativeFeatures
+from narsil.telemetry.observer import Observer
 from narsil.transports import health
-from narsil.transports.base import (
-    MAX_STREAMS,
-    SERVICES,
-    UNIX,
-    EngineLike,
-    ServedModel,
-    Transport,
-    Wire,
-    address_of,
-    describe,
-    wires,
-)
-from narsil.transports.codec import narsil_v1, predictor
-from narsil.transports.reflection import METHOD as REFLECTION
+from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
+from narsil.transports.endpoints import ENDPOINTS, Decoded, Kind, Metadata, Wire
 from narsil.transports.reflection import Reflection
 
 if TYPE_CHECKING:
-    from narsil._native import Call
+    from narsil._native import Call, Model
 
 log = logging.getLogger(__name__)
 
 _INTERNAL = 13
-_HEALTH = "/grpc.health.v1.Health/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +39,7 @@ class NativeOptions:
     host: str = "127.0.0.1"  # or unix:PATH
     port: int = 50051  # 0: any free one
     max_message_bytes: int = 16 << 20
+    max_metadata_bytes: int = 16 << 10
     # Of messages that are still arriving or wait for a lane to take them, and of answers that clients do not read.
     max_buffered_bytes: int = 1 << 29
     limits: Mapping[str, float] = field(default_factory=dict)  # others, by the names that _native.Plane gives them
@@ -57,19 +48,15 @@ class NativeOptions:
 class _Reply:
     """Where a call's result goes."""
 
-    __slots__ = ("_call", "_context", "_encode", "_transport")
+    __slots__ = ("_call", "_decoded", "_transport", "_wire")
 
     def __init__(
-        self,
-        transport: NativeTransport,
-        call: Call,
-        encode: Callable[[Any, Result], bytes] | None = None,
-        context: object = None,
+        self, transport: NativeTransport, call: Call, wire: Wire | None = None, decoded: Decoded | None = None
     ) -> None:
         self._transport = transport
         self._call = call
-        self._encode = encode  # None: native code encodes
-        self._context = context
+        self._wire = wire  # None: native code has decoded and encodes
+        self._decoded = decoded
 
     @property
     def cancelled(self) -> bool:
@@ -81,13 +68,13 @@ class _Reply:
         try:
             if result.error is not None:
                 _fail(call, result.error)
-            elif self._encode is None:
+            elif self._wire is None or self._decoded is None:
                 times = result.times
                 call.answer_scores(
                     result.scores or {}, times.batch_requests, times.batch_rows, times.queue, times.execute
                 )
             else:
-                call.answer(self._encode(self._context, result))
+                call.answer(self._wire.encode(self._decoded, result))
         except Exception:
             _fail_unexpected(call)
         return transport.flush
@@ -96,48 +83,43 @@ class _Reply:
 class NativeTransport(Transport):
     """Serves what GrpcAioTransport serves, without TLS. A Source for the engine's idle lanes."""
 
-    def __init__(self, engine: EngineLike, model: ServedModel, options: NativeOptions) -> None:
-        from narsil._native import Model, Plane
+    def __init__(self, engine: EngineLike, options: NativeOptions, observer: Observer | None = None) -> None:
+        from narsil._native import Plane
 
-        schema, limits = model.schema, model.limits
         self._engine = engine
         self._options = options
-        self._wires: dict[str, Wire] = {wire.method: wire for wire in wires(model)}
-        self._controls: dict[str, Callable[[bytes], bytes]] = {
-            narsil_v1.METHOD_GET_MODEL: lambda body: describe(model, body),
-            REFLECTION: Reflection(SERVICES).answer,
+        self._observer = observer or Observer()
+        self._catalog = EMPTY
+        self._wires: dict[str, Wire] = {each.method: each.wire for each in ENDPOINTS if each.wire}
+        self._controls: dict[str, Callable[[bytes, Metadata, Catalog], bytes]] = {
+            each.method: each.answer for each in ENDPOINTS if each.answer
         }
+        reflection = Reflection()
+        for each in ENDPOINTS:
+            if each.kind is Kind.REFLECTION:
+                self._controls[each.method] = lambda body, metadata, catalog: reflection.answer(body)
         self._plane = Plane(
-            {
-                predictor.METHOD: "predictor",
-                narsil_v1.METHOD: "narsil",
-                narsil_v1.METHOD_GET_MODEL: "unary",
-                REFLECTION: "stream",
-                f"{_HEALTH}Check": "health_check",
-                f"{_HEALTH}Watch": "health_watch",
-            },
+            {each.method: each.kind.value for each in ENDPOINTS},
             {
                 "max_message": options.max_message_bytes,
+                "max_header_bytes": options.max_metadata_bytes,
                 "max_buffered": options.max_buffered_bytes,
                 "max_streams": MAX_STREAMS,
                 "max_watchers": health.MAX_WATCHERS,
                 **options.limits,
             },
         )
-        served = Model(
-            model,
-            name=model.name,
-            version=model.version,
-            dense_dim=schema.dense_dim,
-            rows=schema.rows.tolist(),
-            wide_ids=schema.id_dtype.itemsize == 8,
-            max_rows=limits.max_rows,
-            max_ids=limits.max_ids,
-        )
-        self._plane.serve([served])
         self.flush = self._plane.flush  # one object, so that the engine calls it once for many results
         self._requests: dict[int, Request] = {}  # that the engine has, by their calls' ids
         self._attendant = threading.Thread(target=self._attend, name="narsil-attendant", daemon=True)
+        self._observer.watch("plane", self.statistics)
+
+    def serve(self, catalog: Catalog) -> None:
+        """See Transport.serve."""
+        from narsil._native import Model
+
+        self._catalog = catalog
+        self._plane.serve([_native_model(Model, model) for model in catalog.by_preference()])
 
     async def start(self) -> str:
         """See Transport.start. Raises OSError when the address cannot be bound."""
@@ -190,16 +172,19 @@ class NativeTransport(Transport):
 
     def _attend(self) -> None:
         """Admits what comes while all lanes are busy, so that what has to be refused is refused at once."""
-        while True:
-            calls, gone = self._plane.attend()
-            if not calls and not gone:
-                return
-            for request in self._arrived(calls, gone):
-                try:
-                    self._engine.submit(request)
-                except RequestError as error:
-                    request.reply.deliver(Result(error=error))
-                    self.flush()
+        while self._attend_once():
+            pass
+
+    def _attend_once(self) -> bool:
+        """A function of its own, so that nothing that came holds on to its model while the attendant waits."""
+        calls, gone = self._plane.attend()
+        for request in self._arrived(calls, gone):
+            try:
+                self._engine.submit(request)
+            except RequestError as error:
+                request.reply.deliver(Result(error=error))
+                self.flush()
+        return bool(calls or gone)
 
     def _arrived(self, calls: Sequence[Call], gone: Sequence[int]) -> list[Request]:
         """The calls that the engine is to run; others are answered here. Requests whose clients have gone leave it."""
@@ -214,8 +199,10 @@ class NativeTransport(Transport):
 
     def _request(self, call: Call) -> Request | None:
         """The call as a request, or None once it has been answered here."""
-        if call.decoded:
-            request = Request(NativeFeatures(call), _Reply(self, call), call.arrived, call.deadline, call.size)
+        model: ServedModel | None = call.served
+        if model is not None:
+            reply = _Reply(self, call)
+            request = Request(model, NativeFeatures(call), reply, call.arrived, call.deadline, call.size)
         else:
             decoded = self._decode(call)
             if decoded is None:
@@ -226,22 +213,40 @@ class NativeTransport(Transport):
 
     def _decode(self, call: Call) -> Request | None:
         """As _request, for what native code has left to the portable codec."""
+        method, metadata = call.method, Metadata(call.model_name, call.model_version)
         try:
-            method = call.method
             control = self._controls.get(method)
             if control is not None:
-                call.answer(control(call.body))
+                call.answer(control(call.body, metadata, self._catalog))
                 return None
-            wire = self._wires[method]
-            body = call.body
-            features, context = wire.decode(body)
-            reply = _Reply(self, call, wire.encode, context)
-            return Request(features, reply, call.arrived, call.deadline, max(len(body), features.nbytes))
+            wire, body = self._wires[method], call.body
+            try:
+                decoded = wire.decode(body, metadata, self._catalog)
+            except RequestError as error:
+                self._observer.refused(method, error)
+                raise
+            reply, features = _Reply(self, call, wire, decoded), decoded.features
+            size = max(len(body), features.nbytes)
+            return Request(decoded.model, features, reply, call.arrived, call.deadline, size)
         except RequestError as error:
             _fail(call, error)
         except Exception:
             _fail_unexpected(call)
         return None
+
+
+def _native_model(make: type[Model], model: ServedModel) -> Model:
+    schema, limits = model.schema, model.limits
+    return make(
+        model,
+        name=model.name,
+        version=model.version,
+        dense_dim=schema.dense_dim,
+        rows=schema.rows.tolist(),
+        wide_ids=schema.id_dtype.itemsize == 8,
+        max_rows=limits.max_rows,
+        max_ids=limits.max_ids,
+    )
 
 
 def _fail(call: Call, error: RequestError) -> None:

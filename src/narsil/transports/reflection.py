@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-METHOD = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+from narsil.transports.endpoints import ALL_SERVICES
 
 
-def names(services: Sequence[str]) -> tuple[str, ...]:
-    """All services that a server with these has. Loads their messages into protobuf's descriptor pool."""
+def services() -> tuple[str, ...]:
+    """All services. Loads their messages into protobuf's descriptor pool."""
     from narsil.protos import narsil_pb2, predictor_pb2  # noqa: F401
 
-    return (*services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+    return ALL_SERVICES
 
 
 class Reflection:
     """ServerReflectionInfo for a transport that carries bytes."""
 
-    def __init__(self, services: Sequence[str]) -> None:
-        self._servicer = reflection.ReflectionServicer(names(services))
+    def __init__(self) -> None:
+        self._servicer = reflection.ReflectionServicer(services())
 
     def answer(self, body: bytes) -> bytes:
         """One serialized ServerReflectionRequest's answer."""

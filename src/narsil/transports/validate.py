@@ -7,7 +7,6 @@ nothing passes that has not been checked here. Each refusal names the feature, t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,12 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Floats, Ints, Jagged, OneHot
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 
 FLOAT32 = np.dtype("<f4")
 INT32 = np.dtype("<i4")
 INT64 = np.dtype("<i8")
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What one request may hold, checked before anything of that size is allocated."""
-
-    max_rows: int = 131072
-    max_ids: int = (
-        1 << 22
-    )  # in all bags together; with a context, what it expands to: its ids, bags and columns per row
 
 
 def batch_size(rows: int, limits: RequestLimits) -> int:

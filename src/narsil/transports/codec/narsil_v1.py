@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Features, Jagged, OneHot, Scores, StageTimes
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
 from narsil.transports.codec.wire import LEN, VARINT, Field, expect, put_len, put_uint, scan, text, varint
@@ -25,13 +26,27 @@ _ID_TYPES: dict[int, np.dtype[Any]] = {0: validate.INT32, 1: validate.INT64}
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A decoded PredictRequest: what to score, and what the response echoes."""
+class PredictRequest:
+    """A serialized PredictRequest taken apart as far as that needs no model: whom it asks, where its tensors lie."""
 
-    features: Features
-    model_name: str = ""
-    model_version: str = ""
-    request_id: str = ""
+    body: bytes
+    model_name: str
+    model_version: str
+    request_id: str
+    rows: int  # B, as claimed
+    dense: tuple[int, int]
+    sparse: tuple[tuple[int, int], ...]  # parts of one message, as context is
+    context: tuple[tuple[int, int], ...]
+
+    def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
+        """The rows, held against the schema: views of the body. Raises InvalidRequest."""
+        rows, body = validate.batch_size(self.rows, limits), self.body
+        values = validate.array(body, *self.dense, validate.FLOAT32, "dense")
+        sparse = _read_sparse(body, self.sparse)
+        validate.id_count(len(sparse.values), limits)
+        if self.context:
+            return _with_context(rows, values, sparse, _read_context(body, self.context, schema), schema, limits)
+        return Features(rows, validate.dense(values, rows, schema.dense_dim, "dense"), _sparse(rows, sparse, schema))
 
 
 @dataclass(slots=True)
@@ -53,13 +68,12 @@ class _Context:
     sparse: _Sparse = field(default_factory=_Sparse)
 
 
-def decode(body: bytes, schema: ModelSchema, limits: validate.RequestLimits) -> Call:
-    """A serialized PredictRequest. Raises InvalidRequest."""
+def read(body: bytes) -> PredictRequest:
+    """A serialized PredictRequest, not yet held against any schema. Raises InvalidRequest where it is none."""
     strings = {1: "", 2: "", 3: ""}
     rows = 0
     dense = _NO_BYTES
-    sparse_spans: list[tuple[int, int]] = []
-    context_spans: list[tuple[int, int]] = []
+    spans: dict[int, list[tuple[int, int]]] = {6: [], 7: []}
     for found in scan(body, 0, len(body)):
         number, _, start, stop = found
         if number in strings:
@@ -72,32 +86,24 @@ def decode(body: bytes, schema: ModelSchema, limits: validate.RequestLimits) -> 
         elif number == 5:
             expect(found, LEN, "dense")
             dense = (start, stop)
-        elif number == 6:
-            expect(found, LEN, "sparse")
-            sparse_spans.append((start, stop))
-        elif number == 7:
-            expect(found, LEN, "context")
-            context_spans.append((start, stop))
-    validate.batch_size(rows, limits)
-    if max(len(sparse_spans), len(context_spans)) > _MAX_SPANS:
+        elif number in spans:
+            expect(found, LEN, "sparse" if number == 6 else "context")
+            spans[number].append((start, stop))
+    if max(map(len, spans.values())) > _MAX_SPANS:
         raise InvalidRequest(f"sparse or context is given in more than {_MAX_SPANS} parts; send it once")
-    values = validate.array(body, *dense, validate.FLOAT32, "dense")
-    sparse = _read_sparse(body, sparse_spans)
-    validate.id_count(len(sparse.values), limits)
-    if context_spans:
-        features = _with_context(rows, values, sparse, _read_context(body, context_spans, schema), schema, limits)
-    else:
-        features = Features(
-            rows, validate.dense(values, rows, schema.dense_dim, "dense"), _sparse(rows, sparse, schema)
-        )
-    return Call(features, *strings.values())
+    return PredictRequest(body, strings[1], strings[2], strings[3], rows, dense, tuple(spans[6]), tuple(spans[7]))
 
 
-def encode(call: Call, name: str, version: str, scores: Scores, times: StageTimes) -> bytes:
+def decode(body: bytes, schema: ModelSchema, limits: RequestLimits) -> Features:
+    """A serialized PredictRequest's rows, whomever it asks. Raises InvalidRequest."""
+    return read(body).features(schema, limits)
+
+
+def encode(request_id: str, name: str, version: str, scores: Scores, times: StageTimes) -> bytes:
     """A serialized PredictResponse."""
     out = put_len(1, name.encode()) + put_len(2, version.encode())
-    if call.request_id:
-        out += put_len(3, call.request_id.encode())
+    if request_id:
+        out += put_len(3, request_id.encode())
     for task, values in scores.items():
         out += put_len(4, put_len(1, task.encode()) + put_len(2, values.astype("<f4", copy=False).tobytes()))
     provenance = (
@@ -300,7 +306,7 @@ def _with_context(
     sparse: _Sparse,
     context: _Context,
     schema: ModelSchema,
-    limits: validate.RequestLimits,
+    limits: RequestLimits,
 ) -> Features:
     """Rows whose shared features come once: written out for every row, then validated like any others."""
     columns = context.columns
@@ -329,7 +335,7 @@ def _with_context(
 
 
 def _expand_sparse(
-    rows: int, sparse: _Sparse, shared: _Sparse, schema: ModelSchema, limits: validate.RequestLimits
+    rows: int, sparse: _Sparse, shared: _Sparse, schema: ModelSchema, limits: RequestLimits
 ) -> OneHot | Jagged:
     _refuse_weights(sparse, shared)
     validate.id_count(rows * len(shared.values) + len(sparse.values), limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Features, Floats, Jagged, OneHot, Scores
+from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
 from narsil.transports.codec.wire import LEN, VARINT, expect, put_len, scan, signed32
@@ -17,7 +18,7 @@ _Span = tuple[int, int]
 _NOTHING: _Span = (0, 0)
 
 
-def decode(body: bytes, schema: ModelSchema, limits: validate.RequestLimits) -> Features:
+def decode(body: bytes, schema: ModelSchema, limits: RequestLimits) -> Features:
     """A serialized PredictionRequest as Features: views of ``body``. Raises InvalidRequest."""
     rows = 0
     floats: dict[int, _Span] = {}
@@ -72,7 +73,7 @@ def _dense(body: bytes, rows: int, group: dict[int, _Span], schema: ModelSchema)
 
 
 def _sparse(
-    body: bytes, rows: int, group: dict[int, _Span], schema: ModelSchema, limits: validate.RequestLimits
+    body: bytes, rows: int, group: dict[int, _Span], schema: ModelSchema, limits: RequestLimits
 ) -> OneHot | Jagged:
     name = "id_list_features"
     count = group.get(1, _NOTHING)[0]

@@ -1,0 +1,113 @@
+"""Who watches: the one seam through which engine, lanes, data plane and transports tell what happened.
+
+They call an Observer at each stage's edge, outside of their locks; metrics, traces and captures are Observers. A call
+costs the path it is made on, so it may count and must not wait. It may come from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from narsil.dataflow import Request, Result, Served
+
+__all__ = ["CountingObserver", "ModelCounts", "Observer"]
+
+Counts = Mapping[str, int]
+
+
+class Observer:
+    """Sees everything, remembers nothing: the base of those who do, and the default."""
+
+    def refused(self, method: str, error: Exception) -> None:
+        """A transport has answered a scoring call with an error before the engine saw it: it could not be decoded, or
+        names a model that is not served."""
+
+    def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
+        """The engine has ended these requests, in whichever way: ``Result.error`` says how, ``Result.times`` how long
+        each stage took. What ``submit`` refuses or ``cancel`` takes back is told as a Result too."""
+
+    def ran(self, model: Served, requests: int, rows: int, seconds: float) -> None:
+        """A lane has been busy with a batch for so long, from taking it to its last result; failed ones count."""
+
+    def watch(self, name: str, counts: Callable[[], Counts]) -> None:
+        """Counts that their owner keeps by itself, such as the data plane's: read when somebody asks."""
+
+
+@dataclass
+class ModelCounts:
+    """What a CountingObserver knows of one version of a model. Seconds are sums over requests, ``busy`` over lanes."""
+
+    ends: Counter[str] = field(default_factory=Counter)  # "answered", or the error's class
+    batches: int = 0
+    requests: int = 0  # in batches
+    rows: int = 0  # in batches
+    queue: float = 0.0
+    collate: float = 0.0
+    execute: float = 0.0
+    busy: float = 0.0
+
+
+class CountingObserver(Observer):
+    """Counts and sums, by model and version."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[tuple[str, str], ModelCounts] = {}
+        self._refused: Counter[tuple[str, str]] = Counter()
+        self._watched: dict[str, Callable[[], Counts]] = {}
+
+    def refused(self, method: str, error: Exception) -> None:
+        """See Observer.refused."""
+        with self._lock:
+            self._refused[method, type(error).__name__] += 1
+
+    def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
+        """See Observer.ended."""
+        with self._lock:
+            for request, result in ends:
+                counts = self._of(request.model)
+                counts.ends["answered" if result.error is None else type(result.error).__name__] += 1
+                times = result.times
+                counts.queue += times.queue
+                counts.collate += times.collate
+                counts.execute += times.execute
+
+    def ran(self, model: Served, requests: int, rows: int, seconds: float) -> None:
+        """See Observer.ran."""
+        with self._lock:
+            counts = self._of(model)
+            counts.batches += 1
+            counts.requests += requests
+            counts.rows += rows
+            counts.busy += seconds
+
+    def watch(self, name: str, counts: Callable[[], Counts]) -> None:
+        """See Observer.watch."""
+        with self._lock:
+            self._watched[name] = counts
+
+    def model(self, name: str, version: str) -> ModelCounts:
+        """The counts of one version of a model; zeros where nothing has happened."""
+        with self._lock:
+            return self._models.get((name, version), ModelCounts())
+
+    def refusals(self) -> dict[tuple[str, str], int]:
+        """(method, error class) -> scoring calls that the engine never saw."""
+        with self._lock:
+            return dict(self._refused)
+
+    def watched(self) -> dict[str, dict[str, int]]:
+        """What is watched, read now."""
+        with self._lock:
+            watched = dict(self._watched)
+        return {name: dict(counts()) for name, counts in watched.items()}
+
+    def _of(self, model: Served) -> ModelCounts:
+        key = (model.name, model.version)
+        counts = self._models.get(key)
+        if counts is None:
+            counts = self._models[key] = ModelCounts()
+        return counts
