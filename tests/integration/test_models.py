@@ -21,6 +21,7 @@ from click.testing import CliRunner  # noqa: E402
 
 from narsil.artifacts.artifact import MANIFEST, Artifact, open_artifact  # noqa: E402
 from narsil.artifacts.torchrec import _check_table_values, derive_schema  # noqa: E402
+from narsil.backends.onnx import OnnxBackend  # noqa: E402
 from narsil.backends.registry import load_backend  # noqa: E402
 from narsil.cli import cli  # noqa: E402
 from narsil.dataflow import Batch, Floats  # noqa: E402
@@ -195,6 +196,21 @@ def test_a_lost_file_stops_nobody_who_does_not_need_it(
         "narsil_dlrm_default.onnx": "ok",
         ONNX_DATA: "ok",
     } | {lost: "damaged"}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_copied_onnx_tables_are_out_of_reach_of_what_is_written_to_the_file(
+    small_artifact: Artifact, tmp_path: Path, copied: bool
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small_artifact.path, copy)
+    backend = OnnxBackend.load(open_artifact(copy), copy_tables=copied)
+    batch = batch_for(small_artifact, 20)
+    before = backend.run(batch)["default"]
+    assert np.array_equal(before, load_backend(small_artifact, "onnx").run(batch)["default"])
+    with (copy / ONNX_DATA).open("r+b") as file:
+        file.write(bytes((copy / ONNX_DATA).stat().st_size))
+    assert np.array_equal(backend.run(batch)["default"], before) == copied
 
 
 def test_backends_that_cannot_run_say_why(small_artifact: Artifact) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from narsil.artifacts.schema import ModelSchema, is_name
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 
 __all__ = [
     "BACKEND_ROLES",
@@ -40,6 +40,7 @@ __all__ = [
     "TORCHSCRIPT_FILE",
     "WEIGHTS_FILE",
     "Artifact",
+    "FileState",
     "open_artifact",
     "write_manifest",
 ]
@@ -75,6 +76,23 @@ _CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
+class FileState:
+    """What tells whether a file is still the one that was looked at. Writing to it changes the times."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int  # nobody can set it back, as copying tools do with the other
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """The file's, now. Raises OSError."""
+        found = path.stat()
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A model on disk whose files have been checked. The path of a file that is not there or not whole is None."""
 
@@ -91,6 +109,7 @@ class Artifact:
     weights: Path | None = None  # of the fused engine
     manifest: Mapping[str, Any] | None = None
     damage: Mapping[str, str] = field(default_factory=dict)  # role -> what is wrong with its file
+    seen: Mapping[Path, FileState] = field(default_factory=dict)  # the files, before they were read
 
     def offers(self, backend: str) -> bool:
         """Whether there is something for a backend to run, whole or not."""
@@ -228,7 +247,7 @@ def sha256(path: Path) -> str:
 
 def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, verify: bool) -> Artifact:
     schema = ModelSchema.from_dict(manifest["schema"])
-    files, damage = _checked_files(folder, _asked_for(manifest["files"], only), verify)
+    files, seen, damage = _checked_files(folder, _asked_for(manifest["files"], only), verify)
     artifact = Artifact(
         path=folder,
         name=manifest["name"],
@@ -237,6 +256,7 @@ def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, ver
         device=manifest["device"],
         manifest=manifest,
         damage=damage,
+        seen=seen,
         **files,
     )
     problems = [artifact.problem(backend) for backend in BACKEND_ROLES if artifact.offers(backend)]
@@ -260,15 +280,19 @@ def _asked_for(entries: Mapping[str, Mapping[str, Any]], only: str | None) -> Ma
 
 def _checked_files(
     folder: Path, entries: Mapping[str, Mapping[str, Any]], verify: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Role -> file of those that are whole, and role -> what is wrong with it of the others."""
-    files, damage = {}, {}
+) -> tuple[dict[str, Any], dict[Path, FileState], dict[str, str]]:
+    """Role -> path and path -> state of the files that are whole; role -> what is wrong of the others."""
+    files: dict[str, Any] = {}
+    seen: dict[Path, FileState] = {}
+    damage: dict[str, str] = {}
     for role, entry in entries.items():
+        path = folder / str(entry["file"])
         try:
-            files[role] = _checked_file(folder, entry, verify)
+            seen[path] = _checked_file(path, entry, verify)
+            files[role] = path
         except ArtifactError as error:
             damage[role] = str(error)
-    return files, damage
+    return files, seen, damage
 
 
 def _check_entry(manifest: Path, role: Any, entry: Any) -> None:
@@ -285,27 +309,25 @@ def _check_entry(manifest: Path, role: Any, entry: Any) -> None:
         raise ArtifactError(f"{manifest}: bytes and sha256 of {role} must be a number and a string")
 
 
-def _checked_file(folder: Path, entry: Mapping[str, Any], verify: bool) -> Path:
-    path = folder / str(entry["file"])
-    # Links within the folder are how volumes are mounted (Kubernetes); links out of it are an escape.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{path} is a link that leads out of the artifact's folder; put the file itself there")
+def _checked_file(path: Path, entry: Mapping[str, Any], verify: bool) -> FileState:
+    """The state of a file that is whole, from before it was read."""
     try:
+        # Links within the folder are how volumes are mounted (Kubernetes); links out of it are an escape.
+        if not path.resolve().is_relative_to(path.parent.resolve()):
+            raise ArtifactError(f"{path} is a link that leads out of the artifact's folder; put the file itself there")
         if not path.is_file():
             raise ArtifactError(f"{path} is listed in {MANIFEST} but is not there; copy the whole folder again")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ArtifactError(
-                f"{path} has {size} bytes where {MANIFEST} says {entry['bytes']}; copy the folder again or package "
-                "again"
-            )
+        state = FileState.of(path)
+        if state.size != entry["bytes"]:
+            again = "copy the folder again or package again"
+            raise ArtifactError(f"{path} has {state.size} bytes where {MANIFEST} says {entry['bytes']}; {again}")
         if verify and sha256(path) != entry["sha256"].lower():
             raise ArtifactError(
                 f"{path} does not match the SHA-256 in {MANIFEST}: it was changed or damaged; copy the folder again"
             )
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}; see its owner and mode") from None
-    return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
+        raise ArtifactError(f"{path} cannot be read: {first_line(error)}; see its owner and mode") from None
+    return state
 
 
 def _only_torchscript(path: Path) -> Path:
@@ -324,10 +346,11 @@ def _only_torchscript(path: Path) -> Path:
 def _from_torchscript(file: Path) -> Artifact:
     from narsil.artifacts.torchrec import derive_schema
 
+    seen = {file: FileState.of(file)}
     schema, device = derive_schema(file)
     generic = file.stem.startswith("model") and file.resolve().parent.name
     name = generic or file.stem
-    return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file)
+    return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)
 
 
 def _installed(package: str) -> str | None:

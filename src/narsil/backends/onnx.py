@@ -36,8 +36,13 @@ class OnnxBackend(Backend):
         self._tasks = list(schema.tasks)
 
     @classmethod
-    def load(cls, artifact: Artifact, device: str = "cpu", intra_op_threads: int = 1) -> OnnxBackend:
-        """Opens the graph. Raises ArtifactError where it is damaged or differs from the artifact's schema."""
+    def load(
+        cls, artifact: Artifact, device: str = "cpu", intra_op_threads: int = 1, *, copy_tables: bool = False
+    ) -> OnnxBackend:
+        """Opens the graph. Raises ArtifactError where it is damaged or differs from the artifact's schema.
+
+        ``copy_tables`` reads the tables into memory of the session's own instead of mapping their file.
+        """
         files = artifact.files_for("onnx")
         graph = files["onnx"]
         if device != "cpu":
@@ -50,6 +55,9 @@ class OnnxBackend(Backend):
         # A spinning pool would burn the cores that other lanes compute on.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if copy_tables and "onnx_data" in files:
+            tables = np.memmap(files["onnx_data"], np.uint8, mode="r")
+            options.add_external_initializers_from_files_in_memory([files["onnx_data"].name], [tables], [tables.size])
         try:
             session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
