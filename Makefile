@@ -61,14 +61,8 @@ fuzz: fuzz-packages ## FUZZ_SECONDS of libFuzzer (clang) for each of the native 
 	    -artifact_prefix=build/fuzz/$$target. build/fuzz/$$target.corpus csrc/fuzz/corpus/$$target || exit 1; \
 	done
 
-bench: setup system-packages ## measure against the C++ server, write benchmarks/results and render the reports
-	$(BIN)/python benchmarks/demo.py --out benchmarks/results --requests 3000 --rounds 5
-	$(BIN)/python benchmarks/torchrec_dlrm_compare.py --narsil-torch-model models/demo --narsil-no-tune-kernels \
-	  --requests 3000 --json benchmarks/results/module_as_saved.json
-	$(BIN)/python benchmarks/transport.py --json benchmarks/results/transport.json
-	$(BIN)/python benchmarks/crowd.py --json benchmarks/results/crowd.json
-	$(BIN)/python benchmarks/profile_forward.py --model models/demo --out benchmarks/results
-	$(BIN)/python benchmarks/render_reports.py
+bench: setup system-packages ## measure against the C++ server into benchmarks/results/MACHINE, render (20 minutes at most)
+	$(BIN)/python benchmarks/bench.py
 
 reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results
 	$(BIN)/python benchmarks/render_reports.py

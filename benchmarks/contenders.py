@@ -1,7 +1,8 @@
-"""The servers that the benchmarks set side by side, and the C++ baseline's build."""
+"""The servers that the benchmarks set side by side, the C++ baseline's build, and what the scripts' options share."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.compiled_info import CompiledInfo
 from narsil.bench.rounds import Contender
 from narsil.bench.servers import narsil_server, torchrec_cpp_server
 from narsil.packaging.dlrm import DlrmConfig, random_weights
 from narsil.packaging.packager import package_dlrm
 
 HERE = Path(__file__).parent
+LEFT_OUT = 3  # a script's exit status where this machine lacks what the comparison needs
 BASELINE = "TorchRec-style C++ gRPC + TorchScript INT8 (baseline)"
 BASELINE_BUILD = HERE.parent / "build" / "torchrec_cpp"
 
@@ -53,9 +56,14 @@ def baseline(binary: Path, model_file: Path) -> Contender:
     )
 
 
-def narsil(name: str, model: Path, **options: object) -> Contender:
-    """Narsil with these settings."""
-    return Contender(name, lambda concurrency: narsil_server(model, **options))
+def narsil(name: str, model: Path, layers: Sequence[str] = (), **options: object) -> Contender:
+    """Narsil with these settings; ``layers`` as Contender has them."""
+    return Contender(name, lambda concurrency: narsil_server(model, **options), layers=tuple(layers))
+
+
+def layers_of(contenders: Sequence[Contender]) -> dict[str, tuple[str, ...]]:
+    """Each contender's layers by its name, for a report."""
+    return {one.name: one.layers for one in contenders}
 
 
 def compiled(model: Path, precisions: Sequence[str], report: Callable[[str], None] = print) -> list[Contender]:
@@ -73,8 +81,23 @@ def compiled(model: Path, precisions: Sequence[str], report: Callable[[str], Non
         if done.returncode:
             report(f"compiled {precision} is left out: {(done.stderr.strip() or 'unknown reason').splitlines()[-1]}")
             continue
-        contenders.append(narsil(f"Narsil compiled {precision}, batch mode", out, backend="compiled"))
+        layers = [layer.kind for layer in compiled_info(open_artifact(out)).layers]
+        contenders.append(narsil(f"Narsil compiled {precision}, batch mode", out, layers, backend="compiled"))
     return contenders
+
+
+def compiled_info(artifact: Artifact) -> CompiledInfo:
+    """What a compiled folder's manifest says of it."""
+    size = artifact.tables.stat().st_size if artifact.tables else 0
+    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, size)
+
+
+def positive(text: str) -> int:
+    """An option's value that is a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def package_demo(path: Path, device: str, console: Console) -> Artifact:

@@ -11,12 +11,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import baseline, build_baseline, compiled
+from contenders import LEFT_OUT, baseline, build_baseline, compiled, layers_of, positive
 from rich.console import Console
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.bench.generator import choose_client
 from narsil.bench.load import Load
+from narsil.bench.machine import machine
 from narsil.bench.measure import Measurement, measure, ratio
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.workload import Workload
@@ -27,17 +28,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/demo"), help="artifact folder; see `make demo`")
     parser.add_argument("--precision", default="bf16", help="that Narsil's model is compiled in")
-    parser.add_argument("--requests", type=int, default=6000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--connections", type=int, default=200)
-    parser.add_argument("--streams", type=int, default=1000, help="in flight on Narsil, besides one a connection")
+    parser.add_argument("--requests", type=positive, default=6000)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--connections", type=positive, default=200)
+    parser.add_argument("--streams", type=positive, default=1000, help="in flight on Narsil, besides one a connection")
     parser.add_argument("--json", type=Path, help="write the report here")
     arguments = parser.parse_args()
     console = Console(width=max(Console().width, TABLE_WIDTH))
     artifact = open_artifact(arguments.model)
     binary = build_baseline(console.print)
     if binary is None or artifact.torchscript is None:
-        return 3
+        return LEFT_OUT
     contenders = [
         (baseline(binary, artifact.torchscript), arguments.connections),
         *(
@@ -48,6 +49,8 @@ def main() -> int:
     ]
     workload = Workload(artifact.schema, bodies=500)
     client = choose_client("auto")
+    with console.status("measuring what one core can do"):
+        about = machine(peak=True)
     runs: dict[tuple[str, int], list[Measurement]] = {}
     for number in range(arguments.rounds):
         for contender, in_flight in contenders:
@@ -68,7 +71,13 @@ def main() -> int:
             runs.setdefault((contender.name, in_flight), []).append(found)
     theirs, *others = runs.values()
     compared = [ratio(ours, theirs, metric) for ours in others for metric in ("samples_per_s", "p50_ms", "p99_ms")]
-    report = make_report(list(runs.values()), compared, {"connections": arguments.connections})
+    report = make_report(
+        list(runs.values()),
+        compared,
+        {"connections": arguments.connections, "rounds": arguments.rounds},
+        about=about,
+        layers=layers_of([one for one, _ in contenders]),
+    )
     console.print(render_table(report, f"{arguments.connections} connections"))
     for line in ratio_lines(report):
         console.print(f"  {line}")

@@ -14,7 +14,7 @@ import numpy as np
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.catalog.manager import ModelManager
-from narsil.config import ServeSettings
+from narsil.config import load_settings
 from narsil.dataflow import Batch, Scores
 from narsil.engine.engine import Engine
 from narsil.engine.scheduler import BatchPolicy
@@ -46,7 +46,8 @@ async def main() -> None:
     parser.add_argument("--lanes", type=int, default=2)
     arguments = parser.parse_args()
     prepare_process()
-    settings = ServeSettings(model="none", transport=arguments.transport, host=arguments.host, port=0)
+    given = {"model": "none", "transport": arguments.transport, "host": arguments.host, "port": 0}
+    settings = load_settings(given)
     schema = DlrmConfig().schema
     engine = Engine(arguments.lanes, BatchPolicy(lanes=arguments.lanes))
     engine.start()

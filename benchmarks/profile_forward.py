@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -20,35 +21,35 @@ import numpy as np
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler writes to standard error
 
 import torch
-from contenders import package_demo
+from contenders import LEFT_OUT, compiled_info, package_demo, positive
 from rich.console import Console
 from rich.table import Table
 
 from narsil.artifacts.artifact import Artifact
-from narsil.artifacts.compiled_info import CompiledInfo
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.compiled import load_compiled
 from narsil.backends.fused import PARTS, FusedBackend
 from narsil.backends.registry import load_backend
+from narsil.bench.machine import machine
+from narsil.bench.peak import SIZE, MatrixProducts
 from narsil.bench.pictures import draw_profile
-from narsil.bench.report import machine, write_report
+from narsil.bench.report import write_report
 from narsil.compile.compiler import compile_artifact
 from narsil.compile.judge import ArtifactJudge
 from narsil.dataflow import Batch
 
-TITLE = "One forward of {rows} rows on one core, microseconds a row"
 TORCHSCRIPT = "TorchScript, as saved"
 # name -> (--precision, --max-deviation): the last allows what it takes to have every layer in int8.
 COMPILED = {"fp32": ("fp32", None), "bf16": ("bf16", None), "int8": ("int8", None), "int8, every layer": ("int8", 1.0)}
 BATCHES = 40  # of different ids
-SIZE = 1024  # of the large matrix product
 # A product of int16 takes as many instructions as one of bf16, and torch has none.
 PEAK_OF = {"fp32": "fp32", "bf16": "bf16", "int16": "bf16", "int8": "int8"}
 
 
-def main() -> None:
+def main() -> int:
     arguments = _parse()
     console = Console(width=max(Console().width, 110))
+    about = machine()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     source = package_demo(arguments.model, "cpu", console)
@@ -57,28 +58,34 @@ def main() -> None:
         folder = arguments.model.with_name(f"{arguments.model.name}-{name.replace(', ', '-').replace(' ', '-')}")
         with console.status(f"compiling {folder.name}"):
             compiled[name], _ = compile_artifact(source, folder, ArtifactJudge(), precision=precision, limit=limit)
+    backends = {name: load_compiled(artifact) for name, artifact in compiled.items()}
+    fused = {name: backend for name, backend in backends.items() if isinstance(backend, FusedBackend)}
+    if fused.keys() != backends.keys():
+        console.print("there is no profile: the fused engine, which counts its parts' time, needs AVX-512")
+        return LEFT_OUT
     with console.status("measuring"):
-        profile = measure(source, compiled, arguments.rows, arguments.rounds)
+        profile = {"machine": about, **measure(source, compiled, fused, arguments.rows, arguments.rounds)}
+    about["peak_gflop_per_s"] = profile["matrix_product"]["gflop_per_s"]
     write_report(profile, arguments.out / "profile.json")
-    picture = draw_profile(profile, arguments.out / "profile.png", TITLE.format(rows=arguments.rows))
+    picture = draw_profile(profile, arguments.out / "profile.png")
     _print(profile, console)
     console.print(f"numbers: {arguments.out / 'profile.json'}\npicture: {picture}")
+    return 0
 
 
-def measure(source: Artifact, compiled: dict[str, Artifact], rows: int, rounds: int) -> dict[str, Any]:
+def measure(
+    source: Artifact, compiled: dict[str, Artifact], backends: dict[str, FusedBackend], rows: int, rounds: int
+) -> dict[str, Any]:
     """The profile: see _described for a contender's fields."""
     batches = list(_batches(source.schema, rows))
     torchscript = load_backend(source, "torch", tune_kernels=False)
-    backends = {name: load_compiled(artifact) for name, artifact in compiled.items()}
-    for name, backend in backends.items():
-        if not isinstance(backend, FusedBackend):
-            raise SystemExit(f"{name} was not compiled for the fused engine, which needs AVX-512; there is no profile")
+    products = MatrixProducts()
     seconds: dict[str, list[np.ndarray]] = {name: [] for name in (TORCHSCRIPT, *backends)}
     totals: dict[str, list[float]] = {name: [] for name in seconds}
     peaks: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for kind, run in _products().items():
-            peaks.setdefault(kind, []).append(2 * SIZE**3 / _best(run) / 1e9)
+        for kind, speed in products.measure().items():
+            peaks.setdefault(kind, []).append(speed)
         totals[TORCHSCRIPT].append(_total(torchscript.run, batches))
         seconds[TORCHSCRIPT].append(_torchscript_parts(torchscript.run, batches, _shapes(compiled)))
         for name, backend in backends.items():
@@ -87,13 +94,12 @@ def measure(source: Artifact, compiled: dict[str, Artifact], rows: int, rounds: 
             for batch in batches:
                 backend.score(batch, parts)
             seconds[name].append(parts / (len(batches) * rows))
-    peak = {kind: float(np.median(found)) for kind, found in peaks.items()}
+    peak = {kind: round(float(np.median(found)), 1) for kind, found in peaks.items()}
     described = [_described(TORCHSCRIPT, totals, seconds, None, peak, rows)]
     described += [_described(name, totals, seconds, artifact, peak, rows) for name, artifact in compiled.items()]
     for one in described:
         one["times_torchscript"] = one["rows_per_s"] / described[0]["rows_per_s"]
     return {
-        "machine": machine(),
         "rows": rows,
         "rounds": rounds,
         "parts": list(PARTS),
@@ -126,7 +132,7 @@ def _described(
 
 
 def _roofline(artifact: Artifact, parts: dict[str, float], peak: dict[str, float]) -> dict[str, Any]:
-    info = _info(artifact)
+    info = compiled_info(artifact)
     work = {"dense": info.layers[: info.dense_layers], "over": info.layers[info.dense_layers :]}
     flops = {
         part: [(2.0 * layer.inputs * layer.outputs, PEAK_OF[layer.kind]) for layer in layers]
@@ -145,21 +151,16 @@ def _roofline(artifact: Artifact, parts: dict[str, float], peak: dict[str, float
     return {
         "precision": info.precision,
         "note": info.note,
-        "kinds": {part: [layer.kind for layer in layers] for part, layers in work.items()},
+        "layers": [layer.kind for layer in info.layers],
         "max_abs_deviation": info.deviation.max_abs if info.deviation else None,
         "roofline": roofline,
         "lookup": {"bytes_per_row": read, "gb_per_s": read / parts["lookup"] / 1e3},
     }
 
 
-def _info(artifact: Artifact) -> CompiledInfo:
-    size = artifact.tables.stat().st_size if artifact.tables else 0
-    return CompiledInfo.from_manifest(artifact.manifest or {}, artifact.schema, size)
-
-
 def _shapes(compiled: dict[str, Artifact]) -> set[tuple[int, int]]:
     """(out, in) of the dense arch's layers."""
-    info = _info(next(iter(compiled.values())))
+    info = compiled_info(next(iter(compiled.values())))
     return {(layer.outputs, layer.inputs) for layer in info.layers[: info.dense_layers]}
 
 
@@ -210,34 +211,6 @@ def _total(run: Callable[[Batch], Any], batches: Sequence[Batch]) -> float:
     return float(np.median(times))
 
 
-def _products() -> dict[str, Callable[[], Any]]:
-    """A large matrix product in each kind of number, by torch's fastest kernel for it."""
-    left, right = torch.rand(SIZE, SIZE), torch.rand(SIZE, SIZE)
-    bias = torch.zeros(SIZE)
-    low_left, low_right = left.bfloat16(), right.bfloat16()
-    bytes_left, bytes_right = (torch.randint(-127, 127, (SIZE, SIZE), dtype=torch.int8) for _ in range(2))
-
-    def fp32() -> Any:
-        with torch.inference_mode():
-            return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], None)
-
-    return {
-        "fp32": fp32,
-        "bf16": lambda: low_left @ low_right,
-        "int8": lambda: torch._int_mm(bytes_left, bytes_right),
-    }
-
-
-def _best(run: Callable[[], Any]) -> float:
-    run()
-    times = []
-    for _ in range(5):
-        began = perf_counter()
-        run()
-        times.append(perf_counter() - began)
-    return min(times)
-
-
 def _batches(schema: ModelSchema, rows: int) -> Any:
     random = np.random.default_rng(0)
     shape = (schema.num_features, rows)
@@ -263,10 +236,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the numbers and the picture")
     parser.add_argument("--model", type=Path, default=Path("models/demo"), help="the demo model, packaged when missing")
-    parser.add_argument("--rows", type=int, default=400, help="of a forward")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=positive, default=400, help="of a forward")
+    parser.add_argument("--rounds", type=positive, default=7)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,54 +1,90 @@
-"""Renders REPORTS.md, BENCHMARKS.md and the README's table from benchmarks/results/*.json. Nothing in them is typed."""
+"""Renders REPORTS.md, BENCHMARKS.md and the README's tables from benchmarks/results/MACHINE/*.json, and each machine's
+pictures beside them. No measured figure in them is typed.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from narsil.bench.pictures import draw
-from narsil.bench.report import COLUMNS, Report, by_concurrency, cell, loaded_by, ratio_lines
+from contenders import BASELINE
+
+from narsil.bench.markdown import (
+    bullets,
+    every_run,
+    machine_name,
+    profile,
+    provenance,
+    summary,
+    tables,
+    where,
+)
+from narsil.bench.pictures import draw, draw_profile
+from narsil.bench.report import Report, loaded_by, ratio_lines
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-TEXTS = ROOT / "benchmarks" / "texts"
 TITLES = {
+    "crowd": "A crowd: many connections, as many requests in flight, and then more on Narsil",
     "module_as_saved": "The module as it was saved",
     "transport": "Transports alone: no model behind them",
-    "crowd": "A crowd: 200 connections, as many requests in flight, and then 1000 on Narsil",
 }
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
+Reports = Mapping[str, Report]  # what was measured -> its report, of one machine
+
 
 def main() -> None:
-    reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    measured = reports.pop("profile", None)
-    if "demo" not in reports:
-        sys.exit("benchmarks/results/demo.json is missing: run `make bench`")
-    demo = reports["demo"]
-    title = f"DLRM, {demo['machine']['cores']} cores ({demo['machine']['cpu']})"
-    draw(demo, RESULTS, title)
-    summary = (TEXTS / "benchmarks.md").read_text()
-    blocks = {"table": tables(demo), "ratios": bullets(ratio_lines(demo)), "machine": machine(demo)}
-    blocks["load"] = f"In the table above: {loaded_by(demo).removeprefix('load: ')}."
-    blocks["profile"] = profile(measured) if measured else "Not measured here: it needs AVX-512."
-    blocks["others"] = "\n\n".join(
-        f"### {TITLES.get(name, name)}\n\n{tables(report)}\n{bullets(ratio_lines(report))}\n\n{loaded_by(report)}"
-        for name, report in reports.items()
-        if name != "demo"
+    results = read_results(ROOT)
+    for path, text in render(results, ROOT).items():
+        path.write_text(text)
+    for folder, reports in results.items():
+        draw_pictures(reports, ROOT / "benchmarks" / "results" / folder)
+
+
+def read_results(root: Path) -> dict[str, Reports]:
+    """The reports of each machine's folder. Leaves, with what to do, where one has no main comparison."""
+    found: dict[str, Reports] = {}
+    for folder in sorted(path for path in (root / "benchmarks" / "results").iterdir() if path.is_dir()):
+        found[folder.name] = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        if "demo" not in found[folder.name]:
+            sys.exit(f"{folder / 'demo.json'} is missing: run `make bench` on that machine, or remove the folder")
+    return found or sys.exit("benchmarks/results holds no machine's results: run `make bench`")
+
+
+def render(results: Mapping[str, Reports], root: Path) -> dict[Path, str]:
+    """Every rendered document's text by its path."""
+    texts = root / "benchmarks" / "texts"
+    table = summary([reports["demo"] for reports in results.values()], BASELINE)
+    machines = bullets(
+        f"**{machine_name(reports['demo']['machine'])}**: {_place(reports)}" for reports in results.values()
     )
-    (ROOT / "BENCHMARKS.md").write_text(fill(summary, blocks))
+    sections = "\n\n".join(_section(folder, reports) for folder, reports in results.items())
     runs = "\n\n".join(
-        f"## {name}\n\n{machine(report)}\n\n{loaded_by(report)}\n\n{every_run(report)}"
+        f"## {machine_name(report['machine'])}: {name}\n\n{every_run(report)}"
+        for reports in results.values()
         for name, report in reports.items()
+        if name != "profile"
     )
-    (ROOT / "REPORTS.md").write_text(fill((TEXTS / "reports.md").read_text(), {"runs": runs}))
-    readme = ROOT / "README.md"
+    readme = root / "README.md"
     head, _, rest = readme.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n\n{tables(demo)}\n{bullets(ratio_lines(demo))}\n\n{END}{tail}")
+    blocks = {"summary": table, "machines": machines, "sections": sections, "runs": runs}
+    return {
+        readme: f"{head}{BEGIN}\n\n{table}\n\n{machines}\n\n{END}{tail}",
+        root / "BENCHMARKS.md": fill((texts / "benchmarks.md").read_text(), blocks),
+        root / "REPORTS.md": fill((texts / "reports.md").read_text(), blocks),
+    }
+
+
+def draw_pictures(reports: Reports, folder: Path) -> None:
+    """The pictures of one machine's reports, into its folder."""
+    demo = reports["demo"]
+    draw(demo, folder, f"DLRM, {demo['machine']['cores']} cores, {machine_name(demo['machine'])}")
+    if measured := reports.get("profile"):
+        draw_profile(measured, folder / "profile.png")
 
 
 def fill(text: str, blocks: Mapping[str, str]) -> str:
@@ -58,89 +94,43 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
     return text
 
 
-def tables(report: Report) -> str:
-    """One Markdown table per concurrency."""
-    parts = []
-    for concurrency, rows in by_concurrency(report).items():
-        heading = f"**Concurrency {concurrency}**" if concurrency else "**Open loop**"
-        body = [[row["name"], *(cell(row, key, style) for key, style in COLUMNS.values())] for row in rows]
-        parts.append(f"{heading}, {rows[0]['batch_size']} rows a request:\n\n{markdown(['', *COLUMNS], body)}")
-    return "\n\n".join(parts) + "\n"
+def _place(reports: Reports) -> str:
+    """Where the main comparison was measured, with the processor's peak from whichever report of the machine has it."""
+    about: dict[str, Any] = dict(reports["demo"]["machine"])
+    peaks = [report["machine"].get("peak_gflop_per_s") for report in reports.values()]
+    about["peak_gflop_per_s"] = about.get("peak_gflop_per_s") or next((peak for peak in peaks if peak), {})
+    return where({"machine": about})
 
 
-def profile(measured: Mapping[str, Any]) -> str:
-    """The profile of a forward as a table, and what its roofline stands on."""
-    parts = measured["parts"]
-    header = [
-        "",
-        "rows/s",
-        "times",
-        *(f"{part}, µs" for part in parts),
-        "of a matrix product: dense",
-        "over",
-        "max dev",
+def _section(folder: str, reports: Reports) -> str:
+    """One machine's part of BENCHMARKS.md."""
+    demo, measured = reports["demo"], reports.get("profile")
+    pictures = f"benchmarks/results/{folder}"
+    parts = [
+        f"## {machine_name(demo['machine'])}",
+        _place(reports),
+        tables(demo),
+        bullets(ratio_lines(demo)),
+        f"{loaded_by(demo)}; {provenance(demo)}",
+        f"![Throughput and latency]({pictures}/throughput_and_latency.png)",
+        f"![Latency distribution]({pictures}/latency_distribution.png)",
+        "### Where a forward's time goes",
+        "One lane, no server around it.",
+        *(
+            [f"![Profile of a forward]({pictures}/profile.png)", profile(measured)]
+            if measured
+            else ["Not measured here."]
+        ),
     ]
-    body = []
-    for one in measured["contenders"]:
-        roof = one.get("roofline")
-        shares = [f"{roof[part]['share_of_matrix_product']:.0%}" if roof else "-" for part in ("dense", "over")]
-        deviation = one.get("max_abs_deviation")
-        body.append(
-            [
-                one["name"],
-                f"{one['rows_per_s']:,.0f}",
-                f"{one['times_torchscript']:.2f}",
-                *(f"{one['parts_us_per_row'][part]:.2f}" for part in parts),
-                *shares,
-                f"{deviation:.0e}" if deviation is not None else "-",
+    for name, title in TITLES.items():
+        if report := reports.get(name):
+            parts += [
+                f"### {title}",
+                tables(report),
+                bullets(ratio_lines(report)),
+                f"{loaded_by(report)}; {provenance(report)}",
             ]
-        )
-    product = measured["matrix_product"]
-    speeds = ", ".join(f"{kind} {speed:,.0f}" for kind, speed in product["gflop_per_s"].items())
-    return (
-        f"{markdown(header, body)}\n\nMicroseconds a row, {measured['rows']} rows a forward, medians of "
-        f"{measured['rounds']} interleaved rounds. A matrix product of {product['size']} x {product['size']}, by "
-        f"torch's fastest kernel, reaches, on the same core in the same run, GFLOP/s: {speeds}. `make bench` measures "
-        "it, with `benchmarks/profile_forward.py`."
-    )
-
-
-def every_run(report: Report) -> str:
-    """Every measurement behind the medians, in the order in which the rounds ran."""
-    columns = {
-        **COLUMNS,
-        "p90 ms": ("p90_ms", ".2f"),
-        "p99.9 ms": ("p999_ms", ".2f"),
-        "client µs/req": ("client_cpu_us_per_req", ",.0f"),
-        "client busy": ("client_busy", ".2f"),
-    }
-    body = [
-        [run["name"], str(run["concurrency"] or "open"), *(cell(run, key, style) for key, style in columns.values())]
-        for run in report["runs"]
-    ]
-    notes = bullets(f"{key}: `{json.dumps(value)}`" for key, value in report["notes"].items())
-    return f"{notes}\n\n{markdown(['run', 'concurrency', *columns], body)}"
-
-
-def machine(report: Report) -> str:
-    """What the figures depend on, in one paragraph."""
-    about: dict[str, Any] = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['cores']} cores of {about['cpu']}, {about['memory_gib']} GiB, {about['system']}, "
-        f"Python {about['python']}; {versions}; commit {about['commit']}."
-    )
-
-
-def markdown(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are numbers."""
-    names = list(header)
-    lines = [names, ["---", *["---:"] * (len(names) - 1)], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n\n".join(part.strip("\n") for part in parts)
 
 
 if __name__ == "__main__":

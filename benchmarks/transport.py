@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from contenders import build_baseline
+from contenders import build_baseline, positive
 from rich.console import Console
 from rich.progress import Progress
 
+from narsil.bench.machine import machine
 from narsil.bench.measure import Ratio, ratio
 from narsil.bench.report import TABLE_WIDTH, make_report, ratio_lines, render_table, write_report
 from narsil.bench.rounds import Contender, Runs, Trial, ratios, run_rounds
 from narsil.bench.servers import ServerProcess
 from narsil.bench.workload import Workload
+from narsil.errors import NarsilError
 from narsil.extension import AVAILABLE
 from narsil.packaging.dlrm import DlrmConfig
 
@@ -29,12 +32,12 @@ READY = r"^listening on (\S+)"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=100, help="rows a request")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 1])
-    parser.add_argument("--connections", type=int, default=1)
-    parser.add_argument("--lanes", type=int, default=2)
+    parser.add_argument("--requests", type=positive, default=5000)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--rows", type=positive, default=100, help="rows a request")
+    parser.add_argument("--concurrency", type=positive, nargs="+", default=[16, 1])
+    parser.add_argument("--connections", type=positive, default=1)
+    parser.add_argument("--lanes", type=positive, default=2)
     parser.add_argument("--json", type=Path, help="write the report here")
     arguments = parser.parse_args()
     console = Console(width=max(Console().width, TABLE_WIDTH))
@@ -52,6 +55,7 @@ def main() -> int:
         rounds=arguments.rounds,
         connections=arguments.connections,
     )
+    about = machine(peak=True)
     steps = arguments.rounds * len(contenders) * len(arguments.concurrency) * arguments.requests
     with Progress(console=console) as progress:
         task = progress.add_task("", total=steps)
@@ -59,7 +63,7 @@ def main() -> int:
             contenders, trial, on_event=lambda what, done: progress.update(task, description=what, advance=done)
         )
     compared = [] if binary is None else [*ratios(runs, CPP), *_cpu_ratios(runs)]
-    report = make_report(list(runs.values()), compared)
+    report = make_report(list(runs.values()), compared, {"rounds": arguments.rounds}, about=about)
     console.print(render_table(report, "no model: what surrounds a forward, medians of interleaved rounds"))
     for line in ratio_lines(report):
         console.print(f"  {line}")
@@ -76,10 +80,13 @@ def _cpu_ratios(runs: Runs) -> list[Ratio]:
     ]
 
 
-def _narsil(transport: str, lanes: int):
+def _narsil(transport: str, lanes: int) -> Callable[[int], ServerProcess]:
     argv = [sys.executable, str(HERE / "no_model_server.py"), "--transport", transport, "--lanes", str(lanes)]
     return lambda concurrency: ServerProcess(argv, READY)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except NarsilError as error:
+        sys.exit(f"transport: {error}")

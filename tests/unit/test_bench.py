@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from narsil.backends.fake import FakeBackend, FakeBehaviour
 from narsil.bench.generator import choose_client, run_load
@@ -21,6 +22,7 @@ from narsil.bench.pictures import draw
 from narsil.bench.report import loaded_by, make_report, ratio_lines, render_table, write_report
 from narsil.bench.servers import AttachedServer, ServerDied, cpu_seconds
 from narsil.bench.workload import Workload
+from narsil.cli.bench import command
 from narsil.engine.served_model import RequestLimits
 from narsil.transports.codec import narsil_v1, predictor
 from tests.support import SCHEMA, engine_with, grpc_server
@@ -182,7 +184,48 @@ def test_a_row_is_the_median_of_its_rounds_with_the_worst_memory_and_deviation()
 
 def test_a_ratio_is_taken_round_by_round():
     found = ratio([made("a", 200), made("a", 90)], [made("b", 100), made("b", 100)], "samples_per_s")
-    assert (found.median, found.min, found.max) == pytest.approx((1.45, 0.9, 2.0))
+    assert (found.median, found.min, found.max, found.rounds, found.left_out) == pytest.approx((1.45, 0.9, 2.0, 2, 0))
+
+
+def silent(name: str) -> Measurement:
+    """A run in which every request failed."""
+    return made(name, 0.0, None, p50_ms=float("nan"), p99_ms=float("nan"), errors={"INTERNAL": 9})
+
+
+def test_rounds_without_an_answer_are_left_out_of_a_ratio_and_counted():
+    ours, theirs = [made("a", 200), made("a", 300), silent("a")], [made("b", 100), silent("b"), made("b", 100)]
+    throughput, latency = (ratio(ours, theirs, metric) for metric in ("samples_per_s", "p50_ms"))
+    assert (throughput.median, throughput.min, throughput.max) == (1.0, 0.0, 2.0)  # nothing answered is a throughput
+    assert (throughput.rounds, throughput.left_out) == (2, 1)
+    assert (latency.median, latency.rounds, latency.left_out) == (1.0, 1, 2)  # but no latency
+    report = make_report([ours, theirs], [throughput])
+    assert ratio_lines(report)[0].endswith(
+        "1.00x the throughput (0.00 to 2.00; rounds without an answer left out: 1) of b"
+    )
+
+
+def test_a_baseline_that_answers_nothing_leaves_nothing_to_compare(tmp_path):
+    ours, theirs = [made("a", 200)] * 3, [silent("b")] * 3
+    report = make_report([ours, theirs], [ratio(ours, theirs, metric) for metric in ("samples_per_s", "p50_ms")])
+    write_report(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["ratios"][0]["median"] is None
+    (line,) = ratio_lines(report)
+    assert "no throughput to compare" in line
+    assert "no median latency to compare" in line
+    for picture in draw(report, tmp_path, "title"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0)])
+def test_a_run_that_answered_nothing_has_no_part_in_the_median_of_latencies(order):
+    runs = [made("a", 100, p50_ms=5.0), silent("a"), made("a", 100, p50_ms=7.0)]
+    row = summarize([runs[number] for number in order])
+    assert (row.p50_ms, row.samples_per_s, row.errors) == (6.0, 100, {"INTERNAL": 9})
+
+
+def test_one_round_is_said_to_be_one():
+    report = make_report([], [ratio([made("a", 200)], [made("b", 100)], "samples_per_s")])
+    assert ratio_lines(report) == ["concurrency 16: a: 2.00x the throughput (one round) of b"]
 
 
 def test_deviation_is_the_largest_difference_of_any_score():
@@ -201,6 +244,12 @@ def test_a_score_that_is_no_number_deviates_beyond_all_bounds(number):
     report = json.loads(json.dumps(make_report([[made("a", 1, worst)]]), allow_nan=False))
     assert report["rows"][0]["max_abs_deviation"] == "inf"
     assert list(render_table(report, "title").columns[7].cells)[1] == "inf"
+
+
+def test_arrivals_without_a_rate_are_refused():
+    found = CliRunner().invoke(command, ["--arrivals", "uniform"])
+    assert found.exit_code == 2
+    assert "--arrivals is for an open loop: give --rate too" in found.output
 
 
 def test_a_servers_cpu_time_is_read_from_its_own_clock():

@@ -24,7 +24,7 @@ from narsil.artifacts.compiled_info import CompiledInfo
 from narsil.artifacts.packed import KINDS, Packed, read_packed
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
-from narsil.dataflow import Batch, Floats, Scores
+from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed
 
 __all__ = ["PARTS", "FusedBackend", "Geometry", "Library", "Network"]
@@ -155,7 +155,7 @@ class FusedBackend(Backend):
         """As Backend.run; the batch's arrays are lent to the library, not copied."""
         return {self.schema.tasks[0]: self.score(batch)}
 
-    def score(self, batch: Batch, seconds: Floats | None = None) -> NDArray[np.float32]:
+    def score(self, batch: Batch, seconds: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """(B,) float32. Adds to ``seconds``, (5,) float64, what each of PARTS took.
 
         Raises ForwardFailed on arrays that do not belong together, or an id outside of its table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -115,10 +116,11 @@ def reference_scores(backend: Backend, workload: Workload, count: int) -> list[N
 
 
 def summarize(runs: Sequence[Measurement]) -> Measurement:
-    """One row for several runs of the same thing: the median of each figure, the worst memory and deviation."""
+    """One row for several runs of the same thing: the median of each figure, the worst memory and deviation. A run that
+    answered nothing has no latency; it is in the errors and in the throughput."""
 
-    def middle(values: Sequence[float | None]) -> float:
-        return median(value for value in values if value is not None)
+    def middle(values: Sequence[float]) -> float:
+        return median([value for value in values if not math.isnan(value)] or [math.nan])
 
     first = runs[0]
     errors: dict[str, int] = {}
@@ -152,20 +154,31 @@ def summarize(runs: Sequence[Measurement]) -> Measurement:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How one server compares with another over paired rounds of one run."""
+    """How one server compares with another over paired rounds of one run. None where no round can be compared."""
 
     name: str
     over: str
     concurrency: int
     metric: str  # a Measurement field
-    median: float
-    min: float
-    max: float
+    median: float | None
+    min: float | None
+    max: float | None
+    rounds: int  # compared
+    left_out: int = 0  # rounds in which one of the two answered nothing
 
 
 def ratio(ours: Sequence[Measurement], theirs: Sequence[Measurement], metric: str) -> Ratio:
-    """Round by round, ours over theirs: median and spread."""
-    quotients = [getattr(a, metric) / getattr(b, metric) for a, b in zip(ours, theirs, strict=True)]
+    """Round by round, ours over theirs: median and spread of the rounds in which both have a figure."""
+    pairs = [(getattr(a, metric), getattr(b, metric)) for a, b in zip(ours, theirs, strict=True)]
+    quotients = [one for one in (a / b for a, b in pairs if a is not None and b) if not math.isnan(one)]
     return Ratio(
-        ours[0].name, theirs[0].name, ours[0].concurrency, metric, median(quotients), min(quotients), max(quotients)
+        name=ours[0].name,
+        over=theirs[0].name,
+        concurrency=ours[0].concurrency,
+        metric=metric,
+        median=median(quotients) if quotients else None,
+        min=min(quotients, default=None),
+        max=max(quotients, default=None),
+        rounds=len(quotients),
+        left_out=len(pairs) - len(quotients),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from narsil.bench.report import Report, by_concurrency
+from narsil.bench.report import Report, by_concurrency, cell, label
 
 BASELINE_COLOR = "#8d99ae"
 COLORS = ("#0b6e4f", "#2a9d8f", "#e9a23b", "#c8553d", "#6d597a", "#355070", "#b56576", "#577590")
@@ -29,7 +29,7 @@ def draw(report: Report, folder: Path, title: str) -> list[Path]:
     return [bars, distribution]
 
 
-def draw_profile(profile: Mapping[str, Any], path: Path, title: str) -> Path:
+def draw_profile(profile: Mapping[str, Any], path: Path) -> Path:
     """Where a forward's time goes: a bar per contender, cut into its parts; beside it, how much of a large matrix
     product's speed each part reaches. ``profile`` is what benchmarks/profile_forward.py writes."""
     import matplotlib as mpl
@@ -41,6 +41,7 @@ def draw_profile(profile: Mapping[str, Any], path: Path, title: str) -> Path:
     contenders = profile["contenders"]
     places = np.arange(len(contenders))[::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.55 * len(contenders)), width_ratios=(3, 2))
+    title = f"One forward of {profile['rows']} rows on one core, microseconds a row"
     figure.suptitle(title, fontsize=13, x=0.02, ha="left", weight="bold")
     start = np.zeros(len(contenders))
     for part, color in zip(profile["parts"], (*COLORS[:4], BASELINE_COLOR), strict=True):
@@ -117,14 +118,15 @@ def _latency_bars(axis: Any, rows: Sequence[Mapping[str, Any]], colors: Mapping[
     axis.barh(places, p99, color=[colors[row["name"]] for row in rows], alpha=0.3)
     axis.barh(places, [row["p50_ms"] or 0 for row in rows], color=[colors[row["name"]] for row in rows])
     for place, row in zip(places, rows, strict=True):
-        axis.text(row["p99_ms"] or 0, place, f" {row['p50_ms']:.2f} / {row['p99_ms']:.2f}", va="center", fontsize=9)
+        told = f" {cell(row, 'p50_ms', '.2f')} / {cell(row, 'p99_ms', '.2f')}"
+        axis.text(row["p99_ms"] or 0, place, told, va="center", fontsize=9)
     _frame(axis, places, rows, heading, max(p99, default=1))
     axis.set_yticklabels([])
 
 
 def _frame(axis: Any, places: Any, rows: Sequence[Mapping[str, Any]], heading: str, largest: float) -> None:
     axis.set_title(heading, fontsize=10, loc="left")
-    axis.set_yticks(places, [row["name"] for row in rows], fontsize=9)
+    axis.set_yticks(places, [label(row).replace(" (", "\n(") for row in rows], fontsize=9)
     axis.set_xlim(0, largest * 1.22 or 1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(axis="y", length=0)

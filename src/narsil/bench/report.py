@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from narsil.bench.machine import machine
 from narsil.bench.measure import BUCKET_EDGES_S, Measurement, Ratio, summarize
 
 Report = dict[str, Any]
 
-_PACKAGES = ("narsil", "torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "onnxruntime", "grpcio", "numpy")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = ""
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), ""
-        )
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": cpu or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        "commit": _commit(),
-    }
-
 
 def make_report(
-    runs: Sequence[Sequence[Measurement]], ratios: Sequence[Ratio] = (), notes: Mapping[str, Any] | None = None
+    runs: Sequence[Sequence[Measurement]],
+    ratios: Sequence[Ratio] = (),
+    notes: Mapping[str, Any] | None = None,
+    *,
+    about: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Sequence[str]] | None = None,
 ) -> Report:
     """The report of one benchmark: a row per contender and concurrency, with every round behind it.
 
-    ``rows`` holds medians over rounds; ``runs`` every single measurement with its latency histogram.
+    ``rows`` holds medians over rounds; ``runs`` every single measurement with its latency histogram. ``about`` is the
+    machine's section, made now where it was not made before; ``layers`` the kind of number of each linear layer that a
+    contender's model really has, by the contender's name.
     """
+    kinds = layers or {}
     return {
-        "machine": machine(),
-        "rows": [_row(summarize(rounds)) for rounds in runs],
+        "machine": dict(about or machine()),
+        "rows": [_row(summarize(rounds)) | {"layers": list(kinds.get(rounds[0].name, ()))} for rounds in runs],
         "ratios": [asdict(one) for one in ratios],
         "runs": [_row(one) | {"histogram": list(one.histogram)} for rounds in runs for one in rounds],
         "bucket_edges_s": [float(f"{edge:.6g}") for edge in BUCKET_EDGES_S],
@@ -62,7 +47,7 @@ def make_report(
 def write_report(report: Report, path: Path) -> None:
     """Writes the report where it was asked for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 # column title -> (row key, format)
@@ -104,6 +89,15 @@ def cell(row: Mapping[str, Any], key: str, style: str) -> str:
     return "-" if value is None else format(value, "s" if isinstance(value, str) else style)
 
 
+def label(row: Mapping[str, Any]) -> str:
+    """A row's name and, where it was recorded, of which kinds its layers are: its precision is but the lowest that a
+    layer may have."""
+    kinds = Counter(row.get("layers") or ()).most_common()
+    if not kinds:
+        return str(row["name"])
+    return f"{row['name']} ({' + '.join(f'{count} {kind}' for kind, count in kinds)} layers)"
+
+
 def by_concurrency(report: Report) -> dict[int, list[Mapping[str, Any]]]:
     """The report's rows under their concurrency, in the report's order; 0 is the open loop."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
@@ -123,7 +117,7 @@ def render_table(report: Report, title: str) -> Table:
         heading = f"concurrency {concurrency}" if concurrency else "open loop"
         table.add_row(f"[bold]{heading}, {rows[0]['batch_size']} rows a request[/bold]")
         for row in rows:
-            table.add_row(row["name"], *(cell(row, key, style) for key, style in COLUMNS.values()))
+            table.add_row(label(row), *(cell(row, key, style) for key, style in COLUMNS.values()))
         table.add_section()
     return table
 
@@ -147,22 +141,36 @@ def render_one(row: Mapping[str, Any]) -> Table:
     return table
 
 
+METRICS = {
+    "samples_per_s": "throughput",
+    "p50_ms": "median latency",
+    "p99_ms": "99th percentile of latency",
+    "server_cpu_us_per_req": "server's processor time a request",
+}
+
+
 def ratio_lines(report: Report) -> list[str]:
     """The report's ratios in words, a line per contender and concurrency."""
-    words = {
-        "samples_per_s": "throughput",
-        "p50_ms": "median latency",
-        "p99_ms": "99th percentile of latency",
-        "server_cpu_us_per_req": "server's processor time a request",
-    }
     lines: dict[tuple[int, str, str], list[str]] = {}
     for one in report["ratios"]:
-        figure = f"{one['median']:.2f}x the {words[one['metric']]} ({one['min']:.2f} to {one['max']:.2f})"
-        lines.setdefault((one["concurrency"], one["name"], one["over"]), []).append(figure)
+        lines.setdefault((one["concurrency"], one["name"], one["over"]), []).append(_ratio_in_words(one))
     return [
         f"concurrency {concurrency}: {name}: {', '.join(figures)} of {over}"
         for (concurrency, name, over), figures in sorted(lines.items(), key=lambda line: -line[0][0])
     ]
+
+
+def spread(one: Mapping[str, Any]) -> str:
+    """A ratio's smallest and largest round."""
+    return "one round" if one.get("rounds") == 1 else f"{one['min']:.2f} to {one['max']:.2f}"
+
+
+def _ratio_in_words(one: Mapping[str, Any]) -> str:
+    metric = METRICS[one["metric"]]
+    if one["median"] is None:
+        return f"no {metric} to compare, as no round had both answered,"
+    left_out = f"; rounds without an answer left out: {one['left_out']}" if one.get("left_out") else ""
+    return f"{one['median']:.2f}x the {metric} ({spread(one)}{left_out})"
 
 
 def _row(measurement: Measurement) -> dict[str, Any]:
@@ -181,21 +189,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, 9)
     return value
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None

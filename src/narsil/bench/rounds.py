@@ -24,6 +24,7 @@ class Contender:
     name: str
     start: Callable[[int], ServerProcess]
     key: Callable[[int], object] = lambda concurrency: None
+    layers: tuple[str, ...] = ()  # kind of number of each of the model's linear layers, where it is known
 
 
 @dataclass(frozen=True)

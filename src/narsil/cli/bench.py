@@ -19,7 +19,11 @@ from narsil.cli.targets import schema_for, target_option
     "--schema", type=click.Path(path_type=Path), help="Artifact to take the schema from; default: ask the server."
 )
 @click.option(
-    "--concurrency", type=click.IntRange(1, 10_000), default=16, show_default=True, help="Requests in flight."
+    "--concurrency",
+    type=click.IntRange(1, 10_000),
+    default=16,
+    show_default=True,
+    help="Requests in flight; with --rate: of the warmup.",
 )
 @click.option(
     "--connections",
@@ -36,7 +40,11 @@ from narsil.cli.targets import schema_for, target_option
     type=click.FloatRange(0, 1e6, min_open=True),
     help="Requests per second: an open loop instead of a closed one.",
 )
-@click.option("--arrivals", type=click.Choice(["poisson", "uniform"]), default="poisson", show_default=True)
+@click.option(
+    "--arrivals",
+    type=click.Choice(["poisson", "uniform"]),
+    help="With --rate: gaps between requests; default: poisson.",
+)
 @click.option("--max-ids", type=click.IntRange(1), default=1, show_default=True, help="1: one id a bag; N: 0 to N ids.")
 @click.option("--bodies", type=click.IntRange(1), default=2000, show_default=True, help="Distinct requests.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -67,7 +75,7 @@ def command(
     warmup: int,
     batch_size: int,
     rate: float | None,
-    arrivals: Arrivals,
+    arrivals: Arrivals | None,
     max_ids: int,
     bodies: int,
     seed: int,
@@ -82,6 +90,8 @@ def command(
     A closed loop keeps --concurrency requests in flight. --rate makes it an open loop, whose latencies count from the
     time at which each request was due. Exits with 1 when any request failed.
     """
+    if arrivals is not None and rate is None:
+        raise click.UsageError("--arrivals is for an open loop: give --rate too.")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -106,7 +116,7 @@ def command(
         warmup,
         concurrency,
         rate,
-        arrivals,
+        arrivals or "poisson",
         timeout,
         keep=KEEP if expected else 0,
         connections=connections,
@@ -121,7 +131,7 @@ def command(
             expected,
             lambda done: progress.update(task, completed=done),
         )
-    report = make_report([[found]])
+    report = make_report([[found]], notes={"target": target})
     console.print(render_one(report["rows"][0]))
     if found.client_bound:
         console.print("[yellow]client-bound: the load generator, not the server, may have set the pace[/yellow]")
