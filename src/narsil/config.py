@@ -13,11 +13,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from narsil.cgroups import usable_cores
 from narsil.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -138,9 +140,9 @@ class ServeSettings(BaseModel):
             raise ValueError(f"{remark}: leave one of them out")
         return self
 
-    @property
+    @cached_property
     def lane_count(self) -> int:
-        """Lanes to start: as told, else one per usable core on a CPU and one on a GPU."""
+        """Lanes to start: as told, else one per usable core on a CPU and one on a GPU. It stays what it was."""
         return self.lanes or (usable_cores() if self.device == "cpu" else 1)
 
     def given_in_vain(self, backend: str | None = None, transport: str | None = None) -> list[str]:
@@ -271,28 +273,6 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is not UTF-8, as TOML is; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its CPU affinity, less what a cgroup (v2 or v1) quota leaves of it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(cores, int(quota + 0.5))) if quota else cores
-
-
-def _cgroup_quota() -> float | None:
-    """The cgroup's CPU limit in cores; None where there is none."""
-    try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            limit = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if limit in ("max", "-1"):
-        return None
-    return int(limit) / int(period)
 
 
 def _explain(detail: Any) -> str:

@@ -14,7 +14,7 @@ from types import FrameType
 
 import numpy as np
 
-from narsil.artifacts.artifact import open_artifact
+from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.registry import load_backend
 from narsil.catalog.manager import ModelManager
@@ -27,6 +27,7 @@ from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.errors import ConfigError
 from narsil.extension import AVAILABLE, MISSING
+from narsil.process import memory_remarks
 from narsil.telemetry.observer import CountingObserver, Observer
 from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
@@ -135,6 +136,8 @@ def load_model(settings: ServeSettings) -> ServedModel:
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
     warn_of(settings.given_in_vain(backend=backend.name))
+    files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
+    warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
     return ServedModel(
         settings.model_name or artifact.name,
         artifact.version,

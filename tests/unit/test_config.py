@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narsil.cgroups import usable_cores
 from narsil.cli.serve import command
-from narsil.config import ServeSettings, load_settings, usable_cores
+from narsil.config import ServeSettings, load_settings
 from narsil.errors import ConfigError
 
 GIVEN = {"model": Path("m")}
@@ -283,9 +283,3 @@ def test_serve_prints_its_effective_settings_without_loading_a_model():
 def test_settings_cannot_change_once_made():
     with pytest.raises(ValueError, match="frozen"):
         load_settings(GIVEN).lanes = 3  # type: ignore[misc]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="cgroups are Linux's")
-def test_a_cgroup_quota_bounds_the_usable_cores(monkeypatch):
-    monkeypatch.setattr("narsil.config._cgroup_quota", lambda: 1.0)
-    assert usable_cores() == 1
