@@ -12,7 +12,7 @@ SETUP := $(VENV)/.setup-complete
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-setup: $(SETUP) ## make .venv with the pinned dependencies, the generated code and the native extensions
+setup: $(SETUP) ## make .venv with the pinned dependencies, the descriptors of proto and the native extensions
 
 demo: setup system-packages ## package a model, serve it in every way, print the table (about five minutes)
 	$(BIN)/python benchmarks/demo.py
@@ -69,13 +69,14 @@ reports: setup ## render REPORTS.md and BENCHMARKS.md from benchmarks/results
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build demo models src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f src/narsil/protos/*_pb2.py src/narsil/*.so
+	rm -f src/narsil/protos/descriptors.binpb src/narsil/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchrec is wanted by the tests alone, and without its dependencies: the CUDA build of FBGEMM that it asks for would
 # overwrite the CPU build.
+PROTOS := $(shell find proto -name '*.proto')
 NATIVE_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.hpp csrc/*.hpp)
-$(SETUP): pyproject.toml setup.py constraints.txt proto/narsil.proto proto/predictor.proto $(NATIVE_SOURCES) \
+$(SETUP): pyproject.toml setup.py constraints.txt $(PROTOS) $(NATIVE_SOURCES) \
   | native-packages
 	@$(PYTHON) -c 'import sys; sys.exit("Narsil needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Generates the protobuf modules and builds the native extensions; everything else is in pyproject.toml."""
+"""Describes proto/ for server reflection and builds the native extensions; everything else is in pyproject.toml."""
 
 import os
 import sys
@@ -9,19 +9,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-PROTOS = ("predictor", "narsil")
 EXTENSIONS = ("_native", "_load")  # narsil._NAME is built from csrc/NAME/*.cpp
 
 
-class BuildWithProtos(build_py):
-    """build_py, preceded by protoc: proto/NAME.proto becomes narsil/protos/NAME_pb2.py."""
+class BuildWithDescriptors(build_py):
+    """build_py, preceded by protoc: all of proto/ becomes narsil/protos/descriptors.binpb. No code is generated."""
 
     def run(self) -> None:
         from grpc_tools import protoc
 
-        out = ROOT / "src" / "narsil" / "protos"
-        arguments = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}"]
-        if protoc.main(arguments + [str(ROOT / "proto" / f"{name}.proto") for name in PROTOS]):
+        sources = sorted(str(path) for path in (ROOT / "proto").rglob("*.proto"))
+        out = ROOT / "src" / "narsil" / "protos" / "descriptors.binpb"
+        if protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--descriptor_set_out={out}", *sources]):
             raise SystemExit("protoc failed; see its message above")
         super().run()
 
@@ -86,6 +85,6 @@ def extension(name: str) -> Extension:
 
 
 setup(
-    cmdclass={"build_py": BuildWithProtos, "build_ext": BuildNative},
+    cmdclass={"build_py": BuildWithDescriptors, "build_ext": BuildNative},
     ext_modules=[extension(name) for name in EXTENSIONS],
 )

@@ -13,9 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from narsil.protos import narsil_pb2, predictor_pb2
 from tests.conformance.http2_client import frame, request_headers, settings
 from tests.http2_peer import grpc_message, hpack
+from tests.messages import narsil_pb2, predictor_pb2
 
 CORPUS = Path(__file__).parent / "corpus"
 # As in decode.cpp: dense columns, rows of each table, ids are int64; and the models' names.

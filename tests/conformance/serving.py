@@ -16,7 +16,7 @@ from narsil.catalog.catalog import Catalog
 from narsil.dataflow import Features
 from narsil.engine.queue import QueueLimits
 from narsil.engine.served_model import RequestLimits
-from narsil.protos import predictor_pb2
+from tests.messages import predictor_pb2
 from tests.support import PATIENCE_S, AnEngine, engine_with, grpc_transport
 
 

@@ -20,9 +20,9 @@ from narsil.client import build_request
 from narsil.engine.queue import QueueLimits
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
-from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from tests.conformance.serving import predict_torchrec, scores_in, serving, serving_transport
+from tests.messages import narsil_pb2
 from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +262,7 @@ def test_a_cpp_client_gets_its_answers_and_its_refusals(kind, cpp_client, tmp_pa
         assert ask(address, "/predictor.Predictor/Nothing", 1, 1)[0].startswith("12 ")
         request.write_bytes(b"\xff")
         refusal, counts = ask(address, predictor.METHOD, 2, 5)
-        assert refusal.startswith("3 the request is not a valid protobuf message")
+        assert refusal.startswith("3 not a valid protobuf message")
         assert counts == "0 0 10"
 
 

@@ -19,9 +19,9 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import DeadlineExceeded, ForwardFailed, InvalidRequest, ModelNotFound, QueueFull
-from narsil.protos import predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from tests.conformance.serving import predict_torchrec, serving
+from tests.messages import predictor_pb2
 from tests.support import (
     PATIENCE_S,
     SCHEMA,
@@ -373,6 +373,21 @@ def test_reflection_lists_the_services_and_describes_their_messages(kind):
         names = {service.name for service in listed.list_services_response.service}
         assert {"predictor.Predictor", "narsil.v1.Inference", "grpc.health.v1.Health"} <= names
         assert all(reply.file_descriptor_response.file_descriptor_proto for reply in files)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_what_is_no_message_of_grpc_s_own_services_is_refused(kind, method):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            next(channel.stream_stream(method)(iter([b"\xff"]), timeout=PATIENCE_S))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_stopping_finishes_what_is_in_flight(kind):

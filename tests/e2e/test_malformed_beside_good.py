@@ -17,9 +17,9 @@ from narsil.bench.servers import ServerProcess, narsil_server
 from narsil.bench.workload import predictor_body
 from narsil.client import Context, build_request
 from narsil.engine.collate import Collator
-from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm  # skips this module without torchrec
+from tests.messages import Message, narsil_pb2, predictor_pb2
 from tests.support import PATIENCE_S, jagged, one_hot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -45,7 +45,7 @@ def server(artifact) -> Iterator[ServerProcess]:
         yield process
 
 
-Torchrec = Callable[[predictor_pb2.PredictionRequest], None]
+Torchrec = Callable[[Message], None]
 
 
 def torchrec(change: Torchrec) -> tuple[str, Callable[[Artifact], bytes]]:
@@ -59,7 +59,7 @@ def torchrec(change: Torchrec) -> tuple[str, Callable[[Artifact], bytes]]:
     return predictor.METHOD, body
 
 
-def narsil(change: Callable[[narsil_pb2.PredictRequest], None]) -> tuple[str, Callable[[Artifact], bytes]]:
+def narsil(change: Callable[[Message], None]) -> tuple[str, Callable[[Artifact], bytes]]:
     """A good two-row narsil.v1 request with something broken in it."""
 
     def body(artifact: Artifact) -> bytes:

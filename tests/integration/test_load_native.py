@@ -19,9 +19,9 @@ import pytest
 pytest.importorskip("narsil._load", reason="narsil._load is not built; it needs a C++ compiler and libnghttp2-dev")
 
 from narsil import _load
-from narsil.protos import narsil_pb2, predictor_pb2
 from tests import http2_peer as http2
 from tests.http2_peer import Peer, grpc_message, http2_server
+from tests.messages import narsil_pb2, predictor_pb2
 
 METHOD = "/predictor.Predictor/Predict"
 ROWS = 5

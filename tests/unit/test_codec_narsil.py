@@ -13,8 +13,8 @@ from narsil.dataflow import Features, Jagged, OneHot, StageTimes
 from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
-from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1
+from tests.messages import narsil_pb2
 from tests.support import SCHEMA, jagged, one_hot
 
 LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)

@@ -13,14 +13,14 @@ from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
-from narsil.protos import predictor_pb2
 from narsil.transports.codec import predictor
+from tests.messages import Message, predictor_pb2
 from tests.support import SCHEMA, jagged, one_hot
 
 LIMITS = RequestLimits(max_rows=1000, max_ids=100_000)
 
 
-def message_of(features: Features) -> predictor_pb2.PredictionRequest:
+def message_of(features: Features) -> Message:
     batch = Collator(SCHEMA).collate([features])
     message = predictor_pb2.PredictionRequest(batch_size=batch.rows)
     message.float_features.num_features = SCHEMA.dense_dim
@@ -35,7 +35,7 @@ def message_of(features: Features) -> predictor_pb2.PredictionRequest:
     return message
 
 
-def decode(message: predictor_pb2.PredictionRequest) -> Features:
+def decode(message: Message) -> Features:
     return predictor.decode(message.SerializeToString(), SCHEMA, LIMITS)
 
 
@@ -72,7 +72,7 @@ def test_a_response_is_byte_for_byte_what_the_protobuf_runtime_writes(values, ta
     assert predictor.encode({task: np.array(values, dtype=np.float32)}) == message.SerializeToString()
 
 
-Change = Callable[[predictor_pb2.PredictionRequest], None]
+Change = Callable[[Message], None]
 
 
 def set_dense(row: int, column: int, value: float) -> Change:
@@ -146,7 +146,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
 }
 
 
-def plain(make: Callable[[int, int], Features]) -> predictor_pb2.PredictionRequest:
+def plain(make: Callable[[int, int], Features]) -> Message:
     """Four rows in which the bags that the changes touch are not empty."""
     seed = 0
     while True:

@@ -18,9 +18,9 @@ from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest, ModelNotFound
 from narsil.extension import AVAILABLE, NativeFeatures
-from narsil.protos import narsil_pb2, predictor_pb2
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.endpoints import ENDPOINTS, Metadata
+from tests.messages import narsil_pb2, predictor_pb2
 from tests.support import SCHEMA, fake_model
 
 if not AVAILABLE:

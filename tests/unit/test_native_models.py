@@ -14,8 +14,8 @@ from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.bench.workload import predictor_body
 from narsil.client import build_request
 from narsil.extension import AVAILABLE
-from narsil.protos import narsil_pb2
 from narsil.transports.codec import narsil_v1, predictor
+from tests.messages import narsil_pb2
 from tests.support import PATIENCE_S, one_hot
 
 if not AVAILABLE:

@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from narsil.errors import InvalidRequest
-from narsil.protos import narsil_pb2
-from narsil.transports.codec.wire import LEN, put_len, put_uint, put_varint, scan, signed32, text, varint
+from narsil.wire import LEN, put_len, put_uint, put_varint, scan, signed32, text, varint
+from tests.messages import narsil_pb2
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil.artifacts.schema import ModelSchema
-from narsil.client import build_request
+from narsil.client import build_request, read_response
 from narsil.dataflow import Features, Ints, Jagged, OneHot
-from narsil.protos import narsil_pb2, predictor_pb2
+from narsil.errors import InvalidRequest
 from narsil.transports.codec import narsil_v1, predictor
+from narsil.wire import FIXED32, LEN, Field, put_len, put_uint, scan, text
 
 Protocol = Literal["predictor", "narsil"]
 
@@ -62,14 +63,9 @@ def predictor_body(features: Features) -> bytes:
         values, lengths = sparse.ids, np.ones(sparse.ids.shape, dtype=np.int32)
     else:
         values, lengths = sparse.values, sparse.lengths
-    message = predictor_pb2.PredictionRequest(batch_size=features.rows)
-    message.float_features.num_features = int(features.dense.shape[-1])
-    message.float_features.values = features.dense.tobytes()
-    message.id_list_features.num_features = len(lengths)
-    message.id_list_features.lengths = lengths.tobytes()
-    message.id_list_features.values = values.tobytes()
-    body: bytes = message.SerializeToString()
-    return body
+    dense = put_uint(1, int(features.dense.shape[-1])) + put_len(2, features.dense.tobytes())
+    ids = put_uint(1, len(lengths)) + put_len(2, lengths.tobytes()) + put_len(3, values.tobytes())
+    return put_uint(1, features.rows) + put_len(2, dense) + put_len(3, ids)
 
 
 def narsil_body(features: Features) -> bytes:
@@ -91,16 +87,31 @@ def method(protocol: Protocol) -> str:
 
 
 def score_reader(protocol: Protocol, task: str) -> Callable[[bytes], NDArray[np.float32]]:
-    """A function that takes a response body to the task's scores."""
+    """A function that takes a response body to the task's scores; none where the task is not in it.
 
-    def read_predictor(body: bytes) -> NDArray[np.float32]:
-        data = predictor_pb2.PredictionResponse.FromString(body).predictions[task].data
-        return np.array(data, dtype=np.float32)
+    The function raises InvalidRequest where the body is no response.
+    """
 
     def read_narsil(body: bytes) -> NDArray[np.float32]:
-        for scores in narsil_pb2.PredictResponse.FromString(body).scores:
-            if scores.task == task:
-                return np.frombuffer(scores.values, "<f4")
-        return np.empty(0, dtype=np.float32)
+        return read_response(body).scores.get(task, np.empty(0, dtype=np.float32))
 
-    return read_predictor if protocol == "predictor" else read_narsil
+    return (lambda body: _predictor_scores(body, task)) if protocol == "predictor" else read_narsil
+
+
+def _predictor_scores(body: bytes, task: str) -> NDArray[np.float32]:
+    """The task's scores in a serialized predictor.PredictionResponse. Of entries with one name the last counts."""
+    scores = b""
+    for entry in _inside(body, (0, 0, 0, len(body)), 1):
+        names = [text(body, found[2], found[3], "a task") for found in _inside(body, entry, 1)]
+        if (names or [""])[-1] == task:
+            floats = [found for vector in _inside(body, entry, 2) for found in scan(body, vector[2], vector[3])]
+            # Packed, or one by one: protobuf allows both.
+            scores = b"".join(body[a:b] for number, kind, a, b in floats if number == 1 and kind in (LEN, FIXED32))
+    if len(scores) % 4:
+        raise InvalidRequest(f"scores of task {task}: {len(scores)} bytes are no whole number of float32")
+    return np.frombuffer(scores, "<f4")
+
+
+def _inside(body: bytes, message: Field, number: int) -> list[Field]:
+    """The length-delimited fields of this number in a message."""
+    return [found for found in scan(body, message[2], message[3]) if found[0] == number and found[1] == LEN]

@@ -11,22 +11,20 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
 from narsil.telemetry.observer import Observer
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
-from narsil.transports.endpoints import ENDPOINTS, MODEL_KEY, SERVICES, VERSION_KEY, Endpoint, Metadata, Wire
+from narsil.transports.endpoints import ENDPOINTS, MODEL_KEY, SERVICES, VERSION_KEY, Endpoint, Kind, Metadata, Wire
 from narsil.transports.health import Health
-from narsil.transports.reflection import services
+from narsil.transports.reflection import Reflection
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ class _Reply:
 
 
 class GrpcAioTransport(Transport):
-    """Serves every endpoint; health and reflection with grpcio's own means."""
+    """Serves every endpoint."""
 
     def __init__(self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None) -> None:
         self._engine = engine
@@ -134,17 +132,10 @@ class GrpcAioTransport(Transport):
                 ("grpc.so_reuseport", 0),  # a second server on this port is a mistake, not a second listener
             ],
         )
-        handlers = {
-            each.method: self._scoring_handler(each.method, each.wire, outbox, loop)
-            if each.wire
-            else self._unary_handler(each)
-            for each in ENDPOINTS
-            if each.wire or each.answer
-        }
-        server.add_generic_rpc_handlers((_RawHandlers(handlers),))
         self._health = Health(("", *SERVICES))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        enable_server_reflection(services(), server)
+        server.add_generic_rpc_handlers(
+            (_RawHandlers({each.method: self._handler(each, outbox, loop) for each in ENDPOINTS}),)
+        )
         try:
             port = self._bind(server)
         except RuntimeError as error:
@@ -178,6 +169,19 @@ class GrpcAioTransport(Transport):
             require_client_auth=options.tls_client_ca is not None,
         )
         return int(server.add_secure_port(address, credentials))
+
+    def _handler(self, endpoint: Endpoint, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _MethodHandler:
+        assert self._health is not None  # noqa: S101 - the caller has made it
+        if endpoint.wire is not None:
+            scoring = self._scoring_handler(endpoint.method, endpoint.wire, outbox, loop)
+            return grpc.unary_unary_rpc_method_handler(scoring)
+        if endpoint.answer is not None:
+            return grpc.unary_unary_rpc_method_handler(self._unary_handler(endpoint.answer))
+        if endpoint.kind is Kind.HEALTH_CHECK:
+            return grpc.unary_unary_rpc_method_handler(self._health.check)
+        if endpoint.kind is Kind.HEALTH_WATCH:
+            return grpc.unary_stream_rpc_method_handler(self._health.watch)
+        return grpc.stream_stream_rpc_method_handler(_reflecting(Reflection()))
 
     def _scoring_handler(self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
         engine = self._engine
@@ -213,10 +217,7 @@ class GrpcAioTransport(Transport):
 
         return score
 
-    def _unary_handler(self, endpoint: Endpoint) -> _Handler:
-        answer = endpoint.answer
-        assert answer is not None  # noqa: S101 - the caller has looked
-
+    def _unary_handler(self, answer: Callable[[bytes, Metadata, Catalog], bytes]) -> _Handler:
         async def handle(body: bytes, context: _Context) -> bytes:
             try:
                 return answer(body, _metadata(context), self._catalog)
@@ -250,13 +251,24 @@ def _refuse_a_live_socket(path: str) -> None:
 class _RawHandlers(grpc.GenericRpcHandler):
     """Routes methods to handlers of raw bytes: no message objects are made."""
 
-    def __init__(self, handlers: dict[str, _Handler]) -> None:
-        self._handlers: dict[str, _MethodHandler] = {
-            method: grpc.unary_unary_rpc_method_handler(handler) for method, handler in handlers.items()
-        }
+    def __init__(self, handlers: dict[str, _MethodHandler]) -> None:
+        self._handlers = handlers
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> _MethodHandler | None:
         return self._handlers.get(handler_call_details.method)
+
+
+def _reflecting(reflection: Reflection) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[bytes]]:
+    async def reflect(requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
+        try:
+            async for body in requests:
+                yield reflection.answer(body)
+        except RequestError as error:
+            await _abort(context, error)
+        except Exception:
+            await _abort_unexpected(context)
+
+    return reflect
 
 
 async def _abort(context: _Context, error: RequestError) -> bytes:

@@ -1,4 +1,4 @@
-"""grpc.health.v1 for an asyncio server.
+"""grpc.health.v1 for an asyncio server, bytes in, bytes out: the messages of proto/grpc/health/v1/health.proto.
 
 grpcio's own servicer writes to a watching client while it holds the lock that every status change needs, so that one
 client that does not read could keep the server from shutting down. This one holds no lock, and bounds its watchers.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from narsil.errors import InvalidRequest
+from narsil.wire import LEN, expect, put_uint, scan, text
+
+if TYPE_CHECKING:
+    _Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
 MAX_WATCHERS = 256
 
-_Status = health_pb2.HealthCheckResponse
+SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3  # HealthCheckResponse.ServingStatus
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-health-checking has no types
+class Health:
     """One status for all services: serving, from ``serve`` until ``retire``. Belongs to one event loop."""
 
     def __init__(self, services: Iterable[str]) -> None:
@@ -36,26 +41,44 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio-he
         self._serving = False
         self._retired.set()
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def check(self, body: bytes, context: _Context) -> bytes:
         """The status now; NOT_FOUND for a service that is not here."""
-        if request.service not in self._services:
+        if await _service(body, context) not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service")
-        return _Status(status=self._status())
+        return self._status()
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - gRPC's name
+    async def watch(self, body: bytes, context: _Context) -> AsyncIterator[bytes]:
         """The status now and when it changes, which it does once."""
+        known = await _service(body, context) in self._services
         if self._watchers >= MAX_WATCHERS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_WATCHERS} health watchers")
-        known = request.service in self._services
         self._watchers += 1
         try:
-            yield _Status(status=self._status() if known else _Status.SERVICE_UNKNOWN)
+            yield self._status() if known else _response(SERVICE_UNKNOWN)
             if not self._retired.is_set():
                 await self._retired.wait()
                 if known:
-                    yield _Status(status=self._status())
+                    yield self._status()
         finally:
             self._watchers -= 1
 
-    def _status(self) -> Any:
-        return _Status.SERVING if self._serving else _Status.NOT_SERVING
+    def _status(self) -> bytes:
+        return _response(SERVING if self._serving else NOT_SERVING)
+
+
+def _response(status: int) -> bytes:
+    """A serialized HealthCheckResponse."""
+    return put_uint(1, status)
+
+
+async def _service(body: bytes, context: _Context) -> str:
+    """The service that a serialized HealthCheckRequest names; INVALID_ARGUMENT where it is none."""
+    name = ""
+    try:
+        for found in scan(body, 0, len(body)):
+            if found[0] == 1:
+                expect(found, LEN, "service")
+                name = text(body, found[2], found[3], "service")
+    except InvalidRequest as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    return name

@@ -7,7 +7,7 @@ from narsil.dataflow import Features, Floats, Jagged, OneHot, Scores
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
-from narsil.transports.codec.wire import LEN, VARINT, expect, put_len, scan, signed32
+from narsil.wire import LEN, VARINT, expect, put_len, scan, signed32
 
 METHOD = "/predictor.Predictor/Predict"
 

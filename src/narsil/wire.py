@@ -1,10 +1,13 @@
 """Reading and writing the protobuf encoding by hand, without message objects and without copying payloads.
 
-Source of the format: https://protobuf.dev/programming-guides/encoding/. Every byte is hostile: each read is
-checked against the end of its message.
+Both ends of Narsil's wires use it: the server's codecs, and the client. Source of the format:
+https://protobuf.dev/programming-guides/encoding/. Every byte is hostile: each read is checked against the end of its
+message.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from narsil.errors import InvalidRequest
 
@@ -16,6 +19,8 @@ MAX_FIELDS = 10_000
 
 # (field number, wire type, a, b): LEN fields span data[a:b]; for a VARINT a is the value; fixed fields span data[a:b].
 Field = tuple[int, int, int, int]
+
+Part = bytes | memoryview  # of a message that is being written; joined once, when it is whole
 
 
 def scan(data: bytes, start: int, stop: int) -> list[Field]:
@@ -97,7 +102,7 @@ def text(data: bytes, start: int, stop: int, name: str) -> str:
 
 def malformed(at: int, what: str) -> InvalidRequest:
     """The error for bytes that are no protobuf message."""
-    return InvalidRequest(f"the request is not a valid protobuf message: at byte {at}: {what}")
+    return InvalidRequest(f"not a valid protobuf message: at byte {at}: {what}")
 
 
 def put_varint(value: int) -> bytes:
@@ -118,3 +123,13 @@ def put_len(number: int, payload: bytes) -> bytes:
 def put_uint(number: int, value: int) -> bytes:
     """A varint field; nothing for zero, as proto3 has it."""
     return put_varint(number << 3) + put_varint(value) if value else b""
+
+
+def put_text(number: int, value: str) -> bytes:
+    """A string field; nothing for an empty one, as proto3 has it."""
+    return put_len(number, value.encode()) if value else b""
+
+
+def put_parts(number: int, parts: Sequence[Part]) -> list[Part]:
+    """A length-delimited field whose payload is not put together yet; nothing of it is copied."""
+    return [put_varint(number << 3 | LEN) + put_varint(sum(map(len, parts))), *parts]
