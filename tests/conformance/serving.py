@@ -75,7 +75,7 @@ def predict_torchrec(channel: grpc.Channel, features: Features, timeout: float =
     return np.array(reply.predictions["default"].data, dtype=np.float32)
 
 
-def scores_in(message: bytes) -> Any:
+def scores_in(message: bytes, task: str = "default") -> Any:
     """Of a serialized PredictionResponse."""
     reply = predictor_pb2.PredictionResponse.FromString(message)
-    return np.array(reply.predictions["default"].data, dtype=np.float32)
+    return np.array(reply.predictions[task].data, dtype=np.float32)

@@ -365,3 +365,79 @@ def test_under_a_storm_of_everything_each_request_ends_exactly_once():
     assert stats.submitted == 600
     assert stats.submitted == stats.answered + stats.rejected + stats.expired + stats.cancelled + stats.failed
     assert stats.queued == stats.running == 0
+
+
+class Timed(FakeBackend):
+    """Takes ten milliseconds of the test's clock, and notes whose turn it was."""
+
+    def __init__(self, clock: FakeClock, turns: list[str], name: str, hold: threading.Event) -> None:
+        super().__init__(SCHEMA, FakeBehaviour(hold=hold))
+        self.clock, self.turns, self.label = clock, turns, name
+
+    def run(self, batch):
+        scores = super().run(batch)
+        self.clock.advance(0.010)
+        self.turns.append(self.label)
+        return scores
+
+
+def test_a_busy_model_does_not_starve_another_and_neither_wastes_the_lane():
+    clock, turns, hold = FakeClock(), [], threading.Event()
+    models = {name: ServedModel(name, "1", [Timed(clock, turns, name, hold)]) for name in ("flooded", "quiet")}
+    with engine_with(clock=clock, policy=WORKER) as engine:
+        for model in models.values():
+            engine.add(model)
+        flood = [request(model=models["flooded"], arrived=0.0) for _ in range(60)]
+        quiet = [request(model=models["quiet"], arrived=1.0) for _ in range(3)]
+        for made in (*flood, *quiet):
+            engine.submit(made)
+        hold.set()
+        for made in (*flood, *quiet):
+            assert made.reply.wait().error is None
+    # The flood came first, and is ahead by the least that counts when the others get their turns.
+    assert [at for at, name in enumerate(turns) if name == "quiet"] == [3, 5, 7]
+    assert len(turns) == 63
+
+
+def test_a_model_s_share_is_its_part_of_the_lanes_where_all_have_work():
+    clock, turns, hold = FakeClock(), [], threading.Event()
+    models = [
+        ServedModel(name, "1", [Timed(clock, turns, name, hold)], share=share)
+        for name, share in (("large", 3.0), ("small", 1.0))
+    ]
+    with engine_with(clock=clock, policy=WORKER) as engine:
+        for model in models:
+            engine.add(model)
+        made = [request(model=model) for model in models for _ in range(100)]
+        for one in made:
+            engine.submit(one)
+        hold.set()
+        for one in made:
+            one.reply.wait()
+    assert turns[:100].count("large") == pytest.approx(75, abs=5)
+
+
+def test_a_job_for_one_lane_reaches_it_wherever_the_wake_went():
+    """All lanes wait in one source; each has to warm the new model itself."""
+
+    class Shared:
+        """A source whose wakes reach the same poll every time, as long as there is more than one."""
+
+        def __init__(self) -> None:
+            self.woken = threading.Semaphore(0)
+
+        def poll(self, timeout):
+            if timeout is None:
+                assert self.woken.acquire(timeout=30)
+            return ()
+
+        def wake(self):
+            self.woken.release()
+
+        def close(self, why):
+            pass
+
+    with engine_with(lanes=3) as engine:
+        engine.attach(Shared())
+        for number in range(20):
+            engine.add(fake_model(lanes=3, name=f"m{number}"), [one_hot(1)])

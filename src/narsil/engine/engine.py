@@ -308,6 +308,8 @@ class Engine:
         if self._source is None:
             self._sleep(seat.woken, decision.wake_at)
             return None, 0.0
+        if any(other.parked and other.jobs for other in self._seats):
+            self._source.wake()  # one lane alone can do a job, and a wake may have reached another: it is passed on
         self._polling += 1
         seat.parked = True
         return None, None if decision.wake_at is None else max(0.0, decision.wake_at - now)
