@@ -35,7 +35,6 @@ from narsil.bench.peak import SIZE, MatrixProducts
 from narsil.bench.pictures import draw_profile
 from narsil.bench.report import write_report
 from narsil.compile.compiler import compile_artifact
-from narsil.compile.judge import ArtifactJudge
 from narsil.dataflow import Batch
 
 TORCHSCRIPT = "TorchScript, as saved"
@@ -57,7 +56,7 @@ def main() -> int:
     for name, (precision, limit) in COMPILED.items():
         folder = arguments.model.with_name(f"{arguments.model.name}-{name.replace(', ', '-').replace(' ', '-')}")
         with console.status(f"compiling {folder.name}"):
-            compiled[name], _ = compile_artifact(source, folder, ArtifactJudge(), precision=precision, limit=limit)
+            compiled[name], _ = compile_artifact(source, folder, precision=precision, limit=limit)
     backends = {name: load_compiled(artifact) for name, artifact in compiled.items()}
     fused = {name: backend for name, backend in backends.items() if isinstance(backend, FusedBackend)}
     if fused.keys() != backends.keys():

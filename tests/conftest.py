@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 
-pytest_plugins = ["tests.fixtures_models", "tests.strictness", "pytester"]
+pytest_plugins = ["tests.fixtures_models", "tests.fixtures_compiled", "tests.strictness", "pytester"]
 
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("narsil", deadline=None)

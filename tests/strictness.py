@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 # Reasons of skips that a complete run may have: the processor, the device, and clients from other projects.
-MAY_BE_MISSING = re.compile(r"AVX-512|VNNI|GPU|device|fused engine|bind threads|cgroups|h2load|libgrpc\+\+-dev")
+MAY_BE_MISSING = re.compile(
+    r"AVX-512|VNNI|GPU|device|fused engine|bind threads|cgroups|namespaces|h2load|libgrpc\+\+-dev"
+)
 
 EXTENSIONS = ("narsil._native", "narsil._load")
 SANITIZERS = (b"__asan_report_", b"__ubsan_handle_")  # what instrumented code calls

@@ -16,11 +16,11 @@ pytest.importorskip("fbgemm_gpu")
 from narsil.artifacts.compiled_info import SCALE_BIAS_BYTES, processor_flags
 from narsil.artifacts.packed import kinds_here
 from narsil.artifacts.torchrec import load_torchscript
-from narsil.backends.fused import PARTS, FusedBackend, Geometry, Library, Network
+from narsil.backends.fused import PARTS, ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.backends.torchscript import TorchScriptBackend
-from narsil.compile.compiler import _build
 from narsil.compile.core import read_parts, realigned
 from narsil.compile.planner import LADDERS, Workbench, choose, climb
+from narsil.compile.toolchain import build_forward
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ForwardFailed
 from narsil.packaging.dlrm import DlrmConfig, random_weights
@@ -75,21 +75,21 @@ class Subject:
         parts = read_parts(load_torchscript(artifact.torchscript, "cpu"), artifact.schema, "model")
         reference = TorchScriptBackend.load(artifact, "cpu", tune=False)
         self.schema = artifact.schema
-        lookup = parts.lookup
-        row_bytes = -(-(parts.dim + SCALE_BIAS_BYTES) // lookup.row_alignment) * lookup.row_alignment
+        tables = parts.int8
+        row_bytes = -(-(parts.dim + SCALE_BIAS_BYTES) // tables.row_alignment) * tables.row_alignment
         self.bench = Workbench(
-            Library(library),
+            ForwardLibrary(library),
             Geometry(
                 parts.dense_dim,
                 parts.dim,
                 row_bytes,
-                lookup.offsets,
+                tables.offsets,
                 tuple(self.schema.rows.tolist()),
                 (parts.pooling == "mean",) * parts.tables,
             ),
             self.schema,
             parts,
-            np.asarray(lookup.weights),
+            np.asarray(tables.data),
             lambda batch: reference.run(batch)["default"],
         )
 
@@ -103,7 +103,7 @@ class Subject:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "forward.so"
-    _build(path)
+    build_forward(path)
     return path
 
 
@@ -137,11 +137,11 @@ def test_a_rows_score_is_the_same_bits_in_any_batch(subject, kind):
 
 def test_tables_of_another_alignment_score_the_same(subject):
     bench, batch = subject.bench, subject.batch(50, 3)
-    lookup = realigned(bench.parts.lookup, bench.geometry.rows, bench.parts.dim, 16)
+    tables = realigned(bench.parts.int8, bench.geometry.rows, bench.parts.dim, 16)
     row_bytes = -(-(bench.parts.dim + SCALE_BIAS_BYTES) // 16) * 16
-    geometry = replace(bench.geometry, row_bytes=row_bytes, starts=lookup.offsets)
+    geometry = replace(bench.geometry, row_bytes=row_bytes, starts=tables.offsets)
     layers = bench.layers(("fp32",) * len(bench.linears))
-    network = Network(bench.library, geometry, layers, len(bench.parts.dense), np.asarray(lookup.weights))
+    network = Network(bench.library, geometry, layers, len(bench.parts.dense), np.asarray(tables.data))
     expected = subject.backend("fp32").run(batch)["default"]
     np.testing.assert_array_equal(FusedBackend(network, subject.schema).run(batch)["default"], expected)
 
@@ -230,7 +230,7 @@ def test_no_rows_have_no_scores(small):
 
 
 def test_nothing_beyond_the_last_tables_last_byte_is_read(subject):
-    tables = before_a_wall(np.asarray(subject.bench.parts.lookup.weights))
+    tables = before_a_wall(np.asarray(subject.bench.parts.int8.data))
     layers = subject.bench.layers(("fp32",) * len(subject.bench.linears))
     network = Network(subject.bench.library, subject.bench.geometry, layers, len(subject.bench.parts.dense), tables)
     batch = subject.batch(20, 40)
@@ -280,4 +280,4 @@ def test_the_choice_says_what_it_is(small):
 def test_a_file_that_is_no_library_is_refused(tmp_path):
     (tmp_path / "forward.so").write_bytes(b"\x7fELF")
     with pytest.raises(ArtifactError, match="cannot be loaded"):
-        Library(tmp_path / "forward.so")
+        ForwardLibrary(tmp_path / "forward.so")

@@ -256,7 +256,6 @@ def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[
     from narsil.artifacts.compiled_info import processor_flags
     from narsil.artifacts.packed import kinds_here
     from narsil.compile.compiler import compile_artifact
-    from narsil.compile.judge import ArtifactJudge
 
     if len(averaged) == 2 and not kinds_here(processor_flags()):
         pytest.skip("mixed pooling needs the fused engine")
@@ -264,7 +263,7 @@ def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[
     source = open_artifact(tmp_path / "model_default.pt")
     assert [feature.name for feature in source.schema.features] == list(keys)
     assert {feature.name for feature in source.schema.features if feature.pooling == "mean"} == set(averaged)
-    compiled, _ = compile_artifact(source, tmp_path / "compiled", ArtifactJudge(), precision="auto")
+    compiled, _ = compile_artifact(source, tmp_path / "compiled", precision="auto")
     backend = load_backend(compiled, "compiled")
     for longest in (None, 4):
         batch = batch_of(source.schema.rows.tolist(), DENSE, 100, longest=longest)
@@ -272,4 +271,4 @@ def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[
         np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=2e-3, rtol=0)
     if len(averaged) == 2:
         with pytest.raises(ArtifactError, match="which the inductor engine does not run"):
-            compile_artifact(source, tmp_path / "other", ArtifactJudge(), engine="inductor")
+            compile_artifact(source, tmp_path / "other", engine="inductor")

@@ -110,6 +110,7 @@ class Artifact:
     manifest: Mapping[str, Any] | None = None
     damage: Mapping[str, str] = field(default_factory=dict)  # role -> what is wrong with its file
     seen: Mapping[Path, FileState] = field(default_factory=dict)  # the files, before they were read
+    verified: bool = False  # whether every byte of them was held against the manifest's checksums
 
     def offers(self, backend: str) -> bool:
         """Whether there is something for a backend to run, whole or not."""
@@ -257,6 +258,7 @@ def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, ver
         manifest=manifest,
         damage=damage,
         seen=seen,
+        verified=verify,
         **files,
     )
     problems = [artifact.problem(backend) for backend in BACKEND_ROLES if artifact.offers(backend)]

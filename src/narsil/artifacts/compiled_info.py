@@ -73,7 +73,7 @@ class CompiledInfo:
     precision: str
     machine: str  # as platform.machine() gives it
     instructions: tuple[str, ...]  # flags of the processor that it was compiled for
-    torch: str
+    torch: str  # what compiled it; code of the inductor engine runs with this version alone
     key: str  # digest of everything that the compiled files follow from
     dense_dim: int  # D
     tables: int  # T
@@ -194,14 +194,15 @@ def processor_flags() -> tuple[str, ...]:
     return ()
 
 
-def machine_problem(info: CompiledInfo, torch_version: str, gpu: tuple[str, ...] = ()) -> str | None:
-    """Why this machine cannot run what was compiled, with what to do; None where it can. ``gpu``: its GPU's flags."""
+def machine_problem(info: CompiledInfo, gpu: tuple[str, ...] = ()) -> str | None:
+    """Why this machine's processor cannot run what was compiled, with what to do; None where it can.
+
+    ``gpu``: the flags of its GPU. Whether the libraries that the code needs are there, only loading it tells.
+    """
     again = "compile the model again here with `narsil compile`"
     if info.machine != platform.machine():
         return f"it was compiled for {info.machine} and this machine is {platform.machine()}; {again}"
     lacking = sorted(set(info.instructions) - set(processor_flags()) - set(gpu))
     if lacking:
         return f"it was compiled for a processor with {', '.join(lacking[:6])}, which this one lacks; {again}"
-    if info.torch != torch_version:
-        return f"it was compiled with torch {info.torch} and this is torch {torch_version}; {again}"
     return None

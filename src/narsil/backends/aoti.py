@@ -25,12 +25,12 @@ import torch
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ForwardFailed
 
-__all__ = ["Container", "Library"]
+__all__ = ["Container", "CoreLibrary"]
 
 _MAX_LIBRARY_BYTES = 4 << 30
 
 
-class Library:
+class CoreLibrary:
     """The code of one package, loaded into the process once; all containers run it."""
 
     def __init__(self, package: Path, signature: str) -> None:
@@ -68,7 +68,7 @@ class Library:
 class Container:
     """One lane's instance. ``run`` by one thread at a time."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: CoreLibrary) -> None:
         self._library = library
         self._handle = c_void_p()
         if library.create(byref(self._handle), 1, b"cpu", None):

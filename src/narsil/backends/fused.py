@@ -27,7 +27,7 @@ from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed
 
-__all__ = ["PARTS", "FusedBackend", "Geometry", "Library", "Network"]
+__all__ = ["PARTS", "ForwardLibrary", "FusedBackend", "Geometry", "Network"]
 
 PARTS = ("lookup", "dense", "interaction", "over", "rest")  # of a forward, by forward.cpp's numbers
 
@@ -60,7 +60,7 @@ class _Rows(Structure):
     )
 
 
-class Library:
+class ForwardLibrary:
     """forward.so, loaded into the process."""
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,10 @@ class Library:
         try:
             code = ctypes.CDLL(str(path.resolve()))
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be loaded ({error}); compile the model again") from None
+            raise ArtifactError(
+                f"{path} cannot be loaded ({error}): compile the model again here, and keep it where code may run (not "
+                "on a volume that is mounted noexec)"
+            ) from None
         try:
             version: Any = code.narsil_forward_version
             self.forward: Any = code.narsil_forward
@@ -107,7 +110,7 @@ class Network:
 
     def __init__(
         self,
-        library: Library,
+        library: ForwardLibrary,
         geometry: Geometry,
         layers: Sequence[Packed],
         dense_layers: int,
@@ -137,7 +140,9 @@ class Network:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{artifact.path} cannot be mapped: {error}; compile the model again") from None
         layers = read_packed(info.layers, weights)
-        return cls(Library(artifact.compiled), Geometry.of(info, artifact.schema), layers, info.dense_layers, tables)
+        return cls(
+            ForwardLibrary(artifact.compiled), Geometry.of(info, artifact.schema), layers, info.dense_layers, tables
+        )
 
 
 class FusedBackend(Backend):
@@ -148,12 +153,13 @@ class FusedBackend(Backend):
     def __init__(self, network: Network, schema: ModelSchema) -> None:
         self.schema = schema
         self.device = "cpu"
+        (self._task,) = schema.tasks  # CompiledInfo has looked
         self._network = network
         self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; the batch's arrays are lent to the library, not copied."""
-        return {self.schema.tasks[0]: self.score(batch)}
+        return {self._task: self.score(batch)}
 
     def score(self, batch: Batch, seconds: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """(B,) float32. Adds to ``seconds``, (5,) float64, what each of PARTS took.

@@ -6,9 +6,12 @@ import logging
 from importlib.util import find_spec
 from typing import Literal
 
+import numpy as np
+
 from narsil.artifacts.artifact import Artifact
 from narsil.backends.base import Backend
-from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, first_line
+from narsil.dataflow import Batch
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, ForwardFailed, first_line
 
 __all__ = ["BackendName", "load_backend"]
 
@@ -28,7 +31,7 @@ def load_backend(
 ) -> Backend:
     """The artifact, loaded on ``device`` (None: the one it was packaged for).
 
-    ``auto`` takes compiled where the artifact holds a compiled model that can run here, else torch where it has
+    ``auto`` takes compiled where the artifact holds a compiled model that scores a row here, else torch where it has
     TorchScript for that device and torch and fbgemm are installed, else onnx. ``batch_invariant`` asks for scores that
     are the same bits in any batch, which only compiled ones are. Raises ArtifactError, ConfigError or
     DeviceUnavailable, saying what to do.
@@ -37,37 +40,79 @@ def load_backend(
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
     if artifact.schema.weighted:
         raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
-    chosen = _choose(artifact, device) if name == "auto" else name
+    backend = None
+    if name == "compiled":
+        backend = _load_compiled(artifact, device, intra_op_threads, batch_invariant)
+    elif name == "auto" and artifact.offers("compiled"):
+        backend = _compiled_where_it_runs(artifact, device, intra_op_threads, batch_invariant)
+    if backend is None:
+        chosen = _choose(artifact, device) if name == "auto" else name
+        if batch_invariant:
+            raise ConfigError(
+                f"batch_invariant needs the compiled backend, not {chosen}, whose sums depend on the batch's size; "
+                f"make a compiled artifact with `narsil compile {artifact.path}`"
+            )
+        backend = _load_portable(artifact, chosen, device, intra_op_threads, tune_kernels)
     for problem in artifact.damage.values():
-        log.warning("%s (passed over: the %s backend does not need it)", problem, chosen)
-    if chosen == "compiled":
-        return _load_compiled(artifact, device, intra_op_threads, batch_invariant)
-    if batch_invariant:
-        raise ConfigError(
-            f"batch_invariant needs the compiled backend, not {chosen}, whose sums depend on the batch's size; "
-            f"make a compiled artifact with `narsil compile {artifact.path}`"
-        )
-    if chosen == "torch":
-        return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
-    if chosen == "onnx":
-        if find_spec("onnxruntime") is None:
-            raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
-        from narsil.backends.onnx import OnnxBackend
+        log.warning("%s (passed over: the %s backend does not need it)", problem, backend.name)
+    return backend
 
-        return OnnxBackend.load(artifact, device or "cpu", intra_op_threads)
-    raise ConfigError(f"backend must be auto, torch, onnx or compiled, not {chosen!r}")
+
+def _compiled_where_it_runs(
+    artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool
+) -> Backend | None:
+    """The compiled backend, or None after a warning where the artifact's TorchScript has to run instead.
+
+    Whether it runs is found by trying: a volume that is mounted noexec, or libraries older than those it was built
+    with, cannot be seen in advance. Raises ArtifactError where there is nothing to fall back to, and always on a
+    manifest that contradicts itself.
+    """
+    from narsil.backends.compiled import info_of
+
+    if artifact.problem("compiled") is None:
+        info_of(artifact)
+    try:
+        return _load_compiled(artifact, device, intra_op_threads, batch_invariant)
+    except ArtifactError as error:
+        if artifact.torchscript is None or batch_invariant:
+            raise
+        log.warning("%s. Falling back to the torch backend", error)
+        return None
+
+
+def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
+    from narsil.backends.compiled import info_of, load_compiled
+
+    if device is not None and not _same(baked := info_of(artifact).device, device):
+        raise ArtifactError(f"{artifact.path} is compiled for {baked} and cannot run on {device}; use --device {baked}")
+    backend = None
+    try:
+        backend = load_compiled(artifact, intra_op_threads, batch_invariant=batch_invariant)
+        _try_a_row(backend)
+    except Exception as error:
+        if backend is not None:
+            backend.close()
+        if isinstance(error, ArtifactError | ConfigError):
+            raise
+        raise ArtifactError(
+            f"{artifact.path} cannot run compiled: {first_line(error)}; compile the model again here"
+        ) from error
+    return backend
+
+
+def _try_a_row(backend: Backend) -> None:
+    """Scores one row of zeros and first ids. Raises whatever the forward raises, and ForwardFailed on no number."""
+    schema = backend.schema
+    values = np.zeros(schema.num_features, schema.id_dtype)
+    dense = np.zeros((1, schema.dense_dim), np.float32)
+    scores = backend.run(Batch(1, dense, np.ones(schema.num_features, np.int32), values, one_hot=True))
+    for task in schema.tasks:
+        if not np.isfinite(scores[task][:1]).all():
+            raise ForwardFailed(f"it scores a row of zeros as {scores[task][0]} for the task {task}")
 
 
 def _choose(artifact: Artifact, device: str | None) -> str:
-    if artifact.offers("compiled") and _torch_problem() is None:
-        from narsil.backends.compiled import compiled_device, why_not
-
-        problem = why_not(artifact)
-        if problem is None and device is not None and not _same(compiled_device(artifact), device):
-            problem = f"it was compiled for {compiled_device(artifact)}, not {device}"
-        if problem is None or artifact.torchscript is None:
-            return "compiled"
-        log.warning("%s cannot run compiled: %s. Falling back to the torch backend", artifact.path, problem)
+    """torch or onnx: what auto takes where there is nothing compiled."""
     fits = artifact.torchscript is not None and (device is None or _same(artifact.device, device))
     if fits and _torch_problem() is None:
         return "torch"
@@ -81,14 +126,18 @@ def _choose(artifact: Artifact, device: str | None) -> str:
     return "torch" if artifact.torchscript is not None or artifact.onnx is None else "onnx"
 
 
-def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
-    if problem := _torch_problem():
-        raise ConfigError(f"the compiled backend needs torch and fbgemm ({problem}); install narsil[cpu]")
-    from narsil.backends.compiled import compiled_device, load_compiled
+def _load_portable(
+    artifact: Artifact, name: str, device: str | None, intra_op_threads: int, tune_kernels: bool
+) -> Backend:
+    if name == "torch":
+        return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
+    if name == "onnx":
+        if find_spec("onnxruntime") is None:
+            raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
+        from narsil.backends.onnx import OnnxBackend
 
-    if device is not None and not _same(baked := compiled_device(artifact), device):
-        raise ConfigError(f"{artifact.path} is compiled for {baked} and cannot run on {device}; use --device {baked}")
-    return load_compiled(artifact, intra_op_threads, batch_invariant=batch_invariant)
+        return OnnxBackend.load(artifact, device or "cpu", intra_op_threads)
+    raise ConfigError(f"backend must be auto, torch, onnx or compiled, not {name!r}")
 
 
 def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_kernels: bool) -> Backend:

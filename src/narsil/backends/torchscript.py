@@ -6,6 +6,7 @@ forward is thread-safe and runs without the GIL. On CUDA each instance has a str
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import fbgemm_gpu  # noqa: F401 - registers the operators that the module calls
@@ -19,9 +20,11 @@ from narsil.artifacts.torchrec import DENSE, LENGTHS, VALUES, load_torchscript, 
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.dataflow import Batch, Floats, Scores
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 
 __all__ = ["TorchScriptBackend"]
+
+log = logging.getLogger(__name__)
 
 
 class TorchScriptBackend(Backend):
@@ -46,7 +49,8 @@ class TorchScriptBackend(Backend):
     ) -> TorchScriptBackend:
         """Loads the artifact's module. Raises ArtifactError where it differs from the artifact's schema.
 
-        ``tune`` lets linear layers run on the kernels that measure fastest here; False runs the module as it was saved.
+        ``tune`` lets linear layers run on the kernels that measure fastest here; False runs the module as it was saved,
+        and so does True, with a warning, where the measurement fails.
         """
         script = artifact.files_for("torch")["torchscript"]
         module = load_torchscript(script, device)
@@ -57,7 +61,13 @@ class TorchScriptBackend(Backend):
                 f"{script} and its manifest describe different models: "
                 f"{_difference(schema, artifact.schema)}; package the model again"
             )
-        tuned = tune and torch.device(device).type == "cpu" and tune_linear_layers(module, intra_op_threads)
+        tuned = False
+        if tune and torch.device(device).type == "cpu":
+            try:
+                tuned = tune_linear_layers(module, intra_op_threads)
+            except Exception as error:  # of oneDNN or the executor; a speed-up that fails must not end the start
+                log.warning("linear layers stay with torch's own kernels: oneDNN's failed (%s)", first_line(error))
+                module = load_torchscript(script, device)  # without what the rewriting had begun
         return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned)
 
     def bucket(self, rows: int) -> int:

@@ -8,7 +8,7 @@ import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.cli.package import show_progress
-from narsil.compile.compiler import ENGINE_CHOICES
+from narsil.compile.options import DEFAULT_LIMITS, ENGINE_CHOICES
 from narsil.errors import ConfigError
 
 __all__ = ["command"]
@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    type=click.Choice(list(DEFAULT_LIMITS)),
     default="fp32",
     show_default=True,
     help="Lowest precision of a layer; layers that would deviate too far are kept higher. auto: what is fastest here.",
@@ -54,12 +54,13 @@ def command(
     """Compile the DLRM at MODEL for this machine.
 
     MODEL is what `narsil package dlrm` or TorchRec's own packager wrote. The result is served by `narsil serve` with no
-    other option. It runs on this processor or a newer one of its kind, with this version of torch.
+    other option. It runs on this processor or a newer one of its kind; where it cannot, `narsil serve` says why and
+    runs the artifact that lies beside it. The fused engine is served without torch, the inductor engine with this
+    version alone.
     """
     _check_torch()
     from narsil.compile.calibration import load_calibration
     from narsil.compile.compiler import compile_artifact
-    from narsil.compile.judge import ArtifactJudge
 
     source = open_artifact(model)
     rows = None if calibration is None else load_calibration(calibration, source.schema)
@@ -67,7 +68,6 @@ def command(
         artifact, cached = compile_artifact(
             source,
             out,
-            ArtifactJudge(rows),
             precision=precision,
             engine=engine,
             device=device,

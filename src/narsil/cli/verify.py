@@ -14,9 +14,11 @@ from narsil.cli.targets import target_option
 from narsil.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from narsil.artifacts.compiled_info import Deviation
     from narsil.client import ModelInfo
-    from narsil.dataflow import Batch
+    from narsil.dataflow import Batch, Scores
 
 __all__ = ["command"]
 
@@ -37,10 +39,10 @@ __all__ = ["command"]
 def command(
     target: str, model: Path, calibration: Path | None, max_deviation: float, as_json: bool, timeout: float
 ) -> None:
-    """Send 10,000 random rows to a running server and hold its scores against the artifact's.
+    """Send 10,000 random rows to a running server and hold its scores against the artifact's, task by task.
 
     The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where a
-    score deviates by more than --max-deviation.
+    score of any task deviates by more than --max-deviation.
     """
     from narsil.backends.registry import load_backend
     from narsil.client import Client
@@ -48,7 +50,7 @@ def command(
     from narsil.compile.gate import compare
 
     artifact = open_artifact(model)
-    schema, task = artifact.schema, artifact.schema.tasks[0]
+    schema = artifact.schema
     name = "torch" if artifact.offers("torch") else "onnx"
     reference = load_backend(artifact, name, tune_kernels=False)
     rows = None if calibration is None else load_calibration(calibration, schema)
@@ -59,29 +61,39 @@ def command(
                 f"{target} serves {served.name}, whose schema is not that of {model}; give its own artifact"
             )
 
-        def ask(batch: Batch) -> Any:
+        def ask(batch: Batch) -> Scores:
             ids, lengths = sample_major(batch, schema.num_features)
-            return client.predict(batch.dense, ids, lengths, timeout=timeout).scores[task]
+            return client.predict(batch.dense, ids, lengths, timeout=timeout).scores
 
-        found = compare(schema, lambda batch: reference.run(batch)[task], ask, rows)
+        found = compare(schema, reference.run, ask, rows)
     _tell(target, served, found, as_json)
-    if not found.max_abs <= max_deviation:
-        raise ArtifactError(
-            f"served scores deviate by up to {found.max_abs:.2e}, where at most {max_deviation:.0e} is allowed: "
-            "serve a higher precision, or allow more with --max-deviation"
-        )
+    for task, deviation in found.items():
+        if not deviation.max_abs <= max_deviation:
+            raise ArtifactError(
+                f"served scores of {task} deviate by up to {deviation.max_abs:.2e}, where at most {max_deviation:.0e} "
+                "is allowed: serve a higher precision, or allow more with --max-deviation"
+            )
 
 
-def _tell(target: str, served: ModelInfo, found: Deviation, as_json: bool) -> None:
+def _tell(target: str, served: ModelInfo, found: Mapping[str, Deviation], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"model": served.name, "backend": served.backend, **asdict(found)}))
+        tasks = {task: asdict(deviation) for task, deviation in found.items()}
+        click.echo(json.dumps({"model": served.name, "backend": served.backend, "tasks": tasks}))
         return
+    rows = max(deviation.rows for deviation in found.values())
+    counted = "1 task" if len(found) == 1 else f"{len(found)} tasks"
     click.echo(
-        f"{served.name} version {served.version} on {target} ({served.backend} backend), {found.rows:,} rows: "
-        f"max deviation {found.max_abs:.2e}, mean {found.mean_abs:.1e}, rank correlation {found.rank_correlation:.6f}"
+        f"{served.name} version {served.version} on {target} ({served.backend} backend), {rows:,} rows, {counted}:"
     )
-    if found.auc is not None:
-        click.echo(f"AUC on {found.labelled_rows:,} labelled rows: {found.auc:.5f}, changed by {found.auc_change:+.1e}")
+    for task, one in found.items():
+        click.echo(
+            f"  {task}: max deviation {one.max_abs:.2e}, mean {one.mean_abs:.1e}, "
+            f"rank correlation {one.rank_correlation:.6f}"
+        )
+        if one.auc is not None:
+            click.echo(
+                f"  {task}: AUC on {one.labelled_rows:,} labelled rows: {one.auc:.5f}, changed by {one.auc_change:+.1e}"
+            )
 
 
 def sample_major(batch: Batch, features: int) -> tuple[Any, Any]:

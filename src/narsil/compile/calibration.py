@@ -1,7 +1,7 @@
 """Rows from a file, for judging a compiled model: what `examples/train_dlrm.py` leaves beside its checkpoint.
 
-Receives an `.npz` file with ``dense`` (N, D), ``ids`` (N, T) and, for the AUC, ``labels`` (N,); produces a
-Calibration whose rows fit the schema. Nothing in the file is unpickled.
+Receives an `.npz` file with ``dense`` (N, D), ``ids`` (N, T) and, for the AUC, ``labels``, (N,) where the model scores
+one task and else (N, tasks); produces a Calibration whose rows fit the schema. Nothing in the file is unpickled.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Floats, Ints
@@ -25,7 +27,7 @@ class Calibration:
 
     dense: Floats  # (N, D)
     ids: Ints  # (N, T), sample-major
-    labels: Floats | None = None  # (N,) 0 or 1
+    labels: Floats | None = None  # (N, tasks) 0 or 1, in the schema's order of tasks
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -46,7 +48,9 @@ def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
         if arrays[name].ndim != 2 or arrays[name].shape[1] != columns:
             raise ArtifactError(f"{path}: {name} has shape {arrays[name].shape}; the model needs (rows, {columns})")
     dense, ids, labels = arrays["dense"], arrays["ids"], arrays.get("labels")
-    if len(dense) != len(ids) or not len(dense) or (labels is not None and labels.shape != (len(dense),)):
+    if labels is not None:
+        labels = _by_task(labels, len(schema.tasks), path)
+    if len(dense) != len(ids) or not len(dense) or (labels is not None and len(labels) != len(dense)):
         raise ArtifactError(f"{path}: dense, ids and labels must have the same number of rows, at least 1")
     if not np.issubdtype(ids.dtype, np.integer) or not np.isfinite(dense).all():
         raise ArtifactError(f"{path}: ids must be whole numbers and dense finite")
@@ -59,3 +63,14 @@ def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
         np.ascontiguousarray(ids, schema.id_dtype),
         None if labels is None else labels.astype(np.float32),
     )
+
+
+def _by_task(labels: NDArray[Any], tasks: int, path: Path) -> NDArray[Any]:
+    """(N, tasks). Raises ArtifactError on another shape."""
+    if labels.ndim == 1 and tasks == 1:
+        return labels[:, None]
+    if labels.ndim != 2 or labels.shape[1] != tasks:
+        raise ArtifactError(
+            f"{path}: labels has shape {labels.shape}; the model needs (rows, {tasks}), a column for each of its tasks"
+        )
+    return labels

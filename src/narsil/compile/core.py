@@ -24,7 +24,7 @@ from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchrec import schema_of, table_operators
 from narsil.errors import ArtifactError
 
-__all__ = ["Core", "DlrmParts", "Linear", "Lookup", "Precision", "read_parts", "realigned"]
+__all__ = ["Core", "DlrmParts", "Int8Tables", "Linear", "Precision", "read_parts", "realigned"]
 
 Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
@@ -45,10 +45,10 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Int8Tables:
     """The INT8 tables as FBGEMM's operator takes them. An INT8 row is scale and bias in FP16, then dim bytes."""
 
-    weights: Tensor  # (bytes,) uint8: all tables
+    data: Tensor  # (bytes,) uint8: all tables
     offsets: tuple[int, ...]  # (T,) byte at which each feature's table begins, in the schema's order
     row_alignment: int  # bytes; rows are padded to a multiple of it
 
@@ -59,7 +59,7 @@ class DlrmParts:
 
     dense: tuple[Linear, ...]
     over: tuple[Linear, ...]
-    lookup: Lookup
+    int8: Int8Tables
     tables: int  # T
     dim: int
     pooling: str  # sum, mean, or mixed: as the schema says of each feature
@@ -136,7 +136,7 @@ def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
     parts = DlrmParts(
         tuple(layers["dense_arch"]),
         tuple(over),
-        _lookup(tbes, schema, name),
+        _int8_tables(tbes, schema, name),
         schema.num_features,
         dims.pop(),
         poolings.pop() if len(poolings) == 1 else "mixed",
@@ -145,18 +145,18 @@ def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
     return parts
 
 
-def realigned(lookup: Lookup, rows: Sequence[int], dim: int, alignment: int) -> Lookup:
+def realigned(tables: Int8Tables, rows: Sequence[int], dim: int, alignment: int) -> Int8Tables:
     """The same tables with rows padded to another alignment: FBGEMM's GPU operator wants 16 bytes."""
     used = dim + SCALE_BIAS_BYTES
-    before, after = (-(-used // step) * step for step in (lookup.row_alignment, alignment))
-    weights = torch.zeros(sum(rows) * after, dtype=torch.uint8)
+    before, after = (-(-used // step) * step for step in (tables.row_alignment, alignment))
+    data = torch.zeros(sum(rows) * after, dtype=torch.uint8)
     offsets, at = [], 0
-    for start, count in zip(lookup.offsets, rows, strict=True):
-        table = lookup.weights[start : start + count * before].view(count, before)
-        weights[at : at + count * after].view(count, after)[:, :used] = table[:, :used]
+    for start, count in zip(tables.offsets, rows, strict=True):
+        table = tables.data[start : start + count * before].view(count, before)
+        data[at : at + count * after].view(count, after)[:, :used] = table[:, :used]
         offsets.append(at)
         at += count * after
-    return Lookup(weights, tuple(offsets), alignment)
+    return Int8Tables(data, tuple(offsets), alignment)
 
 
 def _layers(state: Mapping[str, Tensor], name: str) -> dict[str, list[Linear]]:
@@ -231,7 +231,7 @@ def _lists_of_items(named: Any) -> list[Any]:
     ]
 
 
-def _lookup(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Lookup:
+def _int8_tables(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Int8Tables:
     """The tables of all groups, their offsets in the schema's order."""
     offsets: dict[int, int] = {}
     alignments = {max(int(tbe.row_alignment), 1) for tbe in tbes}
@@ -248,8 +248,8 @@ def _lookup(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Lookup:
         start += tbe.weights_host.numel()
     if len(alignments) != 1:
         raise ArtifactError(f"{name}: its groups of tables differ in alignment; package the model again")
-    weights = tbes[0].weights_host if len(tbes) == 1 else torch.cat([tbe.weights_host for tbe in tbes])
-    return Lookup(weights, tuple(offsets[position] for position in range(len(offsets))), alignments.pop())
+    data = tbes[0].weights_host if len(tbes) == 1 else torch.cat([tbe.weights_host for tbe in tbes])
+    return Int8Tables(data, tuple(offsets[position] for position in range(len(offsets))), alignments.pop())
 
 
 def _check_chain(parts: DlrmParts, name: str) -> None:

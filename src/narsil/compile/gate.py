@@ -1,13 +1,14 @@
-"""Holds one model's scores against another's: the check that every compile must pass.
+"""Holds one model's scores against another's, task by task: the check that every compile must pass.
 
-Receives two artifacts of one schema and, where there is one, a calibration file's rows; produces a Deviation. Rows
-are drawn with a fixed seed: ids uniform over each table, one a bag or up to four with empty bags among them; dense
-features from the calibration rows, else uniform in [0, 1).
+Receives two artifacts of one schema and, where there is one, a calibration file's rows; produces a Deviation for each
+task. Rows are drawn with a fixed seed: ids uniform over each table, one a bag or up to four with empty bags among them;
+dense features from the calibration rows, else uniform in [0, 1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,53 +16,79 @@ from numpy.typing import NDArray
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import Deviation
 from narsil.artifacts.schema import ModelSchema
+from narsil.backends.registry import load_backend
 from narsil.compile.calibration import Calibration
-from narsil.dataflow import Batch, Floats
+from narsil.dataflow import Batch, Floats, Scores
+from narsil.errors import ArtifactError
 
-__all__ = ["RANDOM_ROWS", "auc", "compare", "deviation_of", "rank_correlation", "replay"]
+__all__ = [
+    "RANDOM_ROWS",
+    "Scorer",
+    "auc",
+    "compare",
+    "deviation_of",
+    "random_batches",
+    "rank_correlation",
+    "replay",
+    "require",
+]
 
 RANDOM_ROWS = 10_000  # at least; half of them one-hot
 _BATCH_ROWS = 500
 _ODD_BATCHES = (1, 2, 7)  # rows of the batches that come first, where code for whole vectors may slip
 _LONGEST_BAG = 4
 
-Scorer = Callable[[Batch], Floats]  # (B,) scores
+Scorer = Callable[[Batch], Scores]
 
 
-def replay(source: Artifact, compiled: Artifact, calibration: Calibration | None = None) -> Deviation:
-    """Runs both artifacts over the same rows. Raises whatever loading or running them raises."""
-    from narsil.backends.compiled import load_compiled
-    from narsil.backends.torchscript import TorchScriptBackend
-
-    task = source.schema.tasks[0]
-    reference = TorchScriptBackend.load(source, source.device, tune=False)
-    subject = load_compiled(compiled)
+def replay(source: Artifact, compiled: Artifact, calibration: Calibration | None = None) -> dict[str, Deviation]:
+    """Task -> deviation of the compiled artifact, both run over the same rows. Raises whatever loading or running them
+    raises."""
+    reference = load_backend(source, "torch", tune_kernels=False)
+    subject = load_backend(compiled, "compiled")
     try:
-        return compare(
-            source.schema,
-            lambda batch: reference.run(batch)[task],
-            lambda batch: subject.run(batch)[task],
-            calibration,
-        )
+        return compare(source.schema, reference.run, subject.run, calibration)
     finally:
         subject.close()
 
 
+def require(deviation: Deviation, limit: float, precision: str) -> None:
+    """Raises ArtifactError where a score deviates by more than the limit."""
+    # Written so that NaN is refused too.
+    if not deviation.max_abs <= limit:
+        raise ArtifactError(
+            f"{precision} scores deviate from the artifact's by up to {deviation.max_abs:.2e} (mean "
+            f"{deviation.mean_abs:.1e}) over {deviation.rows} rows, where at most {limit:.0e} is allowed; nothing was "
+            "written. Choose a higher precision, or allow more with --max-deviation"
+        )
+
+
 def compare(
     schema: ModelSchema, reference: Scorer, subject: Scorer, calibration: Calibration | None = None
-) -> Deviation:
-    """The deviation of ``subject`` from ``reference`` over random rows and then the calibration's."""
-    expected: list[Floats] = []
-    found: list[Floats] = []
-    for batch in random_batches(schema, calibration):
-        expected.append(np.array(reference(batch)))
-        found.append(np.array(subject(batch)))
-    random_rows = sum(map(len, expected))
-    for batch in calibration_batches(calibration):
-        expected.append(np.array(reference(batch)))
-        found.append(np.array(subject(batch)))
-    labels = None if calibration is None else calibration.labels
-    return deviation_of(np.concatenate(expected), np.concatenate(found), random_rows, labels)
+) -> dict[str, Deviation]:
+    """Task -> deviation of ``subject`` from ``reference`` over random rows and then the calibration's.
+
+    Raises ArtifactError where the reference itself scores a row as NaN or infinity: it is then no measure.
+    """
+    expected: dict[str, list[Floats]] = {task: [] for task in schema.tasks}
+    found: dict[str, list[Floats]] = {task: [] for task in schema.tasks}
+    for batch in chain(random_batches(schema, calibration), calibration_batches(calibration)):
+        ours, theirs = reference(batch), subject(batch)
+        for task in schema.tasks:
+            expected[task].append(np.array(ours[task]))
+            found[task].append(np.array(theirs[task]))
+            if not np.isfinite(expected[task][-1]).all():
+                raise ArtifactError(
+                    f"the artifact scores {task} as NaN or infinity for some rows: it is no measure, and nothing to "
+                    "serve; mend its weights and package it again"
+                )
+    given = 0 if calibration is None else len(calibration)
+    deviations = {}
+    for number, task in enumerate(schema.tasks):
+        wanted = np.concatenate(expected[task])
+        labels = None if calibration is None or calibration.labels is None else calibration.labels[:, number]
+        deviations[task] = deviation_of(wanted, np.concatenate(found[task]), len(wanted) - given, labels)
+    return deviations
 
 
 def deviation_of(expected: Floats, found: Floats, labelled_from: int = 0, labels: Floats | None = None) -> Deviation:

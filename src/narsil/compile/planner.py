@@ -1,8 +1,8 @@
 """Chooses the kind of number of each layer (see packing.py): the fastest choice whose scores stay within the limit.
 
-Receives a DLRM's parts and the library that runs them; produces a Plan. Each layer's own error is measured alone first.
-Then layers climb, the one with the most error for what climbing costs first, until no score deviates by more than the
-limit allows. Rows are drawn as for the gate but with another seed, so that the gate judges on rows of its own.
+Receives a DLRM's parts and the library that runs them; produces a LayerPlan. Each layer's own error is measured alone
+first. Then layers climb, the one with the most error for what climbing costs first, until no score deviates by more
+than the limit allows. Rows are drawn as for the gate but with another seed, so that the gate judges on rows of its own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 from narsil.artifacts.packed import Packed, fits
 from narsil.artifacts.schema import ModelSchema
-from narsil.backends.fused import FusedBackend, Geometry, Library, Network
+from narsil.backends.fused import ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.compile.calibration import Calibration
 from narsil.compile.core import DlrmParts
 from narsil.compile.gate import calibration_batches, random_batches
 from narsil.compile.packing import pack, pack_logit
 from narsil.dataflow import Batch, Floats
 
-__all__ = ["Plan", "Workbench", "choose", "climb"]
+__all__ = ["LayerPlan", "Workbench", "choose", "climb"]
 
 LADDERS = {"fp32": ("fp32",), "bf16": ("bf16", "int16", "fp32"), "int8": ("int8", "int16", "fp32")}
 COSTS = {
@@ -42,11 +42,10 @@ _TIMED_RUNS = 15
 _EVEN = 1.03  # speeds within this factor count as equal
 
 Kinds = tuple[str, ...]
-Scorer = Callable[[Batch], Floats]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """What was chosen, and why."""
 
     precision: str
@@ -59,12 +58,12 @@ class Plan:
 class Workbench:
     """A DLRM's layers, in any kinds, run over rows whose true scores are known."""
 
-    library: Library
+    library: ForwardLibrary
     geometry: Geometry
     schema: ModelSchema
     parts: DlrmParts
     tables: Any  # (bytes,) uint8
-    reference: Scorer
+    reference: Callable[[Batch], Floats]  # (B,) scores of the one task
     calibration: Calibration | None = None
     _packed: dict[tuple[int, str], Packed] = field(default_factory=dict)
 
@@ -116,11 +115,11 @@ class Workbench:
         return _TIMED_ROWS / float(np.median(times))
 
 
-def choose(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> Plan:
+def choose(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> LayerPlan:
     """The plan for a precision; ``auto``: of all precisions that the processor has, the one that measures fastest."""
     if precision != "auto":
         kinds, largest = climb(bench, precision, available, limit)
-        return Plan(precision, bench.layers(kinds), _told(bench, kinds), largest)
+        return LayerPlan(precision, bench.layers(kinds), _told(bench, kinds), largest)
     found = []
     for name in ("int8", "bf16", "fp32"):
         if name in available:
@@ -133,7 +132,7 @@ def choose(bench: Workbench, precision: str, available: Sequence[str], limit: fl
     )
     speeds = ", ".join(f"{plan[0]} {plan[3]:,.0f}" for plan in found)
     note = f"{name} pays here: rows a second of one lane within the limit are {speeds}; {_told(bench, kinds)}"
-    return Plan(name, bench.layers(kinds), note, largest)
+    return LayerPlan(name, bench.layers(kinds), note, largest)
 
 
 def climb(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> tuple[Kinds, float]:
