@@ -7,6 +7,7 @@
     └── RequestError           one request ends with this, and only that one
         ├── InvalidRequest     the payload breaks the model's schema
         ├── ModelNotFound      names a model or version that is not served
+        ├── NoModel            this server serves no model now: try another one, or later
         ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
         ├── DeadlineExceeded   its deadline passed while it waited; it never ran
         ├── Cancelled          the client went away while it waited; it never ran
@@ -30,6 +31,7 @@ __all__ = [
     "InvalidRequest",
     "ModelNotFound",
     "NarsilError",
+    "NoModel",
     "QueueFull",
     "RequestError",
     "first_line",
@@ -65,6 +67,10 @@ class ModelNotFound(RequestError):
     """The request names a model or a version that is not served."""
 
 
+class NoModel(RequestError):
+    """The server serves no model at present."""
+
+
 class QueueFull(RequestError):
     """Admitted work is at its limit."""
 
@@ -89,6 +95,7 @@ class ForwardFailed(RequestError):
 STATUS: dict[type[RequestError], tuple[int, int]] = {
     InvalidRequest: (3, 400),
     ModelNotFound: (5, 404),
+    NoModel: (14, 503),
     QueueFull: (8, 429),
     DeadlineExceeded: (4, 504),
     Cancelled: (1, 499),

@@ -5,12 +5,15 @@ Receives figures and the machine's limits, produces remarks for the log. Owns no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from narsil.cgroups import memory_limit
 
-__all__ = ["memory_remarks"]
+__all__ = ["memory_remarks", "warn_of"]
+
+log = logging.getLogger(__name__)
 
 _GIB = 1 << 30
 
@@ -27,3 +30,9 @@ def memory_remarks(files: Iterable[Path], queue_bytes: int, limit: int | None = 
         f"the {limit / _GIB:.2f} GiB of memory that this process may have by its cgroups and this machine: it may be "
         "killed, or wait for the disk; allow it more memory, or lower max_queue_bytes"
     ]
+
+
+def warn_of(remarks: Iterable[str]) -> None:
+    """Logs each."""
+    for remark in remarks:
+        log.warning("%s", remark)

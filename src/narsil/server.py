@@ -8,26 +8,19 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-
-from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
-from narsil.artifacts.schema import ModelSchema
-from narsil.backends.registry import load_backend
+from narsil.catalog.loading import load_model, warmup_payloads
 from narsil.catalog.manager import ModelManager
 from narsil.config import ServeSettings
-from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.engine import Engine
 from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.errors import ConfigError
 from narsil.extension import AVAILABLE, MISSING
-from narsil.process import memory_remarks
+from narsil.process import warn_of
 from narsil.telemetry.observer import CountingObserver, Observer
 from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
@@ -123,29 +116,6 @@ class Server:
         return 0 if drained else 1
 
 
-def load_model(settings: ServeSettings) -> ServedModel:
-    """The settings' artifact, loaded once and shared by as many backends as there are lanes. Raises NarsilError."""
-    artifact = open_artifact(settings.model, verify=settings.verify_checksums)
-    backend = load_backend(
-        artifact,
-        settings.backend,
-        settings.device,
-        settings.intra_op_threads,
-        tune_kernels=settings.tune_kernels,
-        batch_invariant=settings.batch_invariant,
-    )
-    log.info("loaded %s with the %s backend", settings.model, backend.name)
-    warn_of(settings.given_in_vain(backend=backend.name))
-    files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
-    warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
-    return ServedModel(
-        settings.model_name or artifact.name,
-        artifact.version,
-        [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
-        RequestLimits(settings.max_request_rows, settings.max_request_ids),
-    )
-
-
 def make_engine(settings: ServeSettings, observer: Observer | None = None) -> Engine:
     """The engine that the settings ask for; it serves no model yet."""
     pinned = settings.pin_lanes and settings.device == "cpu"
@@ -181,22 +151,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
-def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:
-    """Rows that take every path of a forward: small and large batches, one id a bag and bags of any length.
-
-    Each size comes twice, since a profiling executor optimizes after its first runs.
-    """
-    features = schema.num_features
-    for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)}):
-        dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
-        ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
-        lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
-        values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
-        for _ in range(2):
-            yield Features(rows, dense, OneHot(ids))
-            yield Features(rows, dense, Jagged.laid_out(values, lengths))
-
-
 def make_transport(engine: Engine, settings: ServeSettings, observer: Observer | None = None) -> Transport:
     """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
     if settings.transport == "native" and not AVAILABLE:
@@ -222,12 +176,6 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
         ),
         observer,
     )
-
-
-def warn_of(remarks: Iterable[str]) -> None:
-    """Logs each."""
-    for remark in remarks:
-        log.warning("%s", remark)
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:

@@ -16,7 +16,7 @@ import pytest
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.bench.workload import narsil_body, predictor_body
 from narsil.catalog.manager import ModelManager
-from narsil.client import Client, read_response
+from narsil.client import Client, TransportError, read_response
 from narsil.dataflow import Features
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
@@ -160,11 +160,11 @@ def test_a_new_version_takes_over_and_the_old_one_can_still_be_named(kind):
             version(version="1")
 
 
-def test_without_any_model_calls_are_not_found_and_with_the_next_one_they_are_served(kind):
+def test_without_any_model_calls_are_unavailable_and_with_the_next_one_they_are_served(kind):
     with serving(kind, fake_model(lanes=2)) as (address, manager, _), Client(address) as client:
         rows = one_hot(2)
         manager.remove(manager.catalog.find())
-        with pytest.raises(ModelNotFound, match="serves no model now"):
+        with pytest.raises(TransportError, match=r"UNAVAILABLE.*serves no model now"):
             client.predict(rows.dense, rows.sparse.ids.T)
         manager.add(fake_model(lanes=2, name="next"))
         assert client.predict(rows.dense, rows.sparse.ids.T).model_name == "next"

@@ -13,7 +13,7 @@ from narsil.backends.fake import FakeBackend, FakeBehaviour
 from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ModelState, ServedModel
-from narsil.errors import ConfigError, ModelNotFound
+from narsil.errors import ConfigError, ModelNotFound, NoModel
 from tests.support import SCHEMA, AnEngine, engine_with, fake_model, one_hot, request, scores_alone, wait_until
 
 
@@ -35,7 +35,7 @@ def test_what_is_not_served_is_refused_with_what_is():
         catalog.find("feed", "7")
     with pytest.raises(ModelNotFound, match="version '7' of ads is not served here; '1' is"):
         catalog.find("", "7")
-    with pytest.raises(ModelNotFound, match="serves no model"):
+    with pytest.raises(NoModel, match="serves no model"):
         EMPTY.find()
     many = Catalog([fake_model(name=f"m{number}") for number in range(9)])
     with pytest.raises(ModelNotFound, match="'m4' and 4 others"):
@@ -115,7 +115,7 @@ def test_a_removed_model_answers_what_was_decoded_for_it_and_is_closed_with_the_
         engine.submit(running)
         wait_until(lambda: behaviour.forwards == [2])
         manager.remove(model)
-        with pytest.raises(ModelNotFound):
+        with pytest.raises(NoModel):
             manager.catalog.find("old")
         engine.submit(late)  # decoded before the swap, submitted after it
         behaviour.hold.set()

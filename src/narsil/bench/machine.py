@@ -18,7 +18,7 @@ from typing import Any
 
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.bench.peak import matrix_product_peaks
-from narsil.config import usable_cores
+from narsil.cgroups import usable_cores
 
 __all__ = ["Processor", "Sources", "folder_of", "in_words", "machine", "read_processor", "read_sources"]
 

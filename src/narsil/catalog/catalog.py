@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ConfigError, ModelNotFound
+from narsil.errors import ConfigError, ModelNotFound, NoModel
 
 __all__ = ["EMPTY", "Catalog"]
 
@@ -38,10 +38,10 @@ class Catalog:
     def find(self, name: str = "", version: str = "") -> ServedModel:
         """The model that a request means; an empty name is the default's, an empty version the newest.
 
-        Raises ModelNotFound, saying what there is.
+        Raises ModelNotFound, saying what there is, or NoModel where there is nothing.
         """
         if not self._models:
-            raise ModelNotFound("this server serves no model now; retry later, or on another one")
+            raise NoModel("this server serves no model now; retry on another one, or later")
         versions = self._by_name.get(name or self._models[0].name)
         if versions is None:
             raise ModelNotFound(

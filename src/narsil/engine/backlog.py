@@ -1,14 +1,16 @@
-"""What waits for one model, and how much of the lanes' time the model has had. Owned by the engine, which holds its
-lock around every call."""
+"""What waits for each model, and how much of the lanes' time each has had. Owned by the engine, which holds its lock
+around every call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
+from narsil.dataflow import Request
 from narsil.engine.queue import QueueLimits, RequestQueue
 from narsil.engine.served_model import ServedModel
 
-__all__ = ["Backlog"]
+__all__ = ["Backlog", "Backlogs"]
 
 _NEWEST = 0.2  # weight of the newest forward in the measured pace
 
@@ -43,3 +45,53 @@ class Backlog:
         self.used += (seconds - predicted) / self.model.share
         pace = seconds / max(rows, 1)
         self._pace = pace if not self._pace else self._pace + _NEWEST * (pace - self._pace)
+
+
+class Backlogs:
+    """Those of models that are served, and of models that have gone but still have requests here."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._limits = limits
+        self._kept: set[ServedModel] = set()
+        self._backlogs: dict[ServedModel, Backlog] = {}
+
+    def all(self) -> tuple[Backlog, ...]:
+        """Every backlog that there is."""
+        return tuple(self._backlogs.values())
+
+    def of(self, request: Request) -> Backlog:
+        """Its model's. A model that is not kept has one for as long as it has requests."""
+        model = cast(ServedModel, request.model)
+        backlog = self._backlogs.get(model)
+        if backlog is None:
+            backlog = self._backlogs[model] = Backlog(model, self._limits)
+        return backlog
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait, for all models together."""
+        return sum(len(backlog.queue) for backlog in self._backlogs.values())
+
+    def leave(self, request: Request) -> bool:
+        """Takes a request out of its queue; False when it is not (any more) in it."""
+        backlog = self._backlogs.get(cast(ServedModel, request.model))
+        if backlog is None or not backlog.queue.remove(request):
+            return False
+        self.forget_if_idle(backlog)
+        return True
+
+    def keep(self, model: ServedModel) -> None:
+        """The model's account outlives its requests from now on."""
+        self._kept.add(model)
+
+    def let_go(self, model: ServedModel) -> None:
+        """It does not any more: the model is forgotten, and may be freed, with its last request."""
+        self._kept.discard(model)
+        backlog = self._backlogs.get(model)
+        if backlog is not None:
+            self.forget_if_idle(backlog)
+
+    def forget_if_idle(self, backlog: Backlog) -> None:
+        """Drops the backlog of a model that is not kept and has no request left."""
+        if backlog.idle and backlog.model not in self._kept:
+            self._backlogs.pop(backlog.model, None)

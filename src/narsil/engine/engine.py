@@ -12,15 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
 
 from narsil.clock import Clock, MonotonicClock
 from narsil.dataflow import Features, Request, Result, StageTimes
-from narsil.engine.backlog import Backlog
+from narsil.engine.backlog import Backlog, Backlogs
 from narsil.engine.lane import Job, Lane, Work
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy, Decision, schedule
 from narsil.engine.served_model import ServedModel
+from narsil.engine.source import Source
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, QueueFull, RequestError
 from narsil.telemetry.observer import Observer
 
@@ -44,22 +44,6 @@ class EngineStatistics:
     rows: int = 0  # of all batches
     queued: int = 0
     running: int = 0
-
-
-class Source(Protocol):
-    """Requests that idle lanes fetch by themselves: a transport that has no thread of its own.
-
-    Every method may be called from any thread, and ``poll`` by several lanes at once.
-    """
-
-    def poll(self, timeout: float | None) -> Sequence[Request]:
-        """Requests that have arrived. Waits for some until ``timeout`` seconds have passed or ``wake`` was called."""
-
-    def wake(self) -> None:
-        """Has one running poll, or the next, return."""
-
-    def close(self, why: str) -> None:
-        """No lane will poll any more: what comes from now on is refused with this text, as Draining is."""
 
 
 @dataclass(slots=True)
@@ -104,12 +88,9 @@ class Engine:
         if lanes < 1:
             raise ConfigError("an engine needs at least one lane")
         self._policy = policy or BatchPolicy()
-        self._limits = limits or QueueLimits()
         self._clock = clock or MonotonicClock()
         self._observer = observer or Observer()
-        # Models that are served, and those that have gone but still have requests here.
-        self._backlogs: dict[ServedModel, Backlog] = {}
-        self._served: set[ServedModel] = set()
+        self._backlogs = Backlogs(limits or QueueLimits())
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)  # drain waits here for the last request to end
         # Lanes that wait for work, each on its own condition. The one that ran last is woken first: its core's caches
@@ -153,16 +134,13 @@ class Engine:
                 done.cancel()
             raise
         with self._lock:
-            self._served.add(model)
+            self._backlogs.keep(model)
 
     def remove(self, model: ServedModel) -> None:
         """Lets go of this model once the requests that it has have ended. What was decoded for it and comes after this
         is answered all the same."""
         with self._lock:
-            self._served.discard(model)
-            backlog = self._backlogs.get(model)
-            if backlog is not None:
-                self._forget_if_idle(backlog)
+            self._backlogs.let_go(model)
 
     def now(self) -> float:
         """The engine's clock, on which requests state their arrival and deadline."""
@@ -198,7 +176,7 @@ class Engine:
     def cancel(self, request: Request) -> bool:
         """Takes a request back: it frees its place at once and never runs. False when it runs already or has ended."""
         with self._lock:
-            if not self._leave(request):
+            if not self._backlogs.leave(request):
                 return False
             self._stats.cancelled += 1
             self._signal_if_idle()
@@ -225,7 +203,7 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """A consistent snapshot of the counts, over all models."""
         with self._lock:
-            return replace(self._stats, queued=self._queued())
+            return replace(self._stats, queued=self._backlogs.queued)
 
     def take(self, lane: int) -> Work | None:
         """What a lane does next; waits for it. None ends the lane. Called by lanes."""
@@ -245,7 +223,7 @@ class Engine:
             stats = self._stats
             stats.running -= len(results)
             for request, result in results:
-                self._backlog(request).running -= 1
+                self._backlogs.of(request).running -= 1
                 if result.error is None:
                     stats.answered += 1
                 elif isinstance(result.error, Cancelled):
@@ -265,7 +243,7 @@ class Engine:
             return
         with self._lock:
             batch.backlog.finish(batch.rows, batch.predicted, seconds)
-            self._forget_if_idle(batch.backlog)
+            self._backlogs.forget_if_idle(batch.backlog)
         self._tell("ran", batch.backlog.model, batch.requests, batch.rows, seconds)
 
     def _look(self, seat: _Seat, wait: float | None) -> tuple[Work | None, float | None]:
@@ -301,7 +279,7 @@ class Engine:
             return decision.take, 0.0
         if again:
             return None, 0.0
-        if self._draining and not self._queued():
+        if self._draining and not self._backlogs.queued:
             self._wake(1)  # another lane ends too
             seat.ended = True
             return None, 0.0
@@ -317,10 +295,10 @@ class Engine:
     def _decide(self, now: float) -> Decision:
         # While draining no company can come: nobody waits for it.
         policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
-        return schedule(tuple(self._backlogs.values()), policy, now)
+        return schedule(self._backlogs.all(), policy, now)
 
     def _begin(self, seat: _Seat, batch: Sequence[Request]) -> None:
-        backlog = self._backlog(batch[0])
+        backlog = self._backlogs.of(batch[0])
         for request in batch:
             backlog.queue.remove(request)
         rows = sum(request.rows for request in batch)
@@ -329,7 +307,7 @@ class Engine:
         self._stats.batches += 1
         self._stats.rows += rows
         self._stats.running += len(batch)
-        if self._queued():  # what is left is another lane's share, or its time has come too
+        if self._backlogs.queued:  # what is left is another lane's share, or its time has come too
             self._wake(1)
 
     def _sleep(self, woken: threading.Condition, until: float | None) -> None:
@@ -337,21 +315,6 @@ class Engine:
         self._clock.wait(woken, until)
         if woken in self._sleeping:  # its time came, rather than work
             self._sleeping.remove(woken)
-
-    def _backlog(self, request: Request) -> Backlog:
-        """Its model's. A model that has been removed, or is only now used, gets one for as long as it has requests."""
-        model = cast(ServedModel, request.model)
-        backlog = self._backlogs.get(model)
-        if backlog is None:
-            backlog = self._backlogs[model] = Backlog(model, self._limits)
-        return backlog
-
-    def _forget_if_idle(self, backlog: Backlog) -> None:
-        if backlog.idle and backlog.model not in self._served:
-            self._backlogs.pop(backlog.model, None)
-
-    def _queued(self) -> int:
-        return sum(len(backlog.queue) for backlog in self._backlogs.values())
 
     def _admit_all(self, requests: Iterable[Request]) -> list[tuple[Request, Result]]:
         """Queues what it can; returns those that ended by it: refused, or displaced."""
@@ -369,9 +332,9 @@ class Engine:
         try:
             if self._draining:
                 raise Draining(DRAINING)
-            backlog = self._backlog(request)
+            backlog = self._backlogs.of(request)
             if backlog.idle:
-                backlog.join(self._backlogs.values())
+                backlog.join(self._backlogs.all())
             try:
                 backlog.queue.add(request)
             except QueueFull:
@@ -395,24 +358,16 @@ class Engine:
         now = self._clock.now()
         ended = []
         for request in expired:
-            self._leave(request)
+            self._backlogs.leave(request)
             self._stats.expired += 1
             waited = now - request.arrived
             error = DeadlineExceeded(f"the deadline passed after {waited * 1e3:.1f} ms in the queue; it was not run")
             ended.append((request, Result(error=error, times=StageTimes(queue=waited))))
         for request in cancelled:
-            self._leave(request)
+            self._backlogs.leave(request)
             self._stats.cancelled += 1
             ended.append((request, Result(error=Cancelled(GONE))))
         return ended
-
-    def _leave(self, request: Request) -> bool:
-        """Takes a request out of its queue; False when it is not (any more) in it."""
-        backlog = self._backlogs.get(cast(ServedModel, request.model))
-        if backlog is None or not backlog.queue.remove(request):
-            return False
-        self._forget_if_idle(backlog)
-        return True
 
     def _wake(self, lanes: int) -> None:
         """Wakes so many idle lanes, the last to sleep first."""
@@ -426,7 +381,7 @@ class Engine:
         self._wake(len(self._lanes))
 
     def _is_idle(self) -> bool:
-        return not self._queued() and not self._stats.running
+        return not self._backlogs.queued and not self._stats.running
 
     def _signal_if_idle(self) -> None:
         if self._draining and self._is_idle():

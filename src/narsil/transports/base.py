@@ -11,7 +11,7 @@ from typing import Protocol
 
 from narsil.catalog.catalog import Catalog
 from narsil.dataflow import Request
-from narsil.engine.engine import Source
+from narsil.engine.source import Source
 
 __all__ = ["MAX_STREAMS", "UNIX", "EngineLike", "Transport", "address_of"]
 

@@ -1,0 +1,59 @@
+"""Loads a model: an artifact and the settings in, a served model and what warms it out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
+from narsil.artifacts.schema import ModelSchema
+from narsil.backends.registry import load_backend
+from narsil.config import ServeSettings
+from narsil.dataflow import Features, Jagged, OneHot
+from narsil.engine.served_model import RequestLimits, ServedModel
+from narsil.process import memory_remarks, warn_of
+
+__all__ = ["load_model", "warmup_payloads"]
+
+log = logging.getLogger(__name__)
+
+
+def load_model(settings: ServeSettings) -> ServedModel:
+    """The settings' artifact, loaded once and shared by as many backends as there are lanes. Raises NarsilError."""
+    artifact = open_artifact(settings.model, verify=settings.verify_checksums)
+    backend = load_backend(
+        artifact,
+        settings.backend,
+        settings.device,
+        settings.intra_op_threads,
+        tune_kernels=settings.tune_kernels,
+        batch_invariant=settings.batch_invariant,
+    )
+    log.info("loaded %s with the %s backend", settings.model, backend.name)
+    warn_of(settings.given_in_vain(backend=backend.name))
+    files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
+    warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
+    return ServedModel(
+        settings.model_name or artifact.name,
+        artifact.version,
+        [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
+        RequestLimits(settings.max_request_rows, settings.max_request_ids),
+    )
+
+
+def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:
+    """Rows that take every path of a forward: small and large batches, one id a bag and bags of any length.
+
+    Each size comes twice, since a profiling executor optimizes after its first runs.
+    """
+    features = schema.num_features
+    for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)}):
+        dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
+        ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
+        lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
+        values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
+        for _ in range(2):
+            yield Features(rows, dense, OneHot(ids))
+            yield Features(rows, dense, Jagged.laid_out(values, lengths))
