@@ -7,11 +7,12 @@
     └── RequestError           one request ends with this, and only that one
         ├── InvalidRequest     the payload breaks the model's schema
         ├── ModelNotFound      names a model or version that is not served
-        ├── NoModel            this server serves no model now: try another one, or later
         ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
         ├── DeadlineExceeded   its deadline passed while it waited; it never ran
         ├── Cancelled          the client went away while it waited; it never ran
-        ├── Draining           the server is shutting down
+        ├── Unavailable        not this server, not now: try another one, or later
+        │   ├── Draining       it is shutting down
+        │   └── NoModel        it serves no model
         └── ForwardFailed      the model's forward raised on this request alone
 
 A message names the feature, the row and the limit, so that the caller can mend the request without reading code.
@@ -34,6 +35,7 @@ __all__ = [
     "NoModel",
     "QueueFull",
     "RequestError",
+    "Unavailable",
     "first_line",
     "status_of",
 ]
@@ -67,10 +69,6 @@ class ModelNotFound(RequestError):
     """The request names a model or a version that is not served."""
 
 
-class NoModel(RequestError):
-    """The server serves no model at present."""
-
-
 class QueueFull(RequestError):
     """Admitted work is at its limit."""
 
@@ -83,8 +81,16 @@ class Cancelled(RequestError):
     """The client cancelled before the request ran."""
 
 
-class Draining(RequestError):
+class Unavailable(RequestError):
+    """Nothing is wrong with the request: another server may answer it, or this one later."""
+
+
+class Draining(Unavailable):
     """The server is shutting down and admits nothing more."""
+
+
+class NoModel(Unavailable):
+    """The server serves no model at present."""
 
 
 class ForwardFailed(RequestError):
@@ -95,11 +101,10 @@ class ForwardFailed(RequestError):
 STATUS: dict[type[RequestError], tuple[int, int]] = {
     InvalidRequest: (3, 400),
     ModelNotFound: (5, 404),
-    NoModel: (14, 503),
     QueueFull: (8, 429),
     DeadlineExceeded: (4, 504),
     Cancelled: (1, 499),
-    Draining: (14, 503),
+    Unavailable: (14, 503),
     ForwardFailed: (13, 500),
 }
 
