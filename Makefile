@@ -45,17 +45,17 @@ sanitize: setup ## the native code's tests and the fuzzers' corpus under ASan an
 	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/src \
 	  $(BIN)/pytest -p no:cacheprovider --capture=sys --sanitized --complete -k 'not grpcio' $(NATIVE_TESTS)
 	for target in decode session; do \
-	  $(CXX) -std=c++17 $(SANITIZERS) -Icsrc csrc/fuzz/$$target.cpp csrc/fuzz/replay.cpp $(FUZZED) -lnghttp2 \
+	  $(CXX) -std=c++17 -Wall -Wextra -Werror $(SANITIZERS) -Icsrc csrc/fuzz/$$target.cpp csrc/fuzz/replay.cpp $(FUZZED) -lnghttp2 \
 	    -o $(SANITIZE)/$$target && $(SANITIZE)/$$target csrc/fuzz/corpus/$$target || exit 1; \
 	done
 
 FUZZ_SECONDS ?= 60
-FUZZED := csrc/native/session.cpp csrc/native/decode.cpp csrc/native/collate.cpp
+FUZZED := $(filter-out %/bindings.cpp %/plane.cpp %/poller.cpp %/sockets.cpp,$(wildcard csrc/native/*.cpp))
 fuzz: fuzz-packages ## FUZZ_SECONDS of libFuzzer (clang) for each of the native parsers
 	mkdir -p build/fuzz
 	for target in decode session; do \
 	  mkdir -p build/fuzz/$$target.corpus && \
-	  clang++ -std=c++17 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -O1 -g -Icsrc \
+	  clang++ -std=c++17 -Wall -Wextra -Werror -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -O1 -g -Icsrc \
 	    csrc/fuzz/$$target.cpp $(FUZZED) -lnghttp2 -o build/fuzz/$$target && \
 	  build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 -verbosity=0 \
 	    -artifact_prefix=build/fuzz/$$target. build/fuzz/$$target.corpus csrc/fuzz/corpus/$$target || exit 1; \

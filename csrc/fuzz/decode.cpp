@@ -11,7 +11,7 @@
 #include "native/collate.hpp"
 #include "native/decode.hpp"
 
-using namespace narsil;
+using namespace narsil::native;
 
 namespace {
 

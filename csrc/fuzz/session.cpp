@@ -12,7 +12,8 @@
 #include "native/decode.hpp"
 #include "native/session.hpp"
 
-using namespace narsil;
+using namespace narsil::native;
+namespace wire = narsil::wire;
 
 namespace {
 
@@ -24,9 +25,9 @@ Config config() {
   made.max_watchers = 2;
   made.max_header_bytes = 600;
   made.max_resets = 5;
-  const std::pair<const char*, Kind> methods[] = {{"/p", Kind::predictor},          {"/n", Kind::narsil},
-                                                  {"/u.U/u", Kind::unary},          {"/s", Kind::stream},
-                                                  {"/h/Check", Kind::health_check}, {"/h/Watch", Kind::health_watch}};
+  const std::pair<const char*, Kind> methods[] = {{"/p", Kind::PREDICTOR},          {"/n", Kind::NARSIL},
+                                                  {"/u.U/u", Kind::UNARY},          {"/s", Kind::STREAM},
+                                                  {"/h/Check", Kind::HEALTH_CHECK}, {"/h/Watch", Kind::HEALTH_WATCH}};
   for (const auto& [path, kind] : methods) made.methods[path] = {path, kind};
   return made;
 }
@@ -36,7 +37,7 @@ const ModelSet MODELS({std::make_shared<const Model>(Model{"fake", "1", {3, {50,
 struct Loop {
   Shared shared;
   std::unique_ptr<Session> session;
-  std::vector<CallPtr> taken;
+  std::vector<RpcPtr> taken;
   std::vector<uint64_t> gone;
   bool over = false;
 
@@ -53,7 +54,7 @@ struct Loop {
     REQUIRE(out.size() < 1 << 18);
     gone.insert(gone.end(), shared.gone.begin(), shared.gone.end());
     shared.gone.clear();
-    for (CallPtr& call : shared.ready) {
+    for (RpcPtr& call : shared.ready) {
       if (call->cancelled) {
         REQUIRE(!call->charged);
         continue;
@@ -62,12 +63,12 @@ struct Loop {
       const size_t size = std::min(call->charged, request->size());
       shared.buffered -= size;
       call->charged -= size;
-      call->taken = true;
+      call->custody = Custody::TAKEN;
       REQUIRE(request->size() <= shared.config.max_message);
       REQUIRE(call->model.name.size() + call->model.version.size() <= shared.config.max_header_bytes);
-      if (call->method->kind == Kind::predictor)
+      if (call->method->kind == Kind::PREDICTOR)
         decode_predictor(request->data(), request->size(), MODELS, call->model);
-      if (call->method->kind == Kind::narsil) decode_narsil(request->data(), request->size(), MODELS, call->model);
+      if (call->method->kind == Kind::NARSIL) decode_narsil(request->data(), request->size(), MODELS, call->model);
       taken.push_back(std::move(call));
     }
     shared.ready.clear();
@@ -91,14 +92,14 @@ struct Loop {
   // Answers or fails the call at this place, as an answering thread and the flush after it do.
   void answer(size_t place, int status, size_t size) {
     if (taken.empty()) return;
-    const CallPtr call = taken[place % taken.size()];
+    const RpcPtr call = taken[place % taken.size()];
     taken.erase(taken.begin() + static_cast<ptrdiff_t>(place % taken.size()));
     if (call->answered.exchange(true)) return;
     if (status) {
       call->answer_status = status;
       call->answer_message.assign(size, static_cast<char>(status));
     } else {
-      put_frame_prefix(call->answer, size);
+      wire::put_prefix(call->answer, size);
       call->answer.append(size, 'x');
     }
     if (call->session) call->session->answer(call);

@@ -22,10 +22,10 @@ namespace py = pybind11;
 namespace narsil::load {
 namespace {
 
-constexpr std::size_t kMostConnections = 1024;
-constexpr double kLongest = 1e6;  // seconds: of a timeout and of a schedule
+constexpr size_t MOST_CONNECTIONS = 1024;
+constexpr double LONGEST = 1e6;  // seconds: of a timeout and of a schedule
 
-using Progress = std::optional<std::function<void(std::uint64_t)>>;
+using Progress = std::optional<std::function<void(uint64_t)>>;
 
 void require(bool holds, const std::string& what) {
   if (!holds) throw py::value_error(what);
@@ -33,14 +33,14 @@ void require(bool holds, const std::string& what) {
 
 Wire wire_of(const std::string& name) {
   require(name == "predictor" || name == "narsil", "wire " + name + " is neither predictor nor narsil");
-  return name == "predictor" ? Wire::predictor : Wire::narsil;
+  return name == "predictor" ? Wire::PREDICTOR : Wire::NARSIL;
 }
 
 // A tick that takes the GIL: hears Ctrl-C, and reports progress where that is asked for.
 Tick tick_of(const Progress& progress) {
-  return [&progress](std::uint64_t ended) {
+  return [&progress](uint64_t ended) {
     const py::gil_scoped_acquire held;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (PyErr_CheckSignals()) throw py::error_already_set();
     if (progress) (*progress)(ended);
   };
 }
@@ -58,7 +58,7 @@ struct Result {
   py::dict errors;
   py::dict replies;
   double late_s;
-  std::size_t reconnects;
+  size_t reconnects;
 };
 
 Result to_result(Outcome outcome) {
@@ -73,13 +73,13 @@ Result to_result(Outcome outcome) {
 class PyClient {
  public:
   PyClient(const std::string& target, const std::string& method, const std::vector<py::bytes>& bodies,
-           const std::string& wire, const std::string& task, std::size_t rows, std::size_t connections,
-           double timeout_s, std::size_t reconnects, std::size_t max_reply_bytes, const std::string& user_agent)
+           const std::string& wire, const std::string& task, size_t rows, size_t connections, double timeout_s,
+           size_t reconnects, size_t max_reply_bytes, const std::string& user_agent)
       : owned_(bodies) {
     require(!bodies.empty(), "a load needs at least one body");
-    require(connections >= 1 && connections <= kMostConnections,
-            "connections must be 1 to " + std::to_string(kMostConnections));
-    require(timeout_s > 0 && timeout_s <= kLongest, "timeout_s must be above 0 and at most 1e6");
+    require(connections >= 1 && connections <= MOST_CONNECTIONS,
+            "connections must be 1 to " + std::to_string(MOST_CONNECTIONS));
+    require(timeout_s > 0 && timeout_s <= LONGEST, "timeout_s must be above 0 and at most 1e6");
     require(max_reply_bytes <= UINT32_MAX, "max_reply_bytes must be below 4 GiB");
     Settings settings;
     settings.target = target;
@@ -106,20 +106,20 @@ class PyClient {
     alone([&] { client_->connect(tick_of({})); });
   }
 
-  Result closed_loop(std::uint64_t requests, std::size_t concurrency, std::size_t keep, const Progress& progress) {
+  Result closed_loop(uint64_t requests, size_t concurrency, size_t keep, const Progress& progress) {
     require(concurrency >= 1, "concurrency must be at least 1");
     Outcome outcome;
     alone([&] { outcome = client_->closed_loop(requests, concurrency, keep, tick_of(progress)); });
     return to_result(std::move(outcome));
   }
 
-  Result open_loop(const py::array_t<double, py::array::c_style | py::array::forcecast>& due, std::size_t keep,
+  Result open_loop(const py::array_t<double, py::array::c_style | py::array::forcecast>& due, size_t keep,
                    const Progress& progress) {
     require(due.ndim() == 1, "due must have one dimension");
     const std::vector<double> times(due.data(), due.data() + due.size());
     double before = 0;
     for (const double time : times) {
-      require(time >= before && time <= kLongest, "due must ascend from 0 to at most 1e6 seconds");
+      require(time >= before && time <= LONGEST, "due must ascend from 0 to at most 1e6 seconds");
       before = time;
     }
     Outcome outcome;
@@ -132,7 +132,7 @@ class PyClient {
   }
 
  private:
-  template <typename Work>
+  template <class Work>
   void alone(const Work& work) {
     if (busy_.exchange(true)) throw std::runtime_error("the client is in use by another call");
     struct Leave {
@@ -191,8 +191,7 @@ PYBIND11_MODULE(_load, module) {
 
   py::class_<PyClient>(module, "Client", py::is_final())
       .def(py::init<const std::string&, const std::string&, const std::vector<py::bytes>&, const std::string&,
-                    const std::string&, std::size_t, std::size_t, double, std::size_t, std::size_t,
-                    const std::string&>(),
+                    const std::string&, size_t, size_t, double, size_t, size_t, const std::string&>(),
            py::arg("target"), py::arg("method"), py::arg("bodies"), py::kw_only(), py::arg("wire"), py::arg("task"),
            py::arg("rows"), py::arg("connections") = 1, py::arg("timeout_s") = 30.0, py::arg("reconnects") = 20,
            py::arg("max_reply_bytes") = 4u << 20, py::arg("user_agent") = "narsil-load")

@@ -14,30 +14,28 @@
 namespace narsil::load {
 namespace {
 
-constexpr Nanos kMillisecond = 1'000'000;
-constexpr Nanos kSecond = 1'000 * kMillisecond;
-constexpr Nanos kTick = 100 * kMillisecond;
-constexpr Nanos kFirstPause = 10 * kMillisecond;  // before a second attempt to connect; doubled for each further one
-constexpr Nanos kLongestPause = 500 * kMillisecond;
-constexpr std::size_t kMostKinds = 64;       // of errors: a server may not make up any number of names
-constexpr std::size_t kMostDuePerTurn = 64;  // so that a sender behind its schedule still takes replies
-constexpr std::size_t kMostEvents = 64;      // per epoll_wait
+constexpr Nanos MILLISECOND = 1'000'000;
+constexpr Nanos SECOND = wire::NANOS_PER_SECOND;
+constexpr Nanos TICK = 100 * MILLISECOND;
+constexpr Nanos FIRST_PAUSE = 10 * MILLISECOND;  // before a second attempt to connect, and doubled for each further one
+constexpr Nanos LONGEST_PAUSE = 500 * MILLISECOND;
+constexpr size_t MOST_KINDS = 64;         // of errors: a server may not make up any number of names
+constexpr size_t MOST_DUE_PER_TURN = 64;  // so that a sender behind its schedule still takes replies
+constexpr size_t MOST_EVENTS = 64;        // per epoll_wait
 
 double seconds(Nanos nanos) { return static_cast<double>(nanos) * 1e-9; }
 
 Nanos pause_after(unsigned failures) {
   if (failures == 0) return 0;
-  return std::min(kLongestPause, kFirstPause << std::min(failures - 1, 10u));
+  return std::min(LONGEST_PAUSE, FIRST_PAUSE << std::min(failures - 1, 10u));
 }
-
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
 }  // namespace
 
-template <typename Work>
+template <class Work>
 void Client::each_connection(const Work& work) const {
   for (const Slot& slot : slots_) {
-    if (slot.connection != nullptr) work(*slot.connection);
+    if (slot.connection) work(*slot.connection);
   }
   for (const auto& connection : retired_) work(*connection);
 }
@@ -47,46 +45,36 @@ Client::Client(Settings settings, std::vector<Body> bodies)
       bodies_(std::move(bodies)),
       target_(parse_target(settings_.target)),
       http2_(target_.authority, settings_.method, settings_.timeout, settings_.user_agent),
+      epoll_(wire::owned(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
+      timer_(wire::owned(timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC), "timerfd_create")),
       slots_(settings_.connections) {
-  epoll_ = epoll_create1(EPOLL_CLOEXEC);
-  timer_ = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.ptr = nullptr;  // the timer; connections have their own address here
-  if (epoll_ < 0 || timer_ < 0 || epoll_ctl(epoll_, EPOLL_CTL_ADD, timer_, &event) != 0) {
-    const int error = errno;
-    if (timer_ >= 0) ::close(timer_);
-    if (epoll_ >= 0) ::close(epoll_);
-    errno = error;
-    fail("epoll");
-  }
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, timer_.get(), &event)) wire::fail("epoll_ctl");
 }
 
-Client::~Client() {
-  close();
-  ::close(timer_);
-  ::close(epoll_);
-}
+Client::~Client() { close(); }
 
 void Client::close() {
   closed_ = true;
   each_connection([](Connection& connection) { connection.goodbye(); });
   retired_.clear();
   for (Slot& slot : slots_) slot.connection.reset();
-  for (Call* call : calls_.ended()) calls_.settle(*call);
-  calls_.ended().clear();
+  for (Request* request : requests_.ended()) requests_.settle(*request);
+  requests_.ended().clear();
 }
 
 void Client::connect(const Tick& tick) {
   if (closed_) throw std::logic_error("the client is closed");
   if (!addresses_.empty()) throw std::logic_error("the client is connected already");
-  const Nanos deadline = clock_now() + settings_.timeout;
+  const Nanos deadline = wire::monotonic_nanos() + settings_.timeout;
   try {
     addresses_ = resolve(target_);
     for (Slot& slot : slots_) open(slot, 0);
     const auto ready = [](const Slot& slot) { return slot.connection->ready() && slot.connection->accepts(); };
     while (!std::all_of(slots_.begin(), slots_.end(), ready)) {
-      turn(std::min(deadline, clock_now() + kTick));
+      turn(std::min(deadline, wire::monotonic_nanos() + TICK));
       check_connecting(deadline);
       tick(0);
     }
@@ -98,7 +86,7 @@ void Client::connect(const Tick& tick) {
 
 // Tries again where a connection has been lost before it was ready; throws where that is of no use.
 void Client::check_connecting(Nanos deadline) {
-  const Nanos now = clock_now();
+  const Nanos now = wire::monotonic_nanos();
   for (Slot& slot : slots_) {
     const Connection& connection = *slot.connection;
     if (connection.ready() && connection.accepts()) continue;
@@ -113,14 +101,14 @@ void Client::check_connecting(Nanos deadline) {
   }
 }
 
-Outcome Client::closed_loop(std::uint64_t requests, std::size_t concurrency, std::size_t keep, const Tick& tick) {
+Outcome Client::closed_loop(uint64_t requests, size_t concurrency, size_t keep, const Tick& tick) {
   Loop loop;
   loop.requests = requests;
   loop.keep = keep;
   return run(loop, concurrency, tick);
 }
 
-Outcome Client::open_loop(const std::vector<double>& due, std::size_t keep, const Tick& tick) {
+Outcome Client::open_loop(const std::vector<double>& due, size_t keep, const Tick& tick) {
   Loop loop;
   loop.requests = due.size();
   loop.keep = keep;
@@ -128,25 +116,25 @@ Outcome Client::open_loop(const std::vector<double>& due, std::size_t keep, cons
   return run(loop, 0, tick);
 }
 
-Outcome Client::run(Loop& loop, std::size_t concurrency, const Tick& tick) {
+Outcome Client::run(Loop& loop, size_t concurrency, const Tick& tick) {
   if (closed_ || addresses_.empty()) throw std::logic_error("the client is not connected");
-  const std::size_t reconnects_before = reconnects_;
+  const size_t reconnects_before = reconnects_;
   try {
-    loop.outcome.latencies.reserve(std::min<std::uint64_t>(loop.requests, 1u << 24));
-    loop.start = clock_now();
-    Nanos next_tick = loop.start + kTick;
-    for (std::size_t number = 0; number < concurrency && loop.begun < loop.requests; ++number) {
-      const Nanos now = clock_now();
+    loop.outcome.latencies.reserve(std::min<uint64_t>(loop.requests, 1u << 24));
+    loop.start = wire::monotonic_nanos();
+    Nanos next_tick = loop.start + TICK;
+    for (size_t number = 0; number < concurrency && loop.begun < loop.requests; ++number) {
+      const Nanos now = wire::monotonic_nanos();
       begin(loop, number % slots_.size(), now, now);
     }
     while (true) {
-      if (loop.due != nullptr) begin_due(loop);
+      if (loop.due) begin_due(loop);
       settle(loop);
       if (loop.ended == loop.requests) break;
       turn(next_tick);
-      if (clock_now() < next_tick) continue;
+      if (wire::monotonic_nanos() < next_tick) continue;
       tick(loop.ended);
-      next_tick = clock_now() + kTick;
+      next_tick = wire::monotonic_nanos() + TICK;
     }
   } catch (...) {
     close();
@@ -158,31 +146,31 @@ Outcome Client::run(Loop& loop, std::size_t concurrency, const Tick& tick) {
 }
 
 // Sends the next request on a slot's connection, or on any other where that one is lost for good.
-void Client::begin(Loop& loop, std::size_t slot, Nanos since, Nanos now) {
-  Call& call = calls_.begin(now + settings_.timeout);
-  call.body_number = loop.begun++ % bodies_.size();
-  call.body = &bodies_[call.body_number];
-  call.slot = slot;
-  call.since = since;
+void Client::begin(Loop& loop, size_t slot, Nanos since, Nanos now) {
+  Request& request = requests_.begin(now + settings_.timeout);
+  request.body_number = loop.begun++ % bodies_.size();
+  request.body = &bodies_[request.body_number];
+  request.slot = slot;
+  request.since = since;
   std::string reason = "there is no connection";
-  for (std::size_t tries = 0; tries <= slots_.size(); ++tries) {
+  for (size_t tries = 0; tries <= slots_.size(); ++tries) {
     Connection* connection = usable((slot + tries) % slots_.size());
-    if (connection == nullptr) continue;
-    if (connection->submit(call)) return;
+    if (!connection) continue;
+    if (connection->submit(request)) return;
     reason = connection->reason();
   }
   const auto& last = slots_[slot].connection;
-  if (last != nullptr && !last->reason().empty()) reason = last->reason();
-  calls_.end(call, "UNAVAILABLE: " + reason);
-  calls_.close(call);
+  if (last && !last->reason().empty()) reason = last->reason();
+  requests_.end(request, "UNAVAILABLE: " + reason);
+  requests_.close(request);
 }
 
 // What is due by now. The timer is left to wake the loop for the next one.
 void Client::begin_due(Loop& loop) {
-  for (std::size_t sent = 0; loop.begun < loop.requests; ++sent) {
+  for (size_t sent = 0; loop.begun < loop.requests; ++sent) {
     const Nanos due = loop.start + std::llround((*loop.due)[loop.begun] * 1e9);
-    const Nanos now = clock_now();
-    if (due > now || sent == kMostDuePerTurn) return arm(due);
+    const Nanos now = wire::monotonic_nanos();
+    if (due > now || sent == MOST_DUE_PER_TURN) return arm(due);
     loop.outcome.late = std::max(loop.outcome.late, seconds(now - due));
     begin(loop, loop.begun % slots_.size(), due, now);
   }
@@ -190,47 +178,47 @@ void Client::begin_due(Loop& loop) {
 
 // Counts what has ended; in a closed loop each end begins the next. That one may end at once, and is then counted too.
 void Client::settle(Loop& loop) {
-  std::vector<Call*>& ended = calls_.ended();
-  for (std::size_t at = 0; at < ended.size(); ++at) {
-    Call& call = *ended[at];
-    const std::size_t slot = call.slot;
-    count(loop, call);
-    calls_.settle(call);
-    if (loop.due != nullptr || loop.begun == loop.requests) continue;
-    const Nanos now = clock_now();
+  std::vector<Request*>& ended = requests_.ended();
+  for (size_t at = 0; at < ended.size(); ++at) {
+    Request& request = *ended[at];
+    const size_t slot = request.slot;
+    count(loop, request);
+    requests_.settle(request);
+    if (loop.due || loop.begun == loop.requests) continue;
+    const Nanos now = wire::monotonic_nanos();
     begin(loop, slot, now, now);
   }
   ended.clear();
 }
 
-void Client::count(Loop& loop, const Call& call) {
+void Client::count(Loop& loop, const Request& request) {
   Outcome& outcome = loop.outcome;
   ++loop.ended;
-  if (call.problem.empty()) {
-    outcome.latencies.push_back(seconds(call.ended_at - call.since));
-    if (call.body_number < loop.keep) outcome.replies[call.body_number] = call.reply.message();
+  if (request.problem.empty()) {
+    outcome.latencies.push_back(seconds(request.ended_at - request.since));
+    if (request.body_number < loop.keep) outcome.replies[request.body_number] = request.reply.message();
     return;
   }
-  const bool room = outcome.errors.size() < kMostKinds || outcome.errors.count(call.problem) != 0;
-  ++outcome.errors[room ? call.problem : "other errors"];
+  const bool room = outcome.errors.size() < MOST_KINDS || outcome.errors.count(request.problem) != 0;
+  ++outcome.errors[room ? request.problem : "other errors"];
 }
 
 // One round of waiting and working: writes what is queued, then waits for events, at most until `until`.
 void Client::turn(Nanos until) {
   each_connection([](Connection& connection) { connection.flush(); });
-  std::array<epoll_event, kMostEvents> events;
-  const int wait = calls_.ended().empty() ? wait_ms(until) : 0;
-  const int count = epoll_wait(epoll_, events.data(), events.size(), wait);
-  if (count < 0 && errno != EINTR) fail("epoll_wait");
+  std::array<epoll_event, MOST_EVENTS> events;
+  const int wait = requests_.ended().empty() ? wait_ms(until) : 0;
+  const int count = epoll_wait(epoll_.get(), events.data(), events.size(), wait);
+  if (count < 0 && errno != EINTR) wire::fail("epoll_wait");
   for (int at = 0; at < count; ++at) {
     if (auto* connection = static_cast<Connection*>(events[at].data.ptr)) {
       connection->handle(events[at].events);
     } else {
-      std::uint64_t expirations = 0;
-      if (read(timer_, &expirations, sizeof expirations) > 0) armed_ = 0;
+      uint64_t expirations = 0;
+      if (read(timer_.get(), &expirations, sizeof expirations) > 0) armed_ = 0;
     }
   }
-  const Nanos now = clock_now();
+  const Nanos now = wire::monotonic_nanos();
   each_connection([now](Connection& connection) {
     if (connection.waiting() && connection.not_before() <= now) connection.start();
   });
@@ -241,35 +229,35 @@ void Client::turn(Nanos until) {
 
 // Milliseconds until something is to be done without an event.
 int Client::wait_ms(Nanos until) const {
-  if (const Call* oldest = calls_.oldest()) until = std::min(until, oldest->deadline);
+  if (const Request* oldest = requests_.oldest()) until = std::min(until, oldest->deadline);
   each_connection([&until](const Connection& connection) {
     if (connection.waiting()) until = std::min(until, connection.not_before());
   });
-  const Nanos left = until - clock_now();
-  return left <= 0 ? 0 : static_cast<int>((std::min(left, kSecond) + kMillisecond - 1) / kMillisecond);
+  const Nanos left = until - wire::monotonic_nanos();
+  return left <= 0 ? 0 : static_cast<int>((std::min(left, SECOND) + MILLISECOND - 1) / MILLISECOND);
 }
 
 void Client::arm(Nanos due) {
   if (armed_ == due) return;
   itimerspec time{};
-  time.it_value.tv_sec = due / kSecond;
-  time.it_value.tv_nsec = due % kSecond;
-  if (timerfd_settime(timer_, TFD_TIMER_ABSTIME, &time, nullptr) != 0) fail("timerfd_settime");
+  time.it_value.tv_sec = due / SECOND;
+  time.it_value.tv_nsec = due % SECOND;
+  if (timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &time, nullptr)) wire::fail("timerfd_settime");
   armed_ = due;
 }
 
 void Client::expire() {
-  if (calls_.oldest() == nullptr) return;
-  const Nanos now = clock_now();
-  while (Call* call = calls_.oldest()) {
-    if (call->deadline > now) return;
-    calls_.end(*call, "DEADLINE_EXCEEDED");
-    call->connection->cancel(*call);
+  if (!requests_.oldest()) return;
+  const Nanos now = wire::monotonic_nanos();
+  while (Request* request = requests_.oldest()) {
+    if (request->deadline > now) return;
+    requests_.end(*request, "DEADLINE_EXCEEDED");
+    request->connection->cancel(*request);
   }
 }
 
 // The slot's connection, or a new one where that takes no more calls; null where none may be opened any more.
-Connection* Client::usable(std::size_t number) {
+Connection* Client::usable(size_t number) {
   Slot& slot = slots_[number];
   if (!slot.connection->accepts() && !replace(slot)) return nullptr;
   return slot.connection.get();
@@ -285,14 +273,15 @@ bool Client::replace(Slot& slot) {
     ++slot.address;
   }
   std::unique_ptr<Connection> before = std::move(slot.connection);
-  open(slot, clock_now() + pause_after(slot.failures));
+  open(slot, wire::monotonic_nanos() + pause_after(slot.failures));
   if (!before->closed()) retired_.push_back(std::move(before));
   return true;
 }
 
 void Client::open(Slot& slot, Nanos not_before) {
   const Address& address = addresses_[slot.address % addresses_.size()];
-  slot.connection = std::make_unique<Connection>(http2_, settings_.expected, calls_, epoll_, address, not_before);
+  slot.connection =
+      std::make_unique<Connection>(http2_, settings_.expected, requests_, epoll_.get(), address, not_before);
 }
 
 }  // namespace narsil::load

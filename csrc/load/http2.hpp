@@ -1,17 +1,16 @@
 // What all connections of a client share: nghttp2's callbacks and options, and the headers of every request.
-
 #pragma once
 
-#include <nghttp2/nghttp2.h>
-
 #include <deque>
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "load/call.hpp"
+#include "wire/clock.hpp"
+#include "wire/http2.hpp"
 
 namespace narsil::load {
+
+using wire::Nanos;
 
 class Http2 {
  public:
@@ -26,8 +25,8 @@ class Http2 {
  private:
   void add_header(const std::string& name, const std::string& value);
 
-  std::unique_ptr<nghttp2_session_callbacks, decltype(&nghttp2_session_callbacks_del)> callbacks_;
-  std::unique_ptr<nghttp2_option, decltype(&nghttp2_option_del)> option_;
+  wire::CallbacksPtr callbacks_;
+  wire::OptionPtr option_;
   std::deque<std::string> texts_;  // what headers_ points to
   std::vector<nghttp2_nv> headers_;
 };

@@ -1,17 +1,9 @@
 #include "load/reply.hpp"
 
-#include <array>
-
 namespace narsil::load {
 namespace {
 
-constexpr std::size_t kKeptCapacity = 65536;  // a larger buffer is given back
-
-constexpr std::array<const char*, 17> kCodes = {
-    "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
-    "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
-    "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
-    "DATA_LOSS", "UNAUTHENTICATED"};
+constexpr size_t KEPT_CAPACITY = 65536;  // a larger buffer is given back
 
 // A number of one to three digits; `otherwise` for anything else.
 int small_number(std::string_view text, int otherwise) {
@@ -24,28 +16,15 @@ int small_number(std::string_view text, int otherwise) {
   return value;
 }
 
-// application/grpc, or that with a subtype or parameters.
-bool is_grpc(std::string_view content_type) {
-  constexpr std::string_view kGrpc = "application/grpc";
-  if (content_type.substr(0, kGrpc.size()) != kGrpc) return false;
-  return content_type.size() == kGrpc.size() || content_type[kGrpc.size()] == '+' || content_type[kGrpc.size()] == ';';
-}
-
-std::size_t message_size(const std::string& bytes) {
-  std::size_t size = 0;
-  for (std::size_t at = 1; at < kPrefix; ++at) size = size << 8 | static_cast<unsigned char>(bytes[at]);
-  return size;
-}
-
 }  // namespace
 
 void Reply::reset() {
-  http_status_ = grpc_status_ = kNone;
+  http_status_ = grpc_status_ = NONE;
   grpc_content_ = false;
   header_bytes_ = 0;
   overrun_.clear();
   bytes_.clear();
-  if (bytes_.capacity() > kKeptCapacity) bytes_.shrink_to_fit();
+  if (bytes_.capacity() > KEPT_CAPACITY) bytes_.shrink_to_fit();
 }
 
 bool Reply::header(std::string_view name, std::string_view value, const Expected& expected) {
@@ -55,17 +34,17 @@ bool Reply::header(std::string_view name, std::string_view value, const Expected
     return false;
   }
   if (name == ":status") {
-    http_status_ = small_number(value, kUnreadable);
+    http_status_ = small_number(value, UNREADABLE);
   } else if (name == "content-type") {
-    grpc_content_ = is_grpc(value);
+    grpc_content_ = wire::is_grpc(value);
   } else if (name == "grpc-status") {
-    grpc_status_ = small_number(value, kUnreadable);
+    grpc_status_ = small_number(value, UNREADABLE);
   }
   return true;
 }
 
-bool Reply::data(const std::uint8_t* bytes, std::size_t size, const Expected& expected) {
-  if (size > expected.max_bytes + kPrefix - bytes_.size()) {
+bool Reply::data(const uint8_t* bytes, size_t size, const Expected& expected) {
+  if (size > expected.max_bytes + wire::PREFIX_SIZE - bytes_.size()) {
     overrun_ = "a reply of more than " + std::to_string(expected.max_bytes) + " bytes";
     return false;
   }
@@ -77,20 +56,21 @@ std::string Reply::verdict(const Expected& expected) const {
   if (!overrun_.empty()) return overrun_;
   if (http_status_ != 200) return http_status_ < 0 ? "no HTTP status" : "HTTP status " + std::to_string(http_status_);
   if (!grpc_content_) return "content-type is not application/grpc";
-  if (grpc_status_ == kNone) return "no grpc-status";
-  if (grpc_status_ == kUnreadable) return "unreadable grpc-status";
+  if (grpc_status_ == NONE) return "no grpc-status";
+  if (grpc_status_ == UNREADABLE) return "unreadable grpc-status";
   if (grpc_status_ == 0) return message_problem(expected);
-  const auto code = static_cast<std::size_t>(grpc_status_);
-  return code < kCodes.size() ? kCodes[code] : "grpc-status " + std::to_string(code);
+  const auto code = static_cast<size_t>(grpc_status_);
+  return code < wire::STATUS_NAMES.size() ? std::string(wire::STATUS_NAMES[code])
+                                          : "grpc-status " + std::to_string(code);
 }
 
 std::string Reply::message_problem(const Expected& expected) const {
   if (bytes_.empty()) return "OK without a message";
-  if (bytes_.size() < kPrefix) return "message cut off";
+  if (bytes_.size() < wire::PREFIX_SIZE) return "message cut off";
   if (bytes_[0] == 1) return "compressed reply";
   if (bytes_[0] != 0) return "unreadable message prefix";
-  const std::size_t claimed = message_size(bytes_);
-  const std::size_t arrived = bytes_.size() - kPrefix;
+  const size_t claimed = wire::size_in(reinterpret_cast<const uint8_t*>(bytes_.data()));
+  const size_t arrived = bytes_.size() - wire::PREFIX_SIZE;
   if (arrived < claimed) return "message cut off";
   if (arrived > claimed) return "more than one message";
   const auto count = count_scores(expected.wire, expected.task, message());

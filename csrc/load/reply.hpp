@@ -3,7 +3,6 @@
 // Receives header fields and DATA of one stream from HTTP/2's side; every byte is the server's and hostile. Holds at
 // most `Expected::max_bytes` of message. Source of the rules:
 // https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
-
 #pragma once
 
 #include <cstddef>
@@ -12,19 +11,18 @@
 #include <string_view>
 
 #include "load/scores.hpp"
+#include "wire/grpc.hpp"
 
 namespace narsil::load {
 
 // What every reply of a load is held against.
 struct Expected {
-  Wire wire = Wire::predictor;
+  Wire wire = Wire::PREDICTOR;
   std::string task;
-  std::size_t rows = 0;                  // float32 under the task
-  std::size_t max_bytes = 4u << 20;      // of a reply's message
-  std::size_t max_header_bytes = 65536;  // of all header fields of a reply
+  size_t rows = 0;                  // float32 under the task
+  size_t max_bytes = 4u << 20;      // of a reply's message
+  size_t max_header_bytes = 65536;  // of all header fields of a reply
 };
-
-constexpr std::size_t kPrefix = 5;  // of a gRPC message: one byte of flags and four of length, big-endian
 
 class Reply {
  public:
@@ -33,28 +31,28 @@ class Reply {
 
   // Only the block of headers that ends the stream may say how the call ended: called where another one begins, and
   // where DATA ends the stream.
-  void forget_status() { grpc_status_ = kNone; }
+  void forget_status() { grpc_status_ = NONE; }
 
   // False where the reply must be given up; verdict() then says why.
   bool header(std::string_view name, std::string_view value, const Expected& expected);
-  bool data(const std::uint8_t* bytes, std::size_t size, const Expected& expected);
+  bool data(const uint8_t* bytes, size_t size, const Expected& expected);
 
   // What is wrong with the reply that has ended, as a short name; empty if it is right.
   std::string verdict(const Expected& expected) const;
 
   // Without its prefix; only of a reply whose verdict is empty.
-  std::string_view message() const { return std::string_view(bytes_).substr(kPrefix); }
+  std::string_view message() const { return std::string_view(bytes_).substr(wire::PREFIX_SIZE); }
 
  private:
-  static constexpr int kNone = -1;
-  static constexpr int kUnreadable = -2;
+  static constexpr int NONE = -1;
+  static constexpr int UNREADABLE = -2;
 
   std::string message_problem(const Expected& expected) const;
 
-  int http_status_ = kNone;
-  int grpc_status_ = kNone;
+  int http_status_ = NONE;
+  int grpc_status_ = NONE;
   bool grpc_content_ = false;
-  std::size_t header_bytes_ = 0;
+  size_t header_bytes_ = 0;
   std::string overrun_;  // why it was given up
   std::string bytes_;    // prefix and message
 };

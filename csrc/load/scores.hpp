@@ -2,7 +2,6 @@
 //
 // Receives the message of a reply, which is hostile until it is read; copies nothing and allocates nothing.
 // Source of the format: https://protobuf.dev/programming-guides/encoding/.
-
 #pragma once
 
 #include <cstddef>
@@ -12,11 +11,11 @@
 namespace narsil::load {
 
 enum class Wire {
-  predictor,  // PredictionResponse: map<string, FloatVec> predictions = 1, FloatVec: repeated float data = 1
-  narsil,     // PredictResponse: repeated TaskScores scores = 4, TaskScores: string task = 1, bytes values = 2
+  PREDICTOR,  // PredictionResponse: map<string, FloatVec> predictions = 1, FloatVec: repeated float data = 1
+  NARSIL,     // PredictResponse: repeated TaskScores scores = 4, TaskScores: string task = 1, bytes values = 2
 };
 
 // The number of float32 under `task`, 0 where the task is missing; nothing where the bytes are no such message.
-std::optional<std::size_t> count_scores(Wire wire, std::string_view task, std::string_view message);
+std::optional<size_t> count_scores(Wire wire, std::string_view task, std::string_view message);
 
 }  // namespace narsil::load

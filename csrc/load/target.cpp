@@ -66,10 +66,10 @@ std::vector<Address> resolve(const Target& target) {
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
   const int failed = getaddrinfo(target.host.c_str(), target.port.c_str(), &hints, &found);
-  if (failed != 0) throw std::runtime_error(target.text + ": " + gai_strerror(failed));
+  if (failed) throw std::runtime_error(target.text + ": " + gai_strerror(failed));
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
   std::vector<Address> addresses;
-  for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
+  for (const addrinfo* one = found; one; one = one->ai_next) {
     Address address;
     std::memcpy(&address.storage, one->ai_addr, one->ai_addrlen);
     address.size = one->ai_addrlen;

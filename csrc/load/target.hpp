@@ -1,5 +1,4 @@
 // Where a load goes: HOST:PORT, [IPV6]:PORT or unix:PATH, resolved to socket addresses.
-
 #pragma once
 
 #include <sys/socket.h>

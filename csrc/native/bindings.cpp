@@ -11,7 +11,7 @@
 
 namespace py = pybind11;
 
-namespace narsil {
+namespace narsil::native {
 namespace {
 
 // A model, and what it is in Python. Everything here that may be the last to hold one holds the GIL when it lets go;
@@ -29,16 +29,16 @@ struct PyModel : Model {
 };
 
 // A call as Python holds it: with the plane that it is answered through.
-struct Handle {
+struct PyCall {
   Arrival arrival;
   std::shared_ptr<Plane> plane;
 
-  Call& call() const { return *arrival.call; }
+  Rpc& rpc() const { return *arrival.rpc; }
   const Decoded& decoded() const { return arrival.decoded; }
   bool is_decoded() const { return decoded().model != nullptr; }
 
   // True for the first answer alone.
-  bool claim() const { return !call().answered.exchange(true); }
+  bool claim() const { return !rpc().answered.exchange(true); }
 };
 
 // What peers sent as text need not be any.
@@ -47,18 +47,18 @@ py::str text_of(const std::string& bytes) {
       PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "replace"));
 }
 
-py::object served_of(const Handle& self) {
+py::object served_of(const PyCall& self) {
   if (!self.is_decoded()) return py::none();
   return static_cast<const PyModel&>(*self.decoded().model).served;
 }
 
-py::bytes body_of(const Handle& self) {
+py::bytes body_of(const PyCall& self) {
   const Buffer& message = *self.arrival.message;
   return py::bytes(reinterpret_cast<const char*>(message.data()), message.size());
 }
 
 // A read-only array over a span of the message, which it keeps alive.
-py::object view(const Handle& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
+py::object view(const PyCall& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
   auto* const keeper = new std::shared_ptr<Buffer>(self.arrival.message);
   const py::capsule owner(keeper, [](void* pointer) { delete static_cast<std::shared_ptr<Buffer>*>(pointer); });
   py::array array(py::dtype(kind), std::move(shape), {}, data, owner);
@@ -66,7 +66,7 @@ py::object view(const Handle& self, const char* kind, const uint8_t* data, std::
   return std::move(array);
 }
 
-py::tuple arrays_of(const Handle& self) {
+py::tuple arrays_of(const PyCall& self) {
   if (!self.is_decoded()) throw py::value_error("the message was not decoded");
   const Decoded& found = self.decoded();
   const Schema& schema = found.model->schema;
@@ -79,13 +79,13 @@ py::tuple arrays_of(const Handle& self) {
                         found.one_hot ? py::object(py::none()) : view(self, "<i4", found.lengths, bags));
 }
 
-void answer(const Handle& self, std::string framed) {
+void answer(const PyCall& self, std::string framed) {
   if (!self.claim()) return;
-  self.call().answer = std::move(framed);
-  self.plane->post(self.arrival.call);
+  self.rpc().answer = std::move(framed);
+  self.plane->post(self.arrival.rpc);
 }
 
-void answer_scores(const Handle& self, const py::dict& scores, uint64_t requests, uint64_t rows, double queue_s,
+void answer_scores(const PyCall& self, const py::dict& scores, uint64_t requests, uint64_t rows, double queue_s,
                    double execute_s) {
   if (!self.is_decoded()) throw py::value_error("the message was not decoded");
   std::vector<TaskScores> tasks;
@@ -98,28 +98,28 @@ void answer_scores(const Handle& self, const py::dict& scores, uint64_t requests
     kept.push_back(std::move(array));
   }
   const auto microseconds = [](double seconds) { return seconds > 0 ? static_cast<uint64_t>(seconds * 1e6) : 0; };
-  answer(self, self.call().method->kind == Kind::predictor
+  answer(self, self.rpc().method->kind == Kind::PREDICTOR
                    ? encode_predictor(tasks)
                    : encode_narsil(tasks, *self.decoded().model, self.decoded().request_id,
                                    {requests, rows, microseconds(queue_s), microseconds(execute_s)}));
 }
 
-void answer_bytes(const Handle& self, const py::bytes& message) {
+void answer_bytes(const PyCall& self, const py::bytes& message) {
   char* data;
   py::ssize_t size;
   if (PyBytes_AsStringAndSize(message.ptr(), &data, &size)) throw py::error_already_set();
   std::string framed;
-  framed.reserve(5 + static_cast<size_t>(size));
-  put_frame_prefix(framed, static_cast<size_t>(size));
+  framed.reserve(wire::PREFIX_SIZE + static_cast<size_t>(size));
+  wire::put_prefix(framed, static_cast<size_t>(size));
   framed.append(data, static_cast<size_t>(size));
   answer(self, std::move(framed));
 }
 
-void fail(const Handle& self, int status, std::string message) {
+void fail(const PyCall& self, int status, std::string message) {
   if (!self.claim()) return;
-  self.call().answer_status = status;
-  self.call().answer_message = std::move(message);
-  self.plane->post(self.arrival.call);
+  self.rpc().answer_status = status;
+  self.rpc().answer_message = std::move(message);
+  self.plane->post(self.arrival.rpc);
 }
 
 template <class T>
@@ -130,15 +130,15 @@ T* data_of(py::array& array, size_t needed, const char* name) {
   return static_cast<T*>(array.mutable_data());
 }
 
-void collate_into(const std::vector<const Handle*>& handles, int64_t rows, py::array_t<float> dense, py::array values,
+void collate_into(const std::vector<const PyCall*>& calls, int64_t rows, py::array_t<float> dense, py::array values,
                   const py::object& lengths) {
-  if (handles.empty()) throw py::value_error("no calls");
-  const ModelPtr model = handles.front()->decoded().model;
+  if (calls.empty()) throw py::value_error("no calls");
+  const ModelPtr model = calls.front()->decoded().model;
   std::vector<const Decoded*> parts;
   int64_t own = 0, ids = 0;
   bool one_hot = true;
-  for (const Handle* handle : handles) {
-    const Decoded& found = handle->decoded();
+  for (const PyCall* call : calls) {
+    const Decoded& found = call->decoded();
     if (!found.model) throw py::value_error("a call was not decoded");
     if (found.model != model) throw py::value_error("the calls are of different models");
     parts.push_back(&found);
@@ -175,12 +175,12 @@ std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::st
 }
 
 std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limits) {
-  static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::predictor},
-                                                              {"narsil", Kind::narsil},
-                                                              {"unary", Kind::unary},
-                                                              {"stream", Kind::stream},
-                                                              {"health_check", Kind::health_check},
-                                                              {"health_watch", Kind::health_watch}};
+  static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::PREDICTOR},
+                                                              {"narsil", Kind::NARSIL},
+                                                              {"unary", Kind::UNARY},
+                                                              {"stream", Kind::STREAM},
+                                                              {"health_check", Kind::HEALTH_CHECK},
+                                                              {"health_watch", Kind::HEALTH_WATCH}};
   Config config;
   for (const auto& item : methods) {
     const auto path = py::cast<std::string>(item.first);
@@ -231,7 +231,7 @@ py::tuple arrivals_of(const std::shared_ptr<Plane>& plane, Get get) {
   }
   py::list calls(arrivals.calls.size());
   for (size_t i = 0; i < arrivals.calls.size(); ++i) {
-    calls[i] = py::cast(Handle{std::move(arrivals.calls[i]), plane});
+    calls[i] = py::cast(PyCall{std::move(arrivals.calls[i]), plane});
   }
   return py::make_tuple(calls, py::cast(arrivals.gone));
 }
@@ -252,10 +252,10 @@ py::dict statistics_of(Plane& self) {
 }
 
 }  // namespace
-}  // namespace narsil
+}  // namespace narsil::native
 
 PYBIND11_MODULE(_native, module) {
-  using namespace narsil;
+  using namespace narsil::native;
   module.doc() = "The native data plane: HTTP/2, gRPC, decoding, collation and encoding.";
 
   py::register_exception_translator([](std::exception_ptr pointer) {
@@ -266,26 +266,26 @@ PYBIND11_MODULE(_native, module) {
     }
   });
 
-  py::class_<Handle>(module, "Call")
-      .def_property_readonly("id", [](const Handle& self) { return self.call().id; })
-      .def_property_readonly("method", [](const Handle& self) { return self.call().method->path; })
-      .def_property_readonly("arrived", [](const Handle& self) { return self.call().arrived; })
+  py::class_<PyCall>(module, "Call")
+      .def_property_readonly("id", [](const PyCall& self) { return self.rpc().id; })
+      .def_property_readonly("method", [](const PyCall& self) { return self.rpc().method->path; })
+      .def_property_readonly("arrived", [](const PyCall& self) { return self.rpc().arrived; })
       .def_property_readonly("deadline",
-                             [](const Handle& self) -> py::object {
-                               if (self.call().deadline == NEVER) return py::none();
-                               return py::float_(self.call().deadline);
+                             [](const PyCall& self) -> py::object {
+                               if (self.rpc().deadline == NEVER) return py::none();
+                               return py::float_(self.rpc().deadline);
                              })
-      .def_property_readonly("size", [](const Handle& self) { return self.arrival.message->size(); })
+      .def_property_readonly("size", [](const PyCall& self) { return self.arrival.message->size(); })
       .def_property_readonly("body", body_of)
-      .def_property_readonly("decoded", [](const Handle& self) { return self.is_decoded(); })
-      .def_property_readonly("rows", [](const Handle& self) { return self.decoded().rows; })
-      .def_property_readonly("ids", [](const Handle& self) { return self.decoded().ids; })
-      .def_property_readonly("one_hot", [](const Handle& self) { return self.decoded().one_hot; })
-      .def_property_readonly("key_major", [](const Handle& self) { return self.decoded().key_major; })
-      .def_property_readonly("cancelled", [](const Handle& self) { return self.call().cancelled.load(); })
+      .def_property_readonly("decoded", [](const PyCall& self) { return self.is_decoded(); })
+      .def_property_readonly("rows", [](const PyCall& self) { return self.decoded().rows; })
+      .def_property_readonly("ids", [](const PyCall& self) { return self.decoded().ids; })
+      .def_property_readonly("one_hot", [](const PyCall& self) { return self.decoded().one_hot; })
+      .def_property_readonly("key_major", [](const PyCall& self) { return self.decoded().key_major; })
+      .def_property_readonly("cancelled", [](const PyCall& self) { return self.rpc().cancelled.load(); })
       .def_property_readonly("served", served_of)
-      .def_property_readonly("model_name", [](const Handle& self) { return text_of(self.call().model.name); })
-      .def_property_readonly("model_version", [](const Handle& self) { return text_of(self.call().model.version); })
+      .def_property_readonly("model_name", [](const PyCall& self) { return text_of(self.rpc().model.name); })
+      .def_property_readonly("model_version", [](const PyCall& self) { return text_of(self.rpc().model.version); })
       .def("arrays", arrays_of)
       .def("answer_scores", answer_scores)
       .def("answer", answer_bytes)

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace narsil {
+namespace narsil::native {
 
 template <class T>
 inline T load(const uint8_t* at) {
@@ -13,4 +13,4 @@ inline T load(const uint8_t* at) {
   return value;
 }
 
-}  // namespace narsil
+}  // namespace narsil::native

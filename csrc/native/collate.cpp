@@ -5,7 +5,7 @@
 
 #include "native/bytes.hpp"
 
-namespace narsil {
+namespace narsil::native {
 namespace {
 
 template <class In, class Out>
@@ -138,4 +138,4 @@ void collate(const std::vector<const Decoded*>& parts, int64_t rows, const Schem
                   : ids<int32_t>(parts, static_cast<size_t>(rows), schema, tensors);
 }
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -3,7 +3,7 @@
 
 #include "native/decode.hpp"
 
-namespace narsil {
+namespace narsil::native {
 
 // Where a batch's tensors are. B rows of all requests and the padding, T features, N ids in all.
 struct Tensors {
@@ -17,4 +17,4 @@ struct Tensors {
 // `rows` >= all their rows.
 void collate(const std::vector<const Decoded*>& parts, int64_t rows, const Schema& schema, const Tensors& tensors);
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -1,65 +1,19 @@
 #include "native/decode.hpp"
 
-#include <cstring>
-
 #include "native/bytes.hpp"
+#include "wire/protobuf.hpp"
 
-namespace narsil {
+namespace narsil::native {
 namespace {
 
+using wire::FieldType;
+using wire::Reader;
+
+// A field's bytes, once they are there.
 struct Span {
   const uint8_t* data = nullptr;
   size_t size = 0;
   bool given = false;
-};
-
-// Walks the fields of one protobuf message. Stops for good at the first byte that is not protobuf.
-class Reader {
- public:
-  Reader(const uint8_t* data, size_t size) : at_(data), end_(data + size) {}
-
-  enum : uint32_t { VARINT = 0, LEN = 2 };
-
-  // False at the end, and on malformed or unexpected wire types: `ok` tells which.
-  bool next() {
-    if (at_ == end_) return false;
-    uint64_t key;
-    if (!varint(key) || key >> 32) return fail();
-    field = static_cast<uint32_t>(key >> 3);
-    kind = key & 7;
-    if (field == 0 || field >= 1u << 29) return fail();
-    if (kind == VARINT) return varint(number) || fail();
-    if (kind != LEN) return fail();
-    uint64_t size;
-    if (!varint(size) || size > static_cast<uint64_t>(end_ - at_)) return fail();
-    span = {at_, static_cast<size_t>(size), true};
-    at_ += size;
-    return true;
-  }
-
-  uint32_t field = 0, kind = 0;
-  uint64_t number = 0;
-  Span span;
-  bool ok = true;
-
- private:
-  bool fail() {
-    at_ = end_;
-    return ok = false;
-  }
-
-  bool varint(uint64_t& value) {
-    value = 0;
-    for (unsigned shift = 0; shift < 64 && at_ < end_; shift += 7) {
-      const uint8_t byte = *at_++;
-      value |= static_cast<uint64_t>(byte & 0x7F) << shift;
-      if (byte < 0x80) return true;
-    }
-    return false;
-  }
-
-  const uint8_t* at_;
-  const uint8_t* end_;
 };
 
 // The loops below have no early exit, so that compilers vectorise them.
@@ -169,9 +123,10 @@ bool agreed(std::string_view& name, Span message, const std::string& metadata) {
   return metadata.empty() || name == metadata;
 }
 
-bool once(Span& place, const Span& span) {
+// False where the field has been there before.
+bool once(Span& place, const Reader& reader) {
   if (place.given) return false;
-  place = span;
+  place = {reader.data, reader.size, true};
   return true;
 }
 
@@ -180,15 +135,15 @@ bool read_group(Span group, uint64_t& count, Span (&spans)[3]) {
   Reader reader(group.data, group.size);
   bool counted = false;
   while (reader.next()) {
-    if (reader.field == 1 && reader.kind == Reader::VARINT && !counted) {
+    if (reader.field == 1 && reader.type == FieldType::VARINT && !counted) {
       counted = true;
       count = reader.number;
-    } else if (reader.field < 2 || reader.field > 4 || reader.kind != Reader::LEN ||
-               !once(spans[reader.field - 2], reader.span)) {
+    } else if (reader.field < 2 || reader.field > 4 || reader.type != FieldType::LEN ||
+               !once(spans[reader.field - 2], reader)) {
       return false;
     }
   }
-  return reader.ok;
+  return !reader.broken();
 }
 
 bool is_empty_group(Span group) {
@@ -206,20 +161,20 @@ Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& model
   bool counted = false;
   Reader reader(data, size);
   while (reader.next()) {
-    if (reader.field == 1 && reader.kind == Reader::VARINT && !counted) {
+    if (reader.field == 1 && reader.type == FieldType::VARINT && !counted) {
       counted = true;
       if (reader.number > INT32_MAX) return found;
       found.rows = static_cast<int64_t>(reader.number);
-    } else if (reader.kind != Reader::LEN) {
+    } else if (reader.type != FieldType::LEN) {
       return found;
     } else if (reader.field == 2 || reader.field == 3) {
-      if (!once(reader.field == 2 ? floats : ids, reader.span)) return found;
-    } else if (reader.field < 4 || reader.field > 6 || !once(unused[reader.field - 4], reader.span) ||
-               !is_empty_group(reader.span)) {
+      if (!once(reader.field == 2 ? floats : ids, reader)) return found;
+    } else if (reader.field < 4 || reader.field > 6 || !once(unused[reader.field - 4], reader) ||
+               !is_empty_group(unused[reader.field - 4])) {
       return found;
     }
   }
-  if (!reader.ok) return found;
+  if (reader.broken()) return found;
   uint64_t columns = 0, features = 0;
   Span dense[3], sparse[3];
   if (!read_group(floats, columns, dense) || !read_group(ids, features, sparse)) return found;
@@ -238,19 +193,19 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, 
   bool counted = false;
   Reader reader(data, size);
   while (reader.next()) {
-    if (reader.field == 4 && reader.kind == Reader::VARINT && !counted) {
+    if (reader.field == 4 && reader.type == FieldType::VARINT && !counted) {
       counted = true;
       if (reader.number > INT32_MAX) return found;
       found.rows = static_cast<int64_t>(reader.number);
-    } else if (reader.kind != Reader::LEN) {
+    } else if (reader.type != FieldType::LEN) {
       return found;
     } else {
       Span* const places[] = {nullptr, &name, &version, &id, nullptr, &dense, &sparse};
       Span* const place = reader.field <= 6 ? places[reader.field] : nullptr;
-      if (!place || !once(*place, reader.span)) return found;
+      if (!place || !once(*place, reader)) return found;
     }
   }
-  if (!reader.ok) return found;
+  if (reader.broken()) return found;
   std::string_view model_name, model_version;
   if (!agreed(model_name, name, named.name) || !agreed(model_version, version, named.version)) return found;
   const ModelPtr model = models.find(model_name, model_version);
@@ -264,21 +219,21 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, 
   bool features_given = false, type_given = false;
   Reader inner(sparse.data, sparse.size);
   while (inner.next()) {
-    if (inner.field == 1 && inner.kind == Reader::VARINT && !features_given) {
+    if (inner.field == 1 && inner.type == FieldType::VARINT && !features_given) {
       features_given = true;
       features = inner.number;
-    } else if (inner.field == 3 && inner.kind == Reader::VARINT && !type_given && inner.number <= 1) {
+    } else if (inner.field == 3 && inner.type == FieldType::VARINT && !type_given && inner.number <= 1) {
       type_given = true;
       found.wide = inner.number == 1;
-    } else if (inner.kind != Reader::LEN || (inner.field != 4 && inner.field != 5) ||
-               !once(inner.field == 4 ? values : lengths, inner.span)) {
+    } else if (inner.type != FieldType::LEN || (inner.field != 4 && inner.field != 5) ||
+               !once(inner.field == 4 ? values : lengths, inner)) {
       return found;
     }
   }
   // Without num_features the portable decoder knows what is meant; it is no common form.
-  if (!inner.ok || !features_given || features != model->schema.rows.size()) return found;
+  if (inner.broken() || !features_given || features != model->schema.rows.size()) return found;
   if (right(found, dense, values, lengths, model->schema)) found.model = model;
   return found;
 }
 
-}  // namespace narsil
+}  // namespace narsil::native

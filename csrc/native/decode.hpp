@@ -3,7 +3,7 @@
 
 #include "native/model.hpp"
 
-namespace narsil {
+namespace narsil::native {
 
 // A scoring request's parts, as spans of its message. All numbers in it have been checked against its model's schema:
 // ids are inside their tables, lengths add up, dense values are finite. Spans may be unaligned.
@@ -27,4 +27,4 @@ struct Decoded {
 Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named);
 Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named);
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -1,26 +1,16 @@
 #include "native/encode.hpp"
 
-#include "native/call.hpp"
+#include "wire/grpc.hpp"
+#include "wire/protobuf.hpp"
 
-namespace narsil {
+namespace narsil::native {
 namespace {
 
-enum : uint32_t { VARINT = 0, LEN = 2 };
-
-size_t varint_size(uint64_t value) {
-  size_t size = 1;
-  while (value >>= 7) ++size;
-  return size;
-}
-
-void put_varint(std::string& out, uint64_t value) {
-  for (; value > 0x7F; value >>= 7) out.push_back(static_cast<char>(value | 0x80));
-  out.push_back(static_cast<char>(value));
-}
+using wire::FieldType;
 
 void put_tag(std::string& out, uint32_t field, uint64_t size) {
-  put_varint(out, field << 3 | LEN);
-  put_varint(out, size);
+  wire::put_key(out, field, FieldType::LEN);
+  wire::put_varint(out, size);
 }
 
 void put_text(std::string& out, uint32_t field, const std::string& text) {
@@ -30,12 +20,12 @@ void put_text(std::string& out, uint32_t field, const std::string& text) {
 
 void put_uint(std::string& out, uint32_t field, uint64_t value) {
   if (!value) return;
-  put_varint(out, field << 3 | VARINT);
-  put_varint(out, value);
+  wire::put_key(out, field, FieldType::VARINT);
+  wire::put_varint(out, value);
 }
 
 // Bytes of a length-delimited field whose number is below 16.
-size_t field_size(size_t size) { return 1 + varint_size(size) + size; }
+size_t field_size(size_t size) { return 1 + wire::varint_size(size) + size; }
 
 void put_floats(std::string& out, const TaskScores& scores) {
   out.append(reinterpret_cast<const char*>(scores.values), 4 * scores.count);
@@ -43,8 +33,8 @@ void put_floats(std::string& out, const TaskScores& scores) {
 
 std::string framed(size_t size) {
   std::string out;
-  out.reserve(5 + size);
-  put_frame_prefix(out, size);
+  out.reserve(wire::PREFIX_SIZE + size);
+  wire::put_prefix(out, size);
   return out;
 }
 
@@ -96,4 +86,4 @@ std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& mo
   return out;
 }
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -6,7 +6,7 @@
 
 #include "native/model.hpp"
 
-namespace narsil {
+namespace narsil::native {
 
 struct TaskScores {
   std::string task;
@@ -26,4 +26,4 @@ std::string encode_predictor(const std::vector<TaskScores>& scores);
 std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id,
                           const Provenance& provenance);
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace narsil {
+namespace narsil::native {
 
 // What a request is held against. T features, D dense columns.
 struct Schema {
@@ -60,4 +60,4 @@ class ModelSet {
   size_t fallback_ = 0;
 };
 
-}  // namespace narsil
+}  // namespace narsil::native

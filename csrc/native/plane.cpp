@@ -1,85 +1,47 @@
 #include "native/plane.hpp"
 
 #include <fcntl.h>
-#include <netdb.h>
+#include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cmath>
-#include <cstring>
-#include <system_error>
 
-namespace narsil {
+#include "native/sockets.hpp"
+#include "wire/clock.hpp"
+
+namespace narsil::native {
 namespace {
 
-constexpr uint64_t WAKE = 0, LISTENERS = 1 << 10;  // ids below this are of listeners, by number from 1
+constexpr uint64_t LISTENER = Poller::WAKE + 1, FIRST_CONNECTION = LISTENER + 1;  // what events come with
 constexpr size_t READ_BLOCK = 256u << 10;
 constexpr size_t READ_TURN = 1u << 20;  // bytes of one connection before the others have their turn
 constexpr size_t WRITE_BLOCK = 64u << 10;
 constexpr double TEND_S = 0.25;  // between two looks at the connections' timeouts
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
-
-// A socket that listens there; -1 and errno where it cannot.
-int listening(const addrinfo& where, int port, bool reuse_port) {
-  const int fd = socket(where.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-  if (fd < 0) return -1;
-  sockaddr_storage address{};
-  std::memcpy(&address, where.ai_addr, where.ai_addrlen);
-  auto& place = where.ai_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(address).sin6_port
-                                            : reinterpret_cast<sockaddr_in&>(address).sin_port;
-  place = htons(static_cast<uint16_t>(port));
-  const int on = 1;
-  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-  if (reuse_port) setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
-  if (!bind(fd, reinterpret_cast<sockaddr*>(&address), where.ai_addrlen) && !listen(fd, 1024)) return fd;
-  const int problem = errno;
-  close(fd);
-  errno = problem;
-  return -1;
-}
-
-int port_of(int fd) {
-  sockaddr_storage bound{};
-  socklen_t size = sizeof bound;
-  getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &size);
-  return ntohs(bound.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(bound).sin6_port
-                                           : reinterpret_cast<sockaddr_in&>(bound).sin_port);
-}
+// A descriptor that is kept for when there are no more; none where there are none even now.
+wire::Descriptor spare() { return wire::Descriptor(open("/dev/null", O_RDONLY | O_CLOEXEC)); }
 
 // Outside the mutex: what has been taken belongs to whoever took it.
 void decode(Arrivals& arrivals) {
   for (Arrival& arrival : arrivals.calls) {
     const uint8_t* const data = arrival.message->data();
     const size_t size = arrival.message->size();
-    const ModelName& named = arrival.call->model;
-    const Kind kind = arrival.call->method->kind;
-    if (kind == Kind::predictor) arrival.decoded = decode_predictor(data, size, *arrivals.models, named);
-    if (kind == Kind::narsil) arrival.decoded = decode_narsil(data, size, *arrivals.models, named);
+    const ModelName& named = arrival.rpc->model;
+    const Kind kind = arrival.rpc->method->kind;
+    if (kind == Kind::PREDICTOR) arrival.decoded = decode_predictor(data, size, *arrivals.models, named);
+    if (kind == Kind::NARSIL) arrival.decoded = decode_narsil(data, size, *arrivals.models, named);
   }
 }
 
 }  // namespace
 
-double monotonic_seconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
 struct Plane::Connection {
-  Connection(uint64_t id, int fd, Shared& shared)
+  Connection(uint64_t id, wire::Descriptor socket, Shared& shared)
       : id(id),
-        fd(fd),
+        socket(std::move(socket)),
         session(shared),
         born(shared.now),
         read_at(shared.now),
@@ -87,10 +49,9 @@ struct Plane::Connection {
         used_at(shared.now) {
     session.owner = this;
   }
-  ~Connection() { close(fd); }
 
   const uint64_t id;
-  const int fd;
+  const wire::Descriptor socket;
   Session session;
   std::string out;
   size_t sent = 0;
@@ -100,121 +61,37 @@ struct Plane::Connection {
   bool unread = false, doomed = false;
 };
 
-Plane::Plane(Config config) : next_id_(LISTENERS), scratch_(READ_BLOCK) {
+Plane::Plane(Config config) : next_id_(FIRST_CONNECTION), scratch_(READ_BLOCK) {
   shared_.config = std::move(config);
-  shared_.now = monotonic_seconds();
-  epoll_ = epoll_create1(EPOLL_CLOEXEC);
-  if (epoll_ < 0) fail("epoll_create1");
-  event_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
-  spare_ = open("/dev/null", O_RDONLY | O_CLOEXEC);
-  epoll_event event{};
-  event.events = EPOLLIN;
-  event.data.u64 = WAKE;
-  if (event_ < 0 || epoll_ctl(epoll_, EPOLL_CTL_ADD, event_, &event)) {
-    const int problem = errno;
-    close(epoll_);
-    if (event_ >= 0) close(event_);
-    errno = problem;
-    fail("eventfd");
-  }
+  shared_.now = wire::monotonic_seconds();
+  spare_ = spare();
 }
 
-Plane::~Plane() {
-  stop(0);
-  close(epoll_);
-  close(event_);
-  if (spare_ >= 0) close(spare_);
-}
+Plane::~Plane() { stop(0); }
 
 int Plane::listen_tcp(const std::string& host, int port, bool reuse_port) {
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-  addrinfo* found = nullptr;
-  const int problem = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
-  if (problem) throw std::system_error(EADDRNOTAVAIL, std::generic_category(), gai_strerror(problem));
-  const std::unique_ptr<addrinfo, void (*)(addrinfo*)> guard(found, freeaddrinfo);
-  // Every address that the name has here, on one port: localhost is of two families, and one may be switched off.
-  std::vector<int> sockets;
-  std::vector<std::string> seen;
-  int error = EADDRNOTAVAIL;
-  for (const addrinfo* at = found; at; at = at->ai_next) {
-    if (at->ai_family != AF_INET && at->ai_family != AF_INET6) continue;
-    std::string address(reinterpret_cast<const char*>(at->ai_addr), at->ai_addrlen);
-    if (std::find(seen.begin(), seen.end(), address) != seen.end()) continue;
-    seen.push_back(std::move(address));
-    const int fd = listening(*at, port, reuse_port);
-    if (fd >= 0) {
-      sockets.push_back(fd);
-      if (!port) port = port_of(fd);
-      continue;
-    }
-    error = errno;
-    if (error == EAFNOSUPPORT || error == EADDRNOTAVAIL) continue;
-    std::for_each(sockets.begin(), sockets.end(), close);
-    throw std::system_error(error, std::generic_category());
-  }
-  if (sockets.empty()) throw std::system_error(error, std::generic_category());
-  for (const int fd : sockets) add_listener(fd);
+  add_listeners(native::listen_tcp(host, port, reuse_port));
   return port;
 }
 
 void Plane::listen_unix(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.empty() || path.size() >= sizeof address.sun_path) {
-    errno = ENAMETOOLONG;
-    fail("unix socket path");
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  const auto* const where = reinterpret_cast<const sockaddr*>(&address);
-  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-  if (fd < 0) fail("socket");
-  // A socket file on which nobody listens is left over from a server that was killed.
-  if (connect(fd, where, sizeof address) == 0 || errno == EAGAIN) {
-    close(fd);
-    errno = EADDRINUSE;
-    fail("bind");
-  }
-  // Any other kind of file refuses connections likewise, and is not to be touched.
-  struct stat found;
-  const bool stale = errno == ECONNREFUSED && !lstat(path.c_str(), &found) && S_ISSOCK(found.st_mode);
-  close(fd);
-  const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-  if (listener < 0) fail("socket");
-  if (stale) unlink(path.c_str());
-  if (bind(listener, where, sizeof address) || listen(listener, 1024)) {
-    const int problem = errno;
-    close(listener);
-    errno = problem;
-    fail("bind");
+  std::vector<wire::Descriptor> one;
+  one.push_back(native::listen_unix(path));
+  try {
+    add_listeners(std::move(one));
+  } catch (...) {
+    unlink(path.c_str());
+    throw;
   }
   unix_path_ = path;
-  add_listener(listener);
 }
 
-void Plane::add_listener(int fd) {
+// All of them or, where that throws, none: a listener that is closed is watched no longer.
+void Plane::add_listeners(std::vector<wire::Descriptor> added) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  listeners_.push_back(fd);
-  epoll_event event{};
-  event.events = EPOLLIN | EPOLLEXCLUSIVE;
-  event.data.u64 = listeners_.size();
-  if (epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event)) fail("epoll_ctl");
-}
-
-int Plane::wait(double timeout, epoll_event* events, int most) {
-#ifdef SYS_epoll_pwait2
-  // Microseconds matter to a batch timeout; older kernels know milliseconds only.
-  static std::atomic<bool> fine{true};
-  if (fine && std::isfinite(timeout) && timeout > 0) {
-    const double whole = std::floor(timeout);
-    timespec time{static_cast<time_t>(whole), static_cast<long>((timeout - whole) * 1e9)};
-    const long count = syscall(SYS_epoll_pwait2, epoll_, events, most, &time, nullptr, size_t{0});
-    if (count >= 0 || errno != ENOSYS) return static_cast<int>(count);
-    fine = false;
-  }
-#endif
-  return epoll_wait(epoll_, events, most, std::isfinite(timeout) ? static_cast<int>(std::ceil(timeout * 1e3)) : -1);
+  for (const wire::Descriptor& listener : added)
+    if (!poller_.add(listener, EPOLLIN | EPOLLEXCLUSIVE, LISTENER)) wire::fail("epoll_ctl");
+  for (wire::Descriptor& listener : added) listeners_.push_back(std::move(listener));
 }
 
 Arrivals Plane::poll(double timeout) {
@@ -224,7 +101,7 @@ Arrivals Plane::poll(double timeout) {
   bool woken = false;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    shared_.now = monotonic_seconds();
+    shared_.now = wire::monotonic_seconds();
     const double until = shared_.now + timeout;
     for (bool looked = false; !stopped_; looked = true) {
       send_posted();
@@ -236,17 +113,17 @@ Arrivals Plane::poll(double timeout) {
       if (left > 0) {
         ++waiting_;
         lock.unlock();
-        count = wait(left, events, MOST);
+        count = poller_.wait(left, events, MOST);
         lock.lock();
         --waiting_;
       } else {
-        count = epoll_wait(epoll_, events, MOST, 0);
+        count = poller_.wait(0, events, MOST);
       }
-      shared_.now = polled_ = monotonic_seconds();
+      shared_.now = polled_ = wire::monotonic_seconds();
       handle(events, count, woken);
     }
     arrivals = take();
-    if (!unread_.empty() && waiting_) signal();
+    if (!unread_.empty() && waiting_) poller_.wake();
   }
   decode(arrivals);
   return arrivals;
@@ -257,14 +134,14 @@ bool Plane::arrived() const { return !shared_.ready.empty() || !shared_.gone.emp
 Arrivals Plane::take() {
   Arrivals arrivals;
   arrivals.gone.swap(shared_.gone);
-  for (CallPtr& call : shared_.ready) {
-    if (call->cancelled) continue;                                       // and nothing of it is counted any more
-    const size_t size = std::min(call->charged, call->request->size());  // a stream's other messages stay counted
+  for (RpcPtr& rpc : shared_.ready) {
+    if (rpc->cancelled) continue;                                      // and nothing of it is counted any more
+    const size_t size = std::min(rpc->charged, rpc->request->size());  // a stream's other messages stay counted
     shared_.buffered -= size;
-    call->charged -= size;
-    call->taken = true;
-    std::shared_ptr<Buffer> message = std::move(call->request);
-    arrivals.calls.push_back({std::move(call), std::move(message), {}});
+    rpc->charged -= size;
+    rpc->custody = Custody::TAKEN;
+    std::shared_ptr<Buffer> message = std::move(rpc->request);
+    arrivals.calls.push_back({std::move(rpc), std::move(message), {}});
   }
   shared_.ready.clear();
   if (!arrivals.calls.empty()) arrivals.models = models_;
@@ -277,24 +154,14 @@ std::shared_ptr<const ModelSet> Plane::serve(std::shared_ptr<const ModelSet> mod
   return models;
 }
 
-void Plane::wake() { signal(); }
-
-void Plane::signal() {
-  const uint64_t one = 1;
-  // Full means that it is readable already.
-  [[maybe_unused]] const ssize_t written = ::write(event_, &one, sizeof one);
-}
-
 void Plane::handle(const epoll_event* events, int count, bool& woken) {
   for (int i = 0; i < count; ++i) {
     const uint64_t id = events[i].data.u64;
-    if (id == WAKE) {
-      uint64_t value;
-      // Another thread may have been quicker: the wake was meant for one.
-      if (::read(event_, &value, sizeof value) > 0) woken = true;
+    if (id == Poller::WAKE) {
+      if (poller_.woken()) woken = true;
       continue;
     }
-    if (id < LISTENERS) {
+    if (id == LISTENER) {
       accept_all();
       continue;
     }
@@ -317,26 +184,26 @@ void Plane::handle(const epoll_event* events, int count, bool& woken) {
 }
 
 void Plane::accept_all() {
-  for (const int listener : listeners_) {
+  for (const wire::Descriptor& listener : listeners_) {
     for (;;) {
-      const int fd = accept4(listener, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
-      if (fd >= 0) {
+      wire::Descriptor accepted(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+      if (accepted) {
         if (connections_.size() < shared_.config.max_connections) {
-          add_connection(fd);
+          add_connection(std::move(accepted));
         } else {
-          close(fd);
           ++shared_.statistics.connections_refused;
         }
         continue;
       }
-      if ((errno == EMFILE || errno == ENFILE) && spare_ >= 0) {
+      if ((errno == EMFILE || errno == ENFILE) && spare_) {
         // Out of descriptors: one that is kept for this lets the connection be taken and closed, where leaving it
         // would have the listener wake every poll.
-        close(spare_);
-        const int refused = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-        if (refused >= 0) close(refused);
-        spare_ = open("/dev/null", O_RDONLY | O_CLOEXEC);
-        if (refused < 0) break;  // there was none
+        spare_.close();
+        wire::Descriptor refused(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+        const bool there = static_cast<bool>(refused);
+        refused.close();
+        spare_ = spare();
+        if (!there) break;
         ++shared_.statistics.connections_refused;
         continue;
       }
@@ -346,21 +213,17 @@ void Plane::accept_all() {
   }
 }
 
-void Plane::add_connection(int fd) {
+void Plane::add_connection(wire::Descriptor socket) {
   const int on = 1;
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);  // of no meaning, and no harm, on a Unix socket
+  setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);  // of no meaning, and no harm, on a Unix socket
   const uint64_t id = next_id_++;
   std::unique_ptr<Connection> connection;
   try {
-    connection = std::make_unique<Connection>(id, fd, shared_);
+    connection = std::make_unique<Connection>(id, std::move(socket), shared_);
   } catch (const std::bad_alloc&) {
-    close(fd);
     return;
   }
-  epoll_event event{};
-  event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
-  event.data.u64 = id;
-  if (epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event)) return;  // closes it
+  if (!poller_.add(connection->socket, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, id)) return;
   ++shared_.statistics.connections;
   Connection& added = *connections_.emplace(id, std::move(connection)).first->second;
   if (!write(added)) doom(added);  // the settings frame
@@ -374,7 +237,7 @@ void Plane::read_later(Connection& connection) {
 
 void Plane::read(Connection& connection) {
   for (size_t taken = 0;;) {
-    const ssize_t size = recv(connection.fd, scratch_.data(), scratch_.size(), 0);
+    const ssize_t size = recv(connection.socket.get(), scratch_.data(), scratch_.size(), 0);
     if (size < 0 && errno == EINTR) continue;
     if (size < 0 && errno == EAGAIN) break;
     if (size <= 0) {
@@ -409,7 +272,7 @@ bool Plane::write(Connection& connection) {
       if (connection.out.empty()) return !connection.session.done();
       connection.written_at = shared_.now;
     }
-    const ssize_t size = send(connection.fd, connection.out.data() + connection.sent,
+    const ssize_t size = send(connection.socket.get(), connection.out.data() + connection.sent,
                               connection.out.size() - connection.sent, MSG_NOSIGNAL);
     if (size < 0) {
       if (errno == EINTR) continue;
@@ -435,32 +298,32 @@ void Plane::bury() {
   doomed_.clear();
 }
 
-void Plane::post(CallPtr call) {
+void Plane::post(RpcPtr rpc) {
   const std::lock_guard<std::mutex> lock(outbox_mutex_);
-  outbox_.push_back(std::move(call));
+  outbox_.push_back(std::move(rpc));
 }
 
 void Plane::flush() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  shared_.now = monotonic_seconds();
+  shared_.now = wire::monotonic_seconds();
   send_posted();
   bury();
   // A stream's next message may be ready now.
-  if (arrived() && waiting_) signal();
+  if (arrived() && waiting_) poller_.wake();
 }
 
 void Plane::send_posted() {
-  std::vector<CallPtr> posted;
+  std::vector<RpcPtr> posted;
   {
     const std::lock_guard<std::mutex> lock(outbox_mutex_);
     posted.swap(outbox_);
   }
   if (posted.empty()) return;
   std::vector<Connection*> dirty;
-  for (const CallPtr& call : posted) {
-    if (!call->session) continue;
-    call->session->answer(call);
-    auto* const connection = static_cast<Connection*>(call->session->owner);
+  for (const RpcPtr& rpc : posted) {
+    if (!rpc->session) continue;
+    rpc->session->answer(rpc);
+    auto* const connection = static_cast<Connection*>(rpc->session->owner);
     if (!connection->dirty) dirty.push_back(connection);
     connection->dirty = true;
   }
@@ -473,7 +336,7 @@ void Plane::tend() {
   const Config& config = shared_.config;
   const double now = shared_.now;
   tended_ = now;
-  if (spare_ < 0) spare_ = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  if (!spare_) spare_ = spare();
   for (const auto& entry : connections_) {
     Connection& connection = *entry.second;
     if (connection.doomed) continue;
@@ -511,17 +374,17 @@ Arrivals Plane::attend() {
     while (!stopped_ && arrivals.calls.empty() && arrivals.gone.empty()) {
       attendant_.wait_for(lock, pause);
       if (stopped_) break;
-      shared_.now = monotonic_seconds();
+      shared_.now = wire::monotonic_seconds();
       if (shared_.now - tended_ >= TEND_S) tend();
       // What has arrived already is taken in any case: while the plane stops, it is polled and nobody takes.
       if (!arrived() && (waiting_ || shared_.now - polled_ < shared_.config.helper_s)) continue;
       epoll_event events[64];
       bool woken = false;
-      const int count = epoll_wait(epoll_, events, 64, 0);
+      const int count = poller_.wait(0, events, 64);
       ++shared_.statistics.helper_polls;
       send_posted();
       handle(events, count, woken);
-      if (woken) signal();  // it was meant for a lane
+      if (woken) poller_.wake();  // it was meant for a lane
       arrivals = take();
     }
   }
@@ -531,7 +394,7 @@ Arrivals Plane::attend() {
 
 void Plane::retire() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  shared_.now = monotonic_seconds();
+  shared_.now = wire::monotonic_seconds();
   shared_.serving = false;
   for (const auto& entry : connections_) {
     Connection& connection = *entry.second;
@@ -551,11 +414,10 @@ void Plane::stop(double grace) {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     if (stopped_) return;
-    shared_.now = monotonic_seconds();
+    shared_.now = wire::monotonic_seconds();
     // The file goes before its listener: the other way round it might be one that a successor has just made.
     if (!unix_path_.empty()) unlink(unix_path_.c_str());
     unix_path_.clear();
-    for (const int listener : listeners_) close(listener);
     listeners_.clear();
     shared_.serving = false;
     for (const auto& entry : connections_) entry.second->session.tell_watchers();  // they have nothing to wait for
@@ -579,9 +441,9 @@ void Plane::stop(double grace) {
       bool woken = false;
       const double left = std::min(0.02, until - shared_.now);
       lock.unlock();
-      const int count = wait(left, events, 64);
+      const int count = poller_.wait(left, events, 64);
       lock.lock();
-      shared_.now = polled_ = monotonic_seconds();
+      shared_.now = polled_ = wire::monotonic_seconds();
       send_posted();
       handle(events, count, woken);
     }
@@ -590,7 +452,7 @@ void Plane::stop(double grace) {
     connections_.clear();
     attendant_.notify_all();
   }
-  signal();  // whoever waits finds that it is over
+  poller_.wake();  // whoever waits finds that it is over
 }
 
 Statistics Plane::statistics() {
@@ -601,4 +463,4 @@ Statistics Plane::statistics() {
   return found;
 }
 
-}  // namespace narsil
+}  // namespace narsil::native

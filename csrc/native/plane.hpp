@@ -11,17 +11,14 @@
 #include <mutex>
 
 #include "native/decode.hpp"
+#include "native/poller.hpp"
 #include "native/session.hpp"
 
-struct epoll_event;
-
-namespace narsil {
-
-double monotonic_seconds();
+namespace narsil::native {
 
 // A whole request, for whoever answers it.
 struct Arrival {
-  CallPtr call;
+  RpcPtr rpc;
   std::shared_ptr<Buffer> message;
   Decoded decoded;  // of a scoring call; its spans point into the message
 };
@@ -58,10 +55,10 @@ class Plane {
   Arrivals attend();
 
   // Makes one running `poll`, or the next, return soon.
-  void wake();
+  void wake() { poller_.wake(); }
 
   // Leaves a call's answer for the next flush. Each call handed out is posted once; any thread.
-  void post(CallPtr call);
+  void post(RpcPtr rpc);
 
   // Sends what has been posted.
   void flush();
@@ -80,9 +77,9 @@ class Plane {
  private:
   struct Connection;
 
-  void add_listener(int fd);
+  void add_listeners(std::vector<wire::Descriptor> added);
   void accept_all();
-  void add_connection(int fd);
+  void add_connection(wire::Descriptor socket);
   void read_later(Connection& connection);
   void read(Connection& connection);
   bool write(Connection& connection);
@@ -90,22 +87,21 @@ class Plane {
   void bury();
   void send_posted();
   void tend();
-  void signal();
   bool arrived() const;
   Arrivals take();
-  int wait(double timeout, epoll_event* events, int most);
   void handle(const epoll_event* events, int count, bool& woken);
 
+  Poller poller_;
   Shared shared_;
   std::shared_ptr<const ModelSet> models_ = std::make_shared<const ModelSet>();  // never null
   std::mutex mutex_;
   std::unordered_map<uint64_t, std::unique_ptr<Connection>> connections_;
   std::vector<uint64_t> unread_;  // connections whose socket may still hold bytes
   std::vector<uint64_t> doomed_;
-  std::vector<int> listeners_;
+  std::vector<wire::Descriptor> listeners_;
   std::string unix_path_;
   uint64_t next_id_;
-  int epoll_ = -1, event_ = -1, spare_ = -1;
+  wire::Descriptor spare_;
   int waiting_ = 0;    // threads inside the kernel's wait
   double polled_ = 0;  // when a thread last looked at the network
   double tended_ = 0;
@@ -113,9 +109,9 @@ class Plane {
   std::vector<uint8_t> scratch_;
 
   std::mutex outbox_mutex_;
-  std::vector<CallPtr> outbox_;
+  std::vector<RpcPtr> outbox_;
 
   std::condition_variable attendant_;
 };
 
-}  // namespace narsil
+}  // namespace narsil::native

@@ -1,52 +1,12 @@
 // One HTTP/2 connection's protocol, without its socket: bytes in, calls out; answers in, bytes out.
 #pragma once
 
-#include <nghttp2/nghttp2.h>
-
 #include <unordered_map>
 
-#include "native/call.hpp"
+#include "native/shared.hpp"
+#include "wire/http2.hpp"
 
-namespace narsil {
-
-struct Config {
-  std::unordered_map<std::string, Method> methods;
-  size_t max_message = 16u << 20;    // bytes of one message
-  size_t max_buffered = 512u << 20;  // bytes of messages that are still arriving or that no lane has taken, and of
-                                     // answers that clients do not let through
-  size_t max_streams = 1024;         // calls in flight on one connection
-  size_t max_connections = 8192;
-  size_t max_watchers = 256;            // calls that watch the server's health
-  size_t max_header_bytes = 16u << 10;  // names, values and 32 a field, as HTTP/2 counts them
-  size_t max_resets = 1000;             // streams a client may have reset in one burst; a fifth of it more each second
-  // Seconds.
-  double handshake_s = 10;  // from the connection to its first whole frame
-  double stall_s = 60;      // without a byte moving: a request half sent, or an answer half read
-  double idle_s = 3600;     // without a call
-  double keepalive_s = 60;  // without a byte: the peer is asked whether it is there
-  double keepalive_timeout_s = 20;
-  double helper_s = 0.005;  // how long the network may wait while nobody polls
-};
-
-struct Statistics {
-  uint64_t connections = 0, connections_refused = 0, connections_timed_out = 0, calls = 0, answered = 0, refused = 0,
-           cancelled = 0, reset_floods = 0, messages = 0, bytes_in = 0, bytes_out = 0, helper_polls = 0;
-  uint64_t open_connections = 0, open_calls = 0;  // now, rather than since the start; see Plane::statistics
-};
-
-// What the sessions of one plane share. All of it belongs to the plane's mutex.
-struct Shared {
-  Config config;
-  Statistics statistics;
-  double now = 0;
-  size_t buffered = 0;
-  uint64_t last_id = 0;
-  size_t watchers = 0;         // of health
-  std::vector<CallPtr> ready;  // whole messages that nobody has taken yet
-  std::vector<uint64_t> gone;  // calls whose clients went away after they had been taken
-  bool serving = true;         // what health checks are told
-  std::string refusal;         // not empty: scoring calls are refused with it
-};
+namespace narsil::native {
 
 class Session {
  public:
@@ -63,7 +23,7 @@ class Session {
   bool pull(std::string& out, size_t most);
 
   // Sends what the call's answer holds, and ends the call if it is the last.
-  void answer(const CallPtr& call);
+  void answer(const RpcPtr& rpc);
 
   // Tells health watchers of a change.
   void tell_watchers();
@@ -74,7 +34,9 @@ class Session {
   void ping();
   void go_away(bool last_word);
 
-  bool done() const { return !nghttp2_session_want_read(session_) && !nghttp2_session_want_write(session_); }
+  bool done() const {
+    return !nghttp2_session_want_read(session_.get()) && !nghttp2_session_want_write(session_.get());
+  }
   bool established() const { return established_; }
   size_t calls() const { return calls_.size(); }
 
@@ -83,32 +45,34 @@ class Session {
  private:
   struct Callbacks;
 
-  Call* find(int32_t stream);
+  Rpc* find(int32_t stream);
   void begin(int32_t stream);
-  int header(Call& call, const uint8_t* name, size_t name_size, const uint8_t* value, size_t value_size);
-  void headers_done(Call& call);
-  void take(Call& call, const uint8_t* data, size_t size);
-  bool prefix_done(Call& call);
-  void message_done(Call& call);
-  bool over_budget(Call& call);
-  void half_closed(Call& call);
-  void enqueue(const CallPtr& call);
-  void refuse(Call& call, int status, const std::string& message);
-  void refuse_http(Call& call, const char* status);
-  void release(Call& call);
-  void answer_health(Call& call, const uint8_t* message, size_t size);
-  void respond(Call& call);
-  void submit_trailers(Call& call);
+  int header(Rpc& rpc, std::string_view name, std::string_view value);
+  void headers_done(Rpc& rpc);
+  void take(Rpc& rpc, const uint8_t* data, size_t size);
+  bool prefix_done(Rpc& rpc);
+  void message_done(Rpc& rpc);
+  bool over_budget(Rpc& rpc);
+  void half_closed(Rpc& rpc);
+  void enqueue(const RpcPtr& rpc);
+  void refuse(Rpc& rpc, int status, const std::string& message);
+  void refuse_http(Rpc& rpc, const char* status);
+  void release(Rpc& rpc);
+  void answer_health(Rpc& rpc, const uint8_t* message, size_t size);
+  void respond(Rpc& rpc, Reply reply);
+  static ssize_t read_answer(nghttp2_session*, int32_t stream, uint8_t* to, size_t room, uint32_t* flags,
+                             nghttp2_data_source* source, void* user);
+  void submit_trailers(Rpc& rpc);
   void closed(int32_t stream);
   bool reset_allowed();
   bool continuation_allowed(const nghttp2_frame_hd& frame);
 
   Shared& shared_;
-  nghttp2_session* session_ = nullptr;
-  std::unordered_map<int32_t, CallPtr> calls_;
+  wire::SessionPtr session_;
+  std::unordered_map<int32_t, RpcPtr> calls_;
   double resets_ = 0, resets_at_ = 0;
   int continuations_ = 0;
   bool established_ = false, flooded_ = false;
 };
 
-}  // namespace narsil
+}  // namespace narsil::native
