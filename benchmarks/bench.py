@@ -40,14 +40,14 @@ class Step:
 
 
 STEPS = (
-    Step("demo", "demo.py", ("--out", "{out}", "--requests", "2000", "--rounds", "5")),
+    Step("demo", "demo.py", ("--out", "{out}", "--requests", "3000", "--rounds", "5")),
     Step("profile", "profile_forward.py", ("--out", "{out}")),
     Step(
         "module_as_saved",
         "torchrec_dlrm_compare.py",
         (
             *("--narsil-torch-model", "models/demo", "--narsil-no-tune-kernels"),
-            *("--requests", "2000", "--json", "{out}/module_as_saved.json"),
+            *("--requests", "3000", "--json", "{out}/module_as_saved.json"),
         ),
     ),
     Step("transport", "transport.py", ("--json", "{out}/transport.json")),

@@ -48,7 +48,7 @@ PEAK_OF = {"fp32": "fp32", "bf16": "bf16", "int16": "bf16", "int8": "int8"}
 def main() -> int:
     arguments = _parse()
     console = Console(width=max(Console().width, 110))
-    about = machine()
+    about = machine(peak=True)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     source = package_demo(arguments.model, "cpu", console)
@@ -64,7 +64,6 @@ def main() -> int:
         return LEFT_OUT
     with console.status("measuring"):
         profile = {"machine": about, **measure(source, compiled, fused, arguments.rows, arguments.rounds)}
-    about["peak_gflop_per_s"] = profile["matrix_product"]["gflop_per_s"]
     write_report(profile, arguments.out / "profile.json")
     picture = draw_profile(profile, arguments.out / "profile.png")
     _print(profile, console)

@@ -94,7 +94,7 @@ def test_the_machine_is_told_in_full():
     }  # fmt: skip
     told = in_words(about)
     assert told.startswith(
-        "2 cores of AMD EPYC (Zen 4 (Genoa); AuthenticAMD family 25 model 17; avx2 avx512f avx512_vnni; virtual), 23.5"
+        "2 cores of AMD EPYC (Zen 4 Genoa; AuthenticAMD family 25 model 17; avx2 avx512f avx512_vnni; virtual), 23.5"
     )
     assert told.endswith("One core multiplies large matrices at 108 GFLOP/s in fp32, 1,432 GFLOP/s in int8")
     older = {key: about[key] for key in ("cpu", "memory_gib", "system", "python", "versions")} | {"cores": 1}

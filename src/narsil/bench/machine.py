@@ -236,7 +236,7 @@ def _numbers(about: Mapping[str, Any]) -> str:
     code, known = about.get("code_name"), about.get("microarchitecture")
     family = f"{about.get('vendor')} family {about.get('family')} model {about.get('model')}"
     parts = [
-        f"{known} ({code})" if known and code else known,
+        f"{known} {code}" if known and code else known,
         family if about.get("family") is not None else "",
         " ".join(flag for flag in DECISIVE if flag in about.get("instructions", ())),
         "virtual" if about.get("virtual") else "",
