@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,6 +233,25 @@ def test_deviation_is_the_largest_difference_of_any_score():
     outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2]), 1: np.float32([0.5, 0.9])})
     assert deviation(outcome, [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]) == pytest.approx(0.4)
     assert deviation(outcome, []) is None
+
+
+@pytest.mark.parametrize("protocol", ["predictor", "narsil"])
+def test_the_scores_of_every_task_are_compared(client, protocol):
+    schema = replace(SCHEMA, tasks=("click", "buy"))
+    workload = Workload(schema, rows=5, bodies=8)
+    expected = reference_scores(FakeBackend(schema), workload, 8)
+    expected[3][5 + 2] += 0.5  # the third row of the second task
+    with engine_with(schema=schema) as engine, grpc_server(engine) as address:
+        found = measure(
+            "fake", Load(address, workload, protocol, requests=8, warmup=0, keep=8, client=client), expected=expected
+        )
+    assert found.errors == {}
+    assert found.max_abs_deviation == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_task_that_is_missing_in_a_reply_deviates_beyond_all_bounds():
+    outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2])})
+    assert deviation(outcome, [np.float32([0.1, 0.2, 0.3, 0.4])]) == np.inf
 
 
 @pytest.mark.parametrize("number", [0, 1])

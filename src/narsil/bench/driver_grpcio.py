@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,7 +28,7 @@ class GrpcioDriver:
     def __init__(self, load: Load) -> None:
         self._load = load
         self._bodies = load.workload.serialized(load.protocol)
-        self._read = score_reader(load.protocol, load.workload.schema.tasks[0])
+        self._readers = [score_reader(load.protocol, task) for task in load.workload.schema.tasks]
         self._channels = ExitStack()
         with ExitStack() as opened:  # closed again if one cannot be
             self._calls = [self._open(opened) for _ in range(load.connections)]
@@ -44,14 +44,14 @@ class GrpcioDriver:
 
     def closed_loop(self, requests: int, concurrency: int, on_progress: OnProgress) -> Part:
         """See load.Driver."""
-        loop = _Loop(requests, self._bodies, self._load, self._read)
+        loop = _Loop(requests, self._bodies, self._load, self._readers)
         for call in itertools.islice(itertools.cycle(self._calls), min(concurrency, requests)):
             loop.send_next(call)
         return loop.wait(on_progress)
 
     def open_loop(self, due: NDArray[np.float64], on_progress: OnProgress) -> Part:
         """See load.Driver."""
-        loop = _Loop(len(due), self._bodies, self._load, self._read)
+        loop = _Loop(len(due), self._bodies, self._load, self._readers)
         loop.send_at(due.tolist(), itertools.cycle(self._calls))
         return loop.wait(on_progress)
 
@@ -64,9 +64,9 @@ class _Loop:
     """The requests of one loop under way, and what has become of them. Replies come on grpcio's own thread."""
 
     def __init__(
-        self, requests: int, bodies: list[bytes], load: Load, read: Callable[[bytes], NDArray[np.float32]]
+        self, requests: int, bodies: list[bytes], load: Load, readers: Sequence[Callable[[bytes], NDArray[np.float32]]]
     ) -> None:
-        self._bodies, self._load, self._read = bodies, load, read
+        self._bodies, self._load, self._readers = bodies, load, readers
         self._requests = self._left = requests
         self._numbers = iter(range(requests))
         self._latencies: list[float] = []
@@ -126,11 +126,11 @@ class _Loop:
     def _check(self, reply: bytes, body: int) -> str | None:
         """What is wrong with a reply; keeps it if it is asked for."""
         try:
-            scores = self._read(reply)
+            counts = {len(read(reply)) for read in self._readers}
         except Exception:  # whatever a hostile or broken server sends must not stall the loop
             return "unreadable reply"
-        if len(scores) != self._load.workload.rows:
-            return f"{len(scores)} scores for {self._load.workload.rows} rows"
+        if wrong := counts - {self._load.workload.rows}:
+            return f"{min(wrong)} scores for {self._load.workload.rows} rows"
         if body < self._load.keep:
             self._replies[body] = reply
         return None

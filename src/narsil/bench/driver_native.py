@@ -11,7 +11,10 @@ from narsil.bench.workload import method
 
 
 class NativeDriver:
-    """See load.Driver. Raises LoadError where no server answers."""
+    """See load.Driver. Raises LoadError where no server answers.
+
+    Of each reply it counts the first task's scores; those of all tasks are compared in the replies that are kept.
+    """
 
     def __init__(self, load: Load) -> None:
         self._keep = load.keep

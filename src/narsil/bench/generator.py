@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
+import numpy as np
+
 from narsil.bench.load import ClientChoice, ClientName, Driver, Load, LoadError, OnProgress, Outcome, due_times
 from narsil.bench.workload import score_reader
 from narsil.errors import NarsilError
@@ -118,8 +120,9 @@ def _warm_up_and_measure(pipe: Connection, load: Load, client: ClientName) -> Ou
         pipe.send(("measured", None))
     finally:
         driver.close()
-    read = score_reader(load.protocol, load.workload.schema.tasks[0])
-    scores = {body: read(reply) for body, reply in {**warm.replies, **part.replies}.items()}
+    readers = [score_reader(load.protocol, task) for task in load.workload.schema.tasks]
+    replies = {**warm.replies, **part.replies}
+    scores = {body: np.concatenate([read(reply) for read in readers]) for body, reply in replies.items()}
     return Outcome(part.latencies, part.errors, wall, cpu, scores, part.late_s, client)
 
 

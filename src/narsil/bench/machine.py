@@ -6,7 +6,6 @@ Reads /proc, the usable cores, the installed versions and the git checkout that 
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.bench.peak import matrix_product_peaks
-from narsil.cgroups import usable_cores
+from narsil.cgroups import memory_limit, usable_cores
 
 __all__ = ["Processor", "Sources", "folder_of", "in_words", "machine", "read_processor", "read_sources"]
 
@@ -180,7 +179,7 @@ def machine(*, peak: bool = False) -> dict[str, Any]:
         "virtual": processor.virtual,
         "instructions": list(processor_flags()),
         "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round((memory_limit() or 0) / 2**30, 1),
         "peak_gflop_per_s": matrix_product_peaks() if peak else {},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -98,21 +98,24 @@ def measure(
 
 
 def deviation(outcome: Outcome, expected: Sequence[NDArray[np.float32]]) -> float | None:
-    """Largest absolute difference between the scores that came back and the reference, infinite where one of them is no
-    number; None with nothing to compare."""
-    differences = [
-        float(np.nan_to_num(np.abs(scores - expected[body]), nan=np.inf).max())
-        for body, scores in outcome.scores.items()
-        if body < len(expected)
-    ]
-    return max(differences, default=None)
+    """Largest absolute difference between the scores of all tasks that came back and the reference, infinite where one
+    of them is no number or missing; None with nothing to compare."""
+
+    def difference(scores: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+        if scores.shape != wanted.shape:
+            return math.inf
+        return float(np.nan_to_num(np.abs(scores - wanted), nan=np.inf).max())
+
+    found = [difference(scores, expected[body]) for body, scores in outcome.scores.items() if body < len(expected)]
+    return max(found, default=None)
 
 
 def reference_scores(backend: Backend, workload: Workload, count: int) -> list[NDArray[np.float32]]:
-    """What a direct call of the model scores for the first ``count`` bodies, one request a forward."""
-    collator = Collator(backend.schema)
-    task = backend.schema.tasks[0]
-    return [np.array(backend.run(collator.collate([payload]))[task]) for payload in workload.payloads(count)]
+    """What a direct call of the model scores for the first ``count`` bodies, one request a forward: (tasks x B,) each,
+    task-major."""
+    collator, tasks = Collator(backend.schema), backend.schema.tasks
+    found = (backend.run(collator.collate([payload])) for payload in workload.payloads(count))
+    return [np.concatenate([scores[task] for task in tasks]) for scores in found]
 
 
 def summarize(runs: Sequence[Measurement]) -> Measurement:
