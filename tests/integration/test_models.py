@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -25,7 +26,7 @@ from narsil.backends.onnx import OnnxBackend  # noqa: E402
 from narsil.backends.registry import load_backend  # noqa: E402
 from narsil.cli import cli  # noqa: E402
 from narsil.dataflow import Batch, Floats  # noqa: E402
-from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable  # noqa: E402
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, NarsilError  # noqa: E402
 from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
 from narsil.packaging.dlrm import DlrmConfig, random_weights, table_key  # noqa: E402
 from narsil.packaging.modules import Dlrm, load_weights, predict_fp32  # noqa: E402
@@ -145,6 +146,15 @@ def test_lanes_over_the_same_weights_agree(small_artifact: Artifact, backend: st
 def test_the_schema_read_from_torchscript_is_the_manifests(small_artifact: Artifact) -> None:
     assert small_artifact.torchscript is not None
     assert derive_schema(small_artifact.torchscript) == (small_artifact.schema, "cpu")
+
+
+def test_a_bare_artifact_is_named_after_its_folder_as_far_as_that_is_a_name(
+    small_artifact: Artifact, tmp_path: Path
+) -> None:
+    assert small_artifact.torchscript is not None
+    (tmp_path / "my modèl (1)").mkdir()
+    shutil.copy(small_artifact.torchscript, tmp_path / "my modèl (1)" / "model_default.pt")
+    assert open_artifact(tmp_path / "my modèl (1)").name == "my_mod_l__1_"
 
 
 def test_torchscript_alone_is_an_artifact(small_artifact: Artifact, tmp_path: Path) -> None:
@@ -397,6 +407,41 @@ def test_packaging_again_replaces_the_earlier_artifact_whole(tmp_path: Path) -> 
     assert artifact.schema == second.schema
     assert {entry.name for entry in out.iterdir()} == {MANIFEST, "model_default.pt"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--name", "a b"], "name must be made of 1 to 256 letters, digits and _.-/:, not 'a b'"),
+        (["--name", ""], "name must be made of"),
+        (["--version", "v\n1"], r"version must be made of .*, not 'v\\n1'"),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N, not 'tpu'"),
+        (["--out", "file"], "file is a file; give the folder"),
+        (["--out", "file/model"], "file/model cannot be written: Not a directory"),
+        (["--out", "others"], r"others holds thesis\.tex, which is no part of an earlier artifact"),
+    ],
+)
+def test_what_is_bound_to_fail_is_refused_before_the_work_and_leaves_the_earlier_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package_dlrm(small(), random_weights(small()), Path("model"), onnx=False, name="good")
+    Path("file").write_text("x")
+    Path("others").mkdir()
+    Path("others/thesis.tex").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("narsil.cli.package.random_weights", lambda _: pytest.fail("the work has begun"))
+    done = CliRunner().invoke(cli, ["package", "dlrm", "--out", "model", *options])
+    assert isinstance(done.exception, NarsilError), done.output
+    assert re.search(message, str(done.exception))
+    assert open_artifact("model").name == "good"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_compile_looks_at_out_before_it_reads_the_model(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = CliRunner().invoke(cli, ["compile", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+    assert "holds thesis.tex" in str(done.exception)
 
 
 def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:

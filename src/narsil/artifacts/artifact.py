@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from narsil.artifacts.schema import ModelSchema, is_name
+from narsil.artifacts.schema import ModelSchema, as_name, is_name
 from narsil.errors import ArtifactError, first_line
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "FORMAT",
     "FUSED_FILE",
     "MANIFEST",
+    "NEWER",
     "ONNX_FILE",
     "TABLES_FILE",
     "TORCHSCRIPT_FILE",
@@ -48,6 +49,7 @@ __all__ = [
 FORMAT = "narsil.artifact/1"
 COMPILED_FORMAT = "narsil.compiled/1"
 MANIFEST = "manifest.json"
+NEWER = ".narsil.new"  # a folder in an artifact's folder which is the artifact: see replacing.py
 TORCHSCRIPT_FILE = "model_default.pt"  # the name that TorchRec's packager and servers use
 ONNX_FILE = "narsil_dlrm_default.onnx"
 ONNX_DATA_FILE = ONNX_FILE + ".data"
@@ -150,6 +152,8 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
     only = None if path.is_dir() else path.name
     if only == MANIFEST:
         only = None
+    if (folder / NEWER / MANIFEST).exists():
+        folder = folder / NEWER
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         listed = {entry["file"] for entry in manifest["files"].values()}
@@ -351,7 +355,7 @@ def _from_torchscript(file: Path) -> Artifact:
     seen = {file: FileState.of(file)}
     schema, device = derive_schema(file)
     generic = file.stem.startswith("model") and file.resolve().parent.name
-    name = generic or file.stem
+    name = as_name(generic or file.stem)
     return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)
 
 

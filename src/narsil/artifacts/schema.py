@@ -28,6 +28,11 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
+def as_name(text: str) -> str:
+    """The name nearest to a text, such as a file's."""
+    return re.sub(r"[^A-Za-z0-9_.\-/:]", "_", text)[:256] or "_"
+
+
 @dataclass(frozen=True)
 class Feature:
     """One sparse feature and the table it looks its ids up in. Valid ids are 0 .. rows - 1."""

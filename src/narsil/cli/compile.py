@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
-from narsil.cli.package import show_progress
+from narsil.artifacts.replacing import check_out
+from narsil.cli.package import check_torch, show_progress
 from narsil.compile.options import DEFAULT_LIMITS, ENGINE_CHOICES
-from narsil.errors import ConfigError
 
 __all__ = ["command"]
 
@@ -58,7 +58,8 @@ def command(
     runs the artifact that lies beside it. The fused engine is served without torch, the inductor engine with this
     version alone.
     """
-    _check_torch()
+    check_torch("compiling")
+    check_out(out)  # before minutes of work
     from narsil.compile.calibration import load_calibration
     from narsil.compile.compiler import compile_artifact
 
@@ -76,14 +77,6 @@ def command(
             progress=report,
         )
     _summary(artifact, cached)
-
-
-def _check_torch() -> None:
-    try:
-        import fbgemm_gpu  # noqa: F401
-        import torch  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"compiling needs torch and fbgemm ({error}); install narsil[cpu]") from None
 
 
 def _summary(artifact: Artifact, cached: bool) -> None:

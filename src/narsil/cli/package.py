@@ -11,13 +11,13 @@ import click
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import Pooling
-from narsil.errors import ConfigError
+from narsil.errors import ConfigError, first_line
 from narsil.packaging.dlrm import DlrmConfig, random_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["command", "show_progress"]
+__all__ = ["check_torch", "command", "show_progress"]
 
 _DEFAULT = DlrmConfig()
 
@@ -101,7 +101,10 @@ def dlrm(
     onnx: bool | None,
 ) -> None:
     """Package a DLRM: INT8 tables for TorchScript, FP32 for ONNX."""
-    _check_device(device)  # before minutes of work
+    check_torch("packaging")
+    from narsil.packaging.packager import check_request, package_dlrm
+
+    check_request(out, device=device, name=name, version=version, onnx=onnx)  # before minutes of work
     given = {
         "rows": rows[0] if rows is not None and len(rows) == 1 else rows,
         "tables": len(rows) if tables is None and rows is not None and len(rows) > 1 else tables,
@@ -127,8 +130,6 @@ def dlrm(
 
             config, weights = load_checkpoint(checkpoint, features=features, pooling=pool)
         report("weights", 1, 1)
-        from narsil.packaging.packager import package_dlrm
-
         artifact = package_dlrm(
             config,
             weights,
@@ -149,15 +150,15 @@ def _config(options: dict[str, Any], features: tuple[str, ...], pooling: Pooling
     return DlrmConfig(**options, feature_names=features, pooling=pooling)
 
 
-def _check_device(device: str) -> None:
+def check_torch(doing: str) -> None:
+    """Raises ConfigError, naming what needs them, where torch or fbgemm cannot be imported."""
     try:
         import fbgemm_gpu  # noqa: F401
         import torch  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"packaging needs torch and fbgemm ({error}); install narsil[cpu] or narsil[cuda]") from None
-    from narsil.packaging.packager import check_device
-
-    check_device(device)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"{doing} needs torch and fbgemm ({first_line(error)}); install narsil[cpu] or narsil[cuda]"
+        ) from None
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from narsil.artifacts import artifact as artifacts
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.finite import FP16_MOST, first_bad_scale
-from narsil.artifacts.replacing import Progress, replacing
+from narsil.artifacts.replacing import Progress, check_out, replacing
+from narsil.artifacts.schema import is_name
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
-__all__ = ["check_device", "package_dlrm", "quantized_module"]
+__all__ = ["check_device", "check_request", "package_dlrm", "quantized_module"]
 
 
 def package_dlrm(
@@ -42,15 +43,12 @@ def package_dlrm(
     ``origin`` says in the manifest where the weights came from (none: random, from the config's seed). ``onnx``
     writes the ONNX graph too; None does so where the onnx package is installed.
 
-    Raises ArtifactError for weights that do not fit or an ``out`` that holds other files, DeviceUnavailable where
-    ``device`` is not on this machine, ConfigError where onnx is asked for and not installed.
+    Raises ArtifactError for weights that do not fit, and what check_request raises. ``out`` is then what it was.
     """
     report = progress or (lambda stage, done, total: None)
     out = Path(out)
+    check_request(out, device=device, name=name, version=version, onnx=onnx)
     check_weights(config, weights)
-    check_device(device)
-    if onnx and find_spec("onnx") is None:
-        raise ConfigError("writing ONNX needs the onnx package: install narsil[onnx] or pass --no-onnx")
     with replacing(out) as staging:
         files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
         _save_torchscript(quantized_module(config, weights, device, report), files["torchscript"], report)
@@ -70,6 +68,22 @@ def package_dlrm(
         )
         report("manifest", 1, 1)
     return artifacts.open_artifact(out, verify=False)
+
+
+def check_request(out: Path, *, device: str, name: str, version: str, onnx: bool | None) -> None:
+    """What can be refused before there are any weights.
+
+    Raises ArtifactError for an ``out`` that holds other files or cannot be written to, DeviceUnavailable where
+    ``device`` is not on this machine, ConfigError for a name or version that requests could not give, and where onnx
+    is asked for and not installed.
+    """
+    for label, value in (("name", name), ("version", version)):
+        if not is_name(value):
+            raise ConfigError(f"{label} must be made of 1 to 256 letters, digits and _.-/:, not {value[:64]!r}")
+    check_device(device)
+    if onnx and find_spec("onnx") is None:
+        raise ConfigError("writing ONNX needs the onnx package: install narsil[onnx] or pass --no-onnx")
+    check_out(out)
 
 
 def check_device(device: str) -> None:
