@@ -3,12 +3,13 @@ around every call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
-from narsil.dataflow import Request
+from narsil.dataflow import Request, Served
 from narsil.engine.queue import QueueLimits, RequestQueue
 from narsil.engine.served_model import ServedModel
+from narsil.errors import RequestError
 
 __all__ = ["Backlog", "Backlogs"]
 
@@ -53,32 +54,43 @@ class Backlogs:
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._kept: set[ServedModel] = set()
-        self._backlogs: dict[ServedModel, Backlog] = {}
-
-    def all(self) -> tuple[Backlog, ...]:
-        """Every backlog that there is."""
-        return tuple(self._backlogs.values())
+        self._backlogs: dict[Served, Backlog] = {}
+        self.all: tuple[Backlog, ...] = ()
+        self.queued = 0  # requests that wait, for all models together
 
     def of(self, request: Request) -> Backlog:
         """Its model's. A model that is not kept has one for as long as it has requests."""
-        model = cast(ServedModel, request.model)
-        backlog = self._backlogs.get(model)
-        if backlog is None:
-            backlog = self._backlogs[model] = Backlog(model, self._limits)
-        return backlog
+        return self._backlogs.get(request.model) or self._open(cast(ServedModel, request.model))
 
-    @property
-    def queued(self) -> int:
-        """Requests that wait, for all models together."""
-        return sum(len(backlog.queue) for backlog in self._backlogs.values())
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises as RequestQueue.add; nothing is queued then."""
+        backlog = self.of(request)
+        if len(self.all) > 1 and backlog.idle:
+            backlog.join(self.all)
+        try:
+            backlog.queue.add(request)
+        except RequestError:
+            self.forget_if_idle(backlog)
+            raise
+        self.queued += 1
 
     def leave(self, request: Request) -> bool:
-        """Takes a request out of its queue; False when it is not (any more) in it."""
-        backlog = self._backlogs.get(cast(ServedModel, request.model))
+        """Takes a request that will not run out of its queue; False when it is not (any more) in it."""
+        backlog = self._backlogs.get(request.model)
         if backlog is None or not backlog.queue.remove(request):
             return False
+        self.queued -= 1
         self.forget_if_idle(backlog)
         return True
+
+    def begin(self, batch: Sequence[Request]) -> Backlog:
+        """Takes the requests of one model, which run now, out of its queue."""
+        backlog = self.of(batch[0])
+        for request in batch:
+            backlog.queue.remove(request)
+        self.queued -= len(batch)
+        backlog.running += len(batch)
+        return backlog
 
     def keep(self, model: ServedModel) -> None:
         """The model's account outlives its requests from now on."""
@@ -93,5 +105,10 @@ class Backlogs:
 
     def forget_if_idle(self, backlog: Backlog) -> None:
         """Drops the backlog of a model that is not kept and has no request left."""
-        if backlog.idle and backlog.model not in self._kept:
-            self._backlogs.pop(backlog.model, None)
+        if backlog.model not in self._kept and backlog.idle and self._backlogs.pop(backlog.model, None) is not None:
+            self.all = tuple(self._backlogs.values())
+
+    def _open(self, model: ServedModel) -> Backlog:
+        backlog = self._backlogs[model] = Backlog(model, self._limits)
+        self.all = tuple(self._backlogs.values())
+        return backlog

@@ -27,6 +27,7 @@ from narsil.telemetry.observer import Observer
 log = logging.getLogger(__name__)
 
 DRAINING = "the server is shutting down; retry on another one"
+OBSERVER_FAILED = "the observer failed"
 GONE = "the client cancelled the request; it was not run"
 
 
@@ -52,7 +53,9 @@ class _Batch:
 
     backlog: Backlog
     requests: int
+    left: int  # of the requests: those that have not ended
     rows: int
+    began: float
     predicted: float  # seconds that were charged for it
 
 
@@ -158,10 +161,11 @@ class Engine:
                 self._admit(request, ended)
                 self._wake(1)
         except RequestError as error:
-            self._tell("ended", [(request, Result(error=error))])
+            self._tell([(request, Result(error=error))])
             raise
         finally:
-            self._deliver(ended)
+            if ended:
+                self._deliver(ended)
 
     def attach(self, source: Source | None) -> None:
         """Has idle lanes poll this source from now on, or none; there is one at most. Requests come by ``submit`` too.
@@ -180,7 +184,7 @@ class Engine:
                 return False
             self._stats.cancelled += 1
             self._signal_if_idle()
-        self._tell("ended", [(request, Result(error=Cancelled(GONE)))])
+        self._tell([(request, Result(error=Cancelled(GONE)))])
         return True
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -217,34 +221,41 @@ class Engine:
             job.done.cancel()
         return None
 
-    def settle(self, results: Sequence[tuple[Request, Result]]) -> None:
+    def settle(self, lane: int, results: Sequence[tuple[Request, Result]]) -> None:
         """Ends requests that a lane has taken. Called by lanes, once for each request."""
-        with self._lock:
-            stats = self._stats
-            stats.running -= len(results)
-            for request, result in results:
-                self._backlogs.of(request).running -= 1
-                if result.error is None:
-                    stats.answered += 1
-                elif isinstance(result.error, Cancelled):
-                    stats.cancelled += 1
-                elif isinstance(result.error, DeadlineExceeded):
-                    stats.expired += 1
-                else:
-                    stats.failed += 1
-            self._signal_if_idle()
-        self._deliver(results)
-
-    def finish(self, lane: int, seconds: float) -> None:
-        """A lane has ended the batch that it took, after so long. Called by lanes."""
         seat = self._seats[lane]
-        batch, seat.batch = seat.batch, None
-        if batch is None:
-            return
+        batch = seat.batch
+        assert batch is not None  # noqa: S101 - a lane settles what it has taken
+        batch.left -= len(results)
         with self._lock:
-            batch.backlog.finish(batch.rows, batch.predicted, seconds)
-            self._backlogs.forget_if_idle(batch.backlog)
-        self._tell("ran", batch.backlog.model, batch.requests, batch.rows, seconds)
+            self._count(results)
+            batch.backlog.running -= len(results)
+            if not batch.left:
+                seat.batch = None
+                seconds = self._clock.now() - batch.began
+                batch.backlog.finish(batch.rows, batch.predicted, seconds)
+                self._backlogs.forget_if_idle(batch.backlog)
+            if self._draining:
+                self._signal_if_idle()
+        self._deliver(results)
+        if not batch.left:
+            try:
+                self._observer.ran(batch.backlog.model, batch.requests, batch.rows, seconds)
+            except Exception:
+                log.exception(OBSERVER_FAILED)
+
+    def _count(self, results: Sequence[tuple[Request, Result]]) -> None:
+        stats = self._stats
+        stats.running -= len(results)
+        for _, result in results:
+            if result.error is None:
+                stats.answered += 1
+            elif isinstance(result.error, Cancelled):
+                stats.cancelled += 1
+            elif isinstance(result.error, DeadlineExceeded):
+                stats.expired += 1
+            else:
+                stats.failed += 1
 
     def _look(self, seat: _Seat, wait: float | None) -> tuple[Work | None, float | None]:
         """One look at the source and the queues: what the lane does now, or how long it may wait before the next look.
@@ -260,13 +271,16 @@ class Engine:
             ended = self._admit_all(arrived)
             now = self._clock.now()
             decision = self._decide(now)
-            ended += self._end_unrun(decision.expired, decision.cancelled)
-            work, wait = self._choose(seat, decision, now, again=bool(ended))
-            self._signal_if_idle()
-        self._deliver(ended)
+            if decision.expired or decision.cancelled:
+                ended += self._end_unrun(decision.expired, decision.cancelled)
+            work, wait = self._choose(seat, decision, now, bool(ended))
+            if self._draining:
+                self._signal_if_idle()
+        if ended:
+            self._deliver(ended)
         return work, wait
 
-    def _choose(self, seat: _Seat, decision: Decision, now: float, *, again: bool) -> tuple[Work | None, float | None]:
+    def _choose(self, seat: _Seat, decision: Decision, now: float, again: bool) -> tuple[Work | None, float | None]:
         """Jobs and requests by turns; without either the lane waits, unless it is to look ``again``."""
         if seat.jobs and (seat.served or not decision.take):
             seat.served = False
@@ -275,7 +289,7 @@ class Engine:
             return seat.jobs.popleft(), 0.0
         if decision.take:
             seat.served = True
-            self._begin(seat, decision.take)
+            self._begin(seat, decision.take, now)
             return decision.take, 0.0
         if again:
             return None, 0.0
@@ -295,18 +309,17 @@ class Engine:
     def _decide(self, now: float) -> Decision:
         # While draining no company can come: nobody waits for it.
         policy = replace(self._policy, timeout=0.0) if self._draining else self._policy
-        return schedule(self._backlogs.all(), policy, now)
+        return schedule(self._backlogs.all, policy, now)
 
-    def _begin(self, seat: _Seat, batch: Sequence[Request]) -> None:
-        backlog = self._backlogs.of(batch[0])
+    def _begin(self, seat: _Seat, batch: Sequence[Request], now: float) -> None:
+        backlog, stats, count = self._backlogs.begin(batch), self._stats, len(batch)
+        rows = 0
         for request in batch:
-            backlog.queue.remove(request)
-        rows = sum(request.rows for request in batch)
-        backlog.running += len(batch)
-        seat.batch = _Batch(backlog, len(batch), rows, backlog.begin(rows))
-        self._stats.batches += 1
-        self._stats.rows += rows
-        self._stats.running += len(batch)
+            rows += request.features.rows
+        seat.batch = _Batch(backlog, count, count, rows, now, backlog.begin(rows))
+        stats.batches += 1
+        stats.rows += rows
+        stats.running += count
         if self._backlogs.queued:  # what is left is another lane's share, or its time has come too
             self._wake(1)
 
@@ -332,17 +345,14 @@ class Engine:
         try:
             if self._draining:
                 raise Draining(DRAINING)
-            backlog = self._backlogs.of(request)
-            if backlog.idle:
-                backlog.join(self._backlogs.all())
             try:
-                backlog.queue.add(request)
+                self._backlogs.add(request)
             except QueueFull:
-                swept = self._sweep(backlog)
+                swept = self._sweep(self._backlogs.of(request))
                 if not swept:
                     raise
                 ended += swept
-                backlog.queue.add(request)
+                self._backlogs.add(request)
         except RequestError:
             self._stats.rejected += 1
             raise
@@ -391,8 +401,6 @@ class Engine:
     def _deliver(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """Hands results over, then wakes their transports. A transport that raises loses its own results and no
         others."""
-        if not ends:
-            return
         wakes = set()
         for request, result in ends:
             try:
@@ -405,11 +413,11 @@ class Engine:
                     wake()
             except Exception:
                 log.exception("a transport could not be woken")
-        self._tell("ended", ends)
+        self._tell(ends)
 
-    def _tell(self, what: str, *details: object) -> None:
+    def _tell(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """An observer that raises is a fault of its own, and harms no request."""
         try:
-            getattr(self._observer, what)(*details)
+            self._observer.ended(ends)
         except Exception:
-            log.exception("the observer failed")
+            log.exception(OBSERVER_FAILED)

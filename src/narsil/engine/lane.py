@@ -1,24 +1,19 @@
 """A lane: one thread that runs what the engine hands it, for any model that it has opened.
 
-Receives lists of requests, each of one model, or jobs from a Dispatcher, and gives it one Result for each request. Owns
-one collator per model, and uses the model's backend instance of its own number.
+Receives lists of requests, each of one model, or jobs from a Dispatcher, and gives it one Result for each request. Runs
+a model by the runner that it has left with it when it opened it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from time import perf_counter
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
-import numpy as np
-
-from narsil.backends.base import Backend
-from narsil.dataflow import Batch, Features, Payload, Request, Result, Scores, Served, StageTimes
-from narsil.engine.collate import Collator
+from narsil.dataflow import Features, Request, Result, Scores, Served, StageTimes
+from narsil.engine.runner import Runner
 from narsil.engine.served_model import ServedModel
 from narsil.engine.split import join, split
 from narsil.errors import Cancelled, DeadlineExceeded, ForwardFailed, RequestError
@@ -54,50 +49,8 @@ class Dispatcher(Protocol):
     def take(self, lane: int) -> Work | None:
         """What this lane does next; waits for it. None ends the lane."""
 
-    def settle(self, results: Sequence[tuple[Request, Result]]) -> None:
-        """Ends requests that a lane has taken: exactly once for each."""
-
-    def finish(self, lane: int, seconds: float) -> None:
-        """The lane has ended all requests that it took last, after so long."""
-
-
-class _Runner:
-    """A model as one lane runs it. Holds the model's backend and not the model, which it must not keep alive."""
-
-    def __init__(self, name: str, backend: Backend) -> None:
-        self.name = name
-        self.backend = backend
-        self.collator = Collator(backend.schema, backend.bucket)
-
-    def run(self, parts: Sequence[Payload]) -> tuple[Scores, float, float]:
-        """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.
-
-        Raises ForwardFailed on scores of a wrong shape, and on scores that are no finite number.
-        """
-        rows = sum(part.rows for part in parts)
-        begin = perf_counter()
-        batch = self.collator.collate(parts)
-        collated = perf_counter()
-        scores = self.backend.run(batch)
-        executed = perf_counter()
-        return self._checked(scores, batch, rows), collated - begin, executed - collated
-
-    def _checked(self, scores: Scores, batch: Batch, rows: int) -> Scores:
-        wanted = {}
-        for task in self.backend.schema.tasks:
-            if task not in scores or scores[task].shape != (batch.rows,):
-                found = scores[task].shape if task in scores else "nothing"
-                raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
-            wanted[task] = values = scores[task][:rows]
-            if not np.isfinite(values).all():
-                row = int(np.flatnonzero(~np.isfinite(values))[0])
-                # Which row of the batch it was says nothing to a client; in a batch of its own it does.
-                log.error("model %s, task %s: row %d of %d scored %s", self.name, task, row, rows, values[row])
-                raise ForwardFailed(
-                    f"task {task}: the model scored row {row} as {values[row]}, which is no answer; look at this row's "
-                    "values and at the model's weights"
-                )
-        return wanted
+    def settle(self, lane: int, results: Sequence[tuple[Request, Result]]) -> None:
+        """Ends requests that this lane has taken: exactly once for each."""
 
 
 class Lane(threading.Thread):
@@ -121,7 +74,6 @@ class Lane(threading.Thread):
         self._dispatcher = dispatcher
         self._now = now
         self._thread_setup = thread_setup
-        self._runners: weakref.WeakKeyDictionary[Served, _Runner] = weakref.WeakKeyDictionary()
 
     def run(self) -> None:
         """The lane's whole life."""
@@ -130,9 +82,7 @@ class Lane(threading.Thread):
             if isinstance(work, Job):
                 work.run()
             else:
-                began = self._now()
                 self._serve(work)
-                self._dispatcher.finish(self._number, self._now() - began)
             del work  # while the lane waits it keeps no request alive, nor the request's model
 
     def opening(self, model: ServedModel) -> Job:
@@ -141,7 +91,7 @@ class Lane(threading.Thread):
 
         def open_here() -> None:
             backend.thread_setup()
-            self._runners[model] = _Runner(model.name, backend)
+            model.runners[self._number] = Runner(model.name, backend)
 
         return Job(open_here)
 
@@ -151,9 +101,15 @@ class Lane(threading.Thread):
         def warm() -> None:
             for start in range(0, features.rows, self._max_batch_rows):
                 stop = min(start + self._max_batch_rows, features.rows)
-                self._runners[model].run([features.slice(start, stop)])
+                self._runner(model).run([features.slice(start, stop)])
 
         return Job(warm)
+
+    def _runner(self, model: Served) -> Runner:
+        runner = cast(ServedModel, model).runners[self._number]
+        if runner is None:
+            raise ForwardFailed(f"model {model.name} was never added to this server's engine")
+        return runner
 
     def _serve(self, requests: Sequence[Request]) -> None:
         try:
@@ -181,22 +137,23 @@ class Lane(threading.Thread):
         if len(parts) == 1 and rows[0] > self._max_batch_rows:
             scores, collate, execute = self._run_in_pieces(requests[0])
         else:
-            scores, collate, execute = self._runners[requests[0].model].run(parts)
+            scores, collate, execute = self._runner(requests[0].model).run(parts)
         total = sum(rows)
         self._dispatcher.settle(
+            self._number,
             [
                 (
                     request,
                     Result(part, times=StageTimes(started - request.arrived, collate, execute, len(rows), total)),
                 )
                 for request, part in zip(requests, split(scores, rows), strict=True)
-            ]
+            ],
         )
 
     def _run_in_pieces(self, request: Request) -> tuple[Scores, float, float]:
         """Several forwards for one request, given up between two of them when nobody waits for it any more."""
         features, step = request.features, self._max_batch_rows
-        runner, pieces = self._runners[request.model], []
+        runner, pieces = self._runner(request.model), []
         for start in range(0, features.rows, step):
             self._check_wanted(request)
             pieces.append(runner.run([features.slice(start, min(start + step, features.rows))]))
@@ -216,4 +173,4 @@ class Lane(threading.Thread):
             # The text may hold paths and other things of this machine; it stays in the log.
             error = ForwardFailed(f"the model's forward failed on this request ({kind}); the server's log says why")
         # Without its traceback, which would keep the batch alive for as long as the client holds the answer.
-        self._dispatcher.settle([(request, Result(error=error.with_traceback(None)))])
+        self._dispatcher.settle(self._number, [(request, Result(error=error.with_traceback(None)))])

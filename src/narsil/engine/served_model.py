@@ -1,8 +1,8 @@
 """A served model: everything that running one model takes, made whole before anybody may name it.
 
 Receives loaded backends, one per lane; owns them. Requests, queues and catalogs refer to it, and nothing of it changes
-but its state. When the last of them has let go of it, the backends are closed: a request keeps the model that it was
-decoded for until it ends, however many others have been put in that model's place by then.
+but its state, and what lanes keep with it. When the last of them has let go of it, the backends are closed: a request
+keeps the model that it was decoded for until it ends, however many others have been put in that model's place by then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from enum import Enum
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
+from narsil.engine.runner import Runner
 from narsil.errors import ConfigError
 
 __all__ = ["ModelState", "RequestLimits", "ServedModel"]
@@ -61,6 +62,7 @@ class ServedModel:
         self.backend: str = backends[0].name
         self.limits = limits or RequestLimits()
         self.backends = tuple(backends)
+        self.runners: list[Runner | None] = [None] * len(backends)  # each lane's own, from when it has opened the model
         self.share = share
         self.state = ModelState.LOADING
         closing = weakref.finalize(self, _close, self.backends)

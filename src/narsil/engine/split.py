@@ -11,6 +11,9 @@ from narsil.dataflow import Scores
 
 def split(scores: Scores, rows: Sequence[int]) -> Iterator[Scores]:
     """Yields each request's scores, as views, for requests of these many rows in batch order."""
+    if len(rows) == 1:
+        yield scores
+        return
     start = 0
     for count in rows:
         yield {task: values[start : start + count] for task, values in scores.items()}
