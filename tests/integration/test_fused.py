@@ -20,7 +20,7 @@ from narsil.backends.fused import PARTS, ForwardLibrary, FusedBackend, Geometry,
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.compile.core import read_parts, realigned
 from narsil.compile.planner import LADDERS, Workbench, choose, climb
-from narsil.compile.toolchain import build_forward
+from narsil.compile.toolchain import STRICT, build_forward
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ForwardFailed
 from narsil.packaging.dlrm import DlrmConfig, random_weights
@@ -103,7 +103,7 @@ class Subject:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "forward.so"
-    build_forward(path)
+    build_forward(path, STRICT)
     return path
 
 

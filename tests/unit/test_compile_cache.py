@@ -93,6 +93,7 @@ def test_every_module_that_compiling_imports_is_among_the_sources():
     imported = set(done.stdout.split()) - WITHOUT_CONSEQUENCE
     names = {name for name, _ in cache.sources()}
     assert imported
+    assert "compile/forward/forward.cpp" in names  # in a checkout, through a link
     for module in imported:
         path = module.removeprefix("narsil.").replace(".", "/")
         assert {f"{path}.py", f"{path}/__init__.py"} & names, module

@@ -38,14 +38,14 @@ def compiler_version(compiler: str) -> str:
     return _run([compiler, "--version"], _ASK_SECONDS).stdout
 
 
-def build_forward(path: Path, extra: Sequence[str] = _SILENT) -> None:
-    """Builds the forward for this processor as a shared library.
+def build_forward(path: Path, warnings: Sequence[str] = _SILENT, *, source: str = "forward.cpp") -> None:
+    """Builds the forward, or another ``source`` beside it, for this processor as a shared library.
 
-    ``extra``: flags about warnings. By default there are none, since a newer compiler than Narsil's own may warn of
+    ``warnings``: flags about them. By default there are none, since a newer compiler than Narsil's own may warn of
     more, which is nothing to a user's compile; the tests build with STRICT. Raises ArtifactError where it fails.
     """
     compiler = require_compiler()
-    done = _run([compiler, *FLAGS, *extra, str(FORWARD / "forward.cpp"), "-o", str(path)], _BUILD_SECONDS)
+    done = _run([compiler, *FLAGS, *warnings, str(FORWARD / source), "-o", str(path)], _BUILD_SECONDS)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
         raise ArtifactError(
