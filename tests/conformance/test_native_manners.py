@@ -47,6 +47,7 @@ from tests.http2_peer import (
     grpc_message,
     hpack,
 )
+from tests.memory import Held
 from tests.support import PATIENCE_S, engine_with, jagged, one_hot, scores_alone, wait_until
 
 if not AVAILABLE:
@@ -54,6 +55,7 @@ if not AVAILABLE:
 
 INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, UNAVAILABLE = 3, 8, 12, 14
 REFUSED_STREAM = 7
+FLOOD = 16 << 20  # bytes; hundreds of times what a flood may leave behind
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 
 
@@ -79,9 +81,13 @@ def expect_served(client: RawClient, seed: int = 1) -> None:
     np.testing.assert_array_equal(scores_in(answer.messages[0]), scores_alone(features))
 
 
-def rss() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+@contextmanager
+def holding_at_most(most: int):
+    """What native code holds may not have grown by more bytes than this at the end. What it held between, may."""
+    before = Held.now()
+    yield
+    grown = (Held.now() - before).native
+    assert grown < most, f"native code holds {grown} bytes more than before; {most} were allowed"
 
 
 def reset(stream: int, code: int = CANCEL) -> bytes:
@@ -247,13 +253,13 @@ def test_a_client_that_has_its_streams_reset_by_breaking_the_protocol_is_told_th
     ):
         body = predictor_body(one_hot(1))
         overflow = struct.pack(">I", 0x7FFFFFFF)
-        attack = (request_frames(s, body) + frame(WINDOW_UPDATE, 0, s, overflow) for s in range(1, 1001, 2))
+        attack = (request_frames(s, body) + frame(WINDOW_UPDATE, 0, s, overflow) for s in range(1, 10_001, 2))
         flood(client, b"".join(attack), 1)
         client.until_closed()
         behaviour.hold.set()
         wait_until(lambda: statistics()["open_connections"] == 0)
         assert statistics()["reset_floods"] == 1
-        assert statistics()["calls"] < 600
+        assert statistics()["calls"] < 2000  # of 5000: what one read may hold
 
 
 def test_a_header_block_without_end_is_ended():
@@ -268,22 +274,21 @@ def test_a_header_block_without_end_is_ended():
 
 def test_a_header_block_that_unpacks_to_much_is_cut_off():
     with native() as (address, _, statistics), connected(address) as honest, connected(address) as client:
-        before = rss()
         name = (
             b"\x40" + bytes([1]) + b"x" + b"\x7f" + bytes([0x80 | (3900 - 127) & 0x7F, (3900 - 127) >> 7]) + b"y" * 3900
         )
         bomb = name + b"\xbe" * 12_000  # the field, by its number in the table, each time 4 KB
-        for stream in (1, 3, 5):
-            client.frame(
-                HEADERS,
-                END_HEADERS | END_STREAM,
-                stream,
-                hpack(request_headers()) + (bomb if stream == 1 else bomb[-12_000:]),
-            )
-        for stream in (1, 3, 5):
-            assert client.answer(stream).reset is not None
-        expect_served(honest)
-        assert rss() - before < 32 << 20
+        with holding_at_most(1 << 20):
+            for stream in (1, 3, 5):
+                client.frame(
+                    HEADERS,
+                    END_HEADERS | END_STREAM,
+                    stream,
+                    hpack(request_headers()) + (bomb if stream == 1 else bomb[-12_000:]),
+                )
+            for stream in (1, 3, 5):
+                assert client.answer(stream).reset is not None
+            expect_served(honest)
         assert statistics()["open_calls"] == 0
 
 
@@ -305,14 +310,14 @@ def test_a_header_block_that_unpacks_to_much_is_cut_off():
 def test_a_flood_of_frames_costs_no_memory_and_no_service(data, tmp_path):
     host = f"unix:{tmp_path / 'narsil.sock'}"  # the kernel takes less of it
     with native(host=host) as (address, _, _), connected(address) as honest, connected(address) as client:
-        before = rss()
-        flooding = threading.Thread(target=flood, args=(client, data, 400))
-        flooding.start()
-        expect_served(honest)
-        flooding.join(PATIENCE_S)
-        assert not flooding.is_alive()
-        expect_served(honest, 2)
-        assert rss() - before < 32 << 20
+        expect_served(honest)  # so that what is made once is made
+        with holding_at_most(1 << 20):
+            flooding = threading.Thread(target=flood, args=(client, data, FLOOD // len(data)))
+            flooding.start()
+            expect_served(honest)
+            flooding.join(PATIENCE_S)
+            assert not flooding.is_alive()
+            expect_served(honest, 2)
 
 
 def test_empty_data_frames_are_no_progress_for_anyone_else_to_wait_for():
@@ -391,34 +396,41 @@ def test_answers_that_nobody_reads_are_given_up():
         assert statistics()["open_calls"] == 0
 
 
-def test_a_socket_that_nobody_reads_is_closed_and_costs_little(tmp_path):
+def test_a_socket_that_nobody_reads_is_closed_and_what_it_held_is_freed(tmp_path):
     body = predictor_body(one_hot(1000))
     host = f"unix:{tmp_path / 'narsil.sock'}"  # the kernel takes less of it
-    with native(stall_s=0.5, host=host) as (address, _, statistics), connected(address) as honest:
-        with RawClient(address, _4=1 << 30) as client:
-            client.frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30))
-            flood(client, b"".join(request_frames(1 + 2 * n, body) for n in range(1000)), 1)  # 4 MB of answers
-            expect_served(honest)
-            wait_until(lambda: statistics()["open_connections"] == 1)
+    one_at_a_time = {"policy": BatchPolicy(max_requests=1)}  # the lane keeps what its largest batch needed
+    with (
+        native(stall_s=0.5, host=host, engine=one_at_a_time) as (address, engine, statistics),
+        connected(address) as honest,
+    ):
+        assert honest.ask(body).status == 0
+        with holding_at_most(1 << 20):  # of 44 MB of requests and 4 MB of answers
+            with RawClient(address, _4=1 << 30) as client:
+                client.frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30))
+                flood(client, b"".join(request_frames(1 + 2 * n, body) for n in range(1000)), 1)
+                expect_served(honest)
+                wait_until(lambda: statistics()["open_connections"] == 1)
+            wait_until(lambda: engine.statistics().queued + engine.statistics().running == 0)
         assert statistics()["connections_timed_out"] == 1
         expect_served(honest)
 
 
 def test_a_stream_s_answers_that_nobody_reads_do_not_pile_up():
-    with native() as (address, _, _), connected(address, windows=False, _4=0) as client, connected(address) as honest:
-        before = rss()
-        client.headers(1, request_headers(REFLECTION))
-        ask = grpc_message(b"\x22\x13" + b"predictor.Predictor")
-        try:
-            for _ in range(4000):  # each answered by some hundred bytes or more
+    """A stream may hold a megabyte of them: the message after that is refused, whatever the server could still hold."""
+    ask = grpc_message(b"\x22\x13" + b"predictor.Predictor")
+    with native() as (address, _, statistics), connected(address) as honest:
+        size = 5 + len(honest.ask(ask[5:], REFLECTION).messages[0])
+        with connected(address, windows=False, _4=0) as client:
+            client.headers(1, request_headers(REFLECTION))
+            answered = 0
+            while statistics()["refused"] == 0:
+                assert answered * size < 4 << 20, "nothing was refused"
                 client.frame(DATA, 0, 1, ask)
-                client.ping()
-                if 1 in client.answers and client.answers[1].headers.get("grpc-status"):
-                    break
-        except AssertionError:
-            pass
+                wait_until(lambda last=answered: statistics()["refused"] == 1 or statistics()["answered"] == last + 2)
+                answered = statistics()["answered"] - 1  # the honest client's
+            assert 1 << 20 < answered * size <= (1 << 20) + size
         expect_served(honest)
-        assert rss() - before < 32 << 20
 
 
 def test_unread_answers_count_against_the_budget_and_are_freed_with_their_streams():
@@ -434,7 +446,7 @@ def test_unread_answers_count_against_the_budget_and_are_freed_with_their_stream
                 refused = client.ask(predictor_body(one_hot(1000)))
                 assert (refused.status, "--max-queue-bytes" in refused.detail) == (RESOURCE_EXHAUSTED, True)
         with connected(address) as client:
-            wait_until(lambda: client.ask(predictor_body(one_hot(1))).status == 0)
+            wait_until(lambda: client.ask(predictor_body(one_hot(1000))).status == 0)
 
 
 def test_messages_that_are_still_arriving_are_bounded_together():
@@ -456,10 +468,11 @@ def test_messages_that_are_still_arriving_are_bounded_together():
 
 def test_messages_that_are_only_announced_cost_nothing():
     with native(buffered=1 << 20, message_bytes=64 << 20) as (address, _, _), connected(address) as client:
-        for stream in range(1, 2000, 2):
-            client.headers(stream, request_headers())
-            client.frame(DATA, 0, stream, grpc_message(b"x", length=64 << 20))
-        client.ping()
+        with holding_at_most(1000 * (72 << 10)):  # a first block of 64 KB, of which nothing is touched, and its stream
+            for stream in range(1, 2000, 2):
+                client.headers(stream, request_headers())
+                client.frame(DATA, 0, stream, grpc_message(b"x", length=64 << 20))
+            client.ping()
         assert not any(answer.headers for answer in client.answers.values())
         with connected(address) as honest:
             expect_served(honest)
@@ -591,7 +604,7 @@ def test_calls_that_come_while_no_lane_polls_are_admitted_all_the_same():
         assert client.ask(b"", CHECK).messages == [b"\x08\x01"]
 
 
-@pytest.mark.parametrize("grace", [0.0, 0.1])
+@pytest.mark.parametrize("grace", [0.0, 1.0])
 def test_stopping_waits_no_longer_than_its_grace_and_a_late_answer_goes_nowhere(grace):
     behaviour = FakeBehaviour(hold=threading.Event())
     with engine_with(behaviour) as made:
@@ -601,7 +614,7 @@ def test_stopping_waits_no_longer_than_its_grace_and_a_late_answer_goes_nowhere(
             wait_until(lambda: behaviour.forwards == [1])
             began = time.monotonic()
             asyncio.run(transport.stop(grace))
-            assert time.monotonic() - began < grace + 5
+            assert grace <= time.monotonic() - began < grace + 5
             assert client.until_closed().goaway is not None
             behaviour.hold.set()
         wait_until(lambda: made.statistics().answered == 1)
