@@ -20,7 +20,7 @@ namespace {
 Config config() {
   Config made;
   made.max_message = 1000;
-  made.max_buffered = 4000;
+  made.max_buffered = 5000;
   made.max_streams = 8;
   made.max_watchers = 2;
   made.max_header_bytes = 600;
@@ -72,7 +72,7 @@ struct Loop {
       taken.push_back(std::move(call));
     }
     shared.ready.clear();
-    REQUIRE(shared.watchers <= shared.config.max_watchers);
+    REQUIRE(!session || session->watchers() <= shared.config.max_watchers);
     REQUIRE(shared.buffered < 16u << 20);  // eight streams, each with all the messages that may wait answered at length
   }
 
@@ -171,7 +171,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   loop.end();
   loop.turn();
   while (!loop.taken.empty()) loop.answer(0, 0, 3);  // too late
-  REQUIRE(loop.shared.watchers == 0);
   REQUIRE(loop.shared.buffered == 0);
   std::sort(loop.gone.begin(), loop.gone.end());
   REQUIRE(std::adjacent_find(loop.gone.begin(), loop.gone.end()) == loop.gone.end());

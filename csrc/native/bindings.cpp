@@ -248,7 +248,8 @@ py::dict statistics_of(Plane& self) {
                   "answered"_a = found.answered, "refused"_a = found.refused, "cancelled"_a = found.cancelled,
                   "reset_floods"_a = found.reset_floods, "messages"_a = found.messages, "bytes_in"_a = found.bytes_in,
                   "bytes_out"_a = found.bytes_out, "helper_polls"_a = found.helper_polls,
-                  "open_connections"_a = found.open_connections, "open_calls"_a = found.open_calls);
+                  "open_connections"_a = found.open_connections, "open_calls"_a = found.open_calls,
+                  "watchers"_a = found.watchers, "buffered"_a = found.buffered);
 }
 
 }  // namespace

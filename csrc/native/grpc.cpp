@@ -8,8 +8,9 @@
 namespace narsil::native {
 namespace {
 
-constexpr size_t MAX_WAITING = 16;       // messages of one stream behind the one being answered
-constexpr size_t MAX_UNREAD = 1u << 20;  // bytes of answers that one stream's client has not yet let through
+constexpr size_t WATCHER_BYTES = 2u << 10;  // what a call that stays open costs, generously
+constexpr size_t MAX_WAITING = 16;          // messages of one stream behind the one being answered
+constexpr size_t MAX_UNREAD = 1u << 20;     // bytes of answers that one stream's client has not yet let through
 
 // grpc.health.v1.HealthCheckRequest.service; false where the bytes are none.
 bool health_service(const uint8_t* at, size_t size, std::string& service) {
@@ -173,13 +174,18 @@ void Session::answer_health(Rpc& rpc, const uint8_t* message, size_t size) {
   const bool watch = rpc.method->kind == Kind::HEALTH_WATCH;
   if (!known && !watch) return refuse(rpc, NOT_FOUND, "this server has no such service");
   if (watch) {
-    if (shared_.watchers == shared_.config.max_watchers)
+    if (watchers_ == shared_.config.max_watchers)
       return refuse(rpc, RESOURCE_EXHAUSTED,
-                    "more than " + std::to_string(shared_.config.max_watchers) + " health watchers");
+                    "more than " + std::to_string(watchers_) + " health watchers on one connection; end some of them");
     rpc.watch = known ? Watch::KNOWN : Watch::UNKNOWN;
-    ++shared_.watchers;
+    ++watchers_;
   }
   release(rpc);
+  if (watch) {
+    rpc.charged = WATCHER_BYTES;
+    shared_.buffered += WATCHER_BYTES;
+    if (over_budget(rpc)) return;
+  }
   rpc.out = health_message(!known ? SERVICE_UNKNOWN : shared_.serving ? SERVING : NOT_SERVING);
   // The status changes once, and for good: a watcher of a server that is going away has nothing more to wait for.
   respond(rpc, watch && shared_.serving ? Reply::OPEN : Reply::FINISHED);

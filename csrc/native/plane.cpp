@@ -459,7 +459,11 @@ Statistics Plane::statistics() {
   const std::lock_guard<std::mutex> lock(mutex_);
   Statistics found = shared_.statistics;
   found.open_connections = connections_.size();
-  for (const auto& entry : connections_) found.open_calls += entry.second->session.calls();
+  found.buffered = shared_.buffered;
+  for (const auto& entry : connections_) {
+    found.open_calls += entry.second->session.calls();
+    found.watchers += entry.second->session.watchers();
+  }
   return found;
 }
 

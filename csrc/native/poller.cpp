@@ -23,12 +23,13 @@ bool Poller::add(const wire::Descriptor& descriptor, uint32_t events, uint64_t i
 
 int Poller::wait(double timeout, epoll_event* events, int most) {
 #ifdef SYS_epoll_pwait2
-  // Microseconds matter to a batch timeout; older kernels know milliseconds only.
+  // Microseconds matter to a batch timeout. Older kernels know milliseconds only (ENOSYS), and a container's profile
+  // that is older than the call refuses it (EPERM, as a rule): whatever is wrong with it, the plain wait is tried.
   if (microseconds_ && std::isfinite(timeout) && timeout > 0) {
     const double whole = std::floor(timeout);
     const timespec time{static_cast<time_t>(whole), static_cast<long>((timeout - whole) * 1e9)};
     const long count = syscall(SYS_epoll_pwait2, epoll_.get(), events, most, &time, nullptr, size_t{0});
-    if (count >= 0 || errno != ENOSYS) return static_cast<int>(count);
+    if (count >= 0 || errno == EINTR) return static_cast<int>(count);
     microseconds_ = false;
   }
 #endif

@@ -173,7 +173,7 @@ void Session::closed(int32_t stream) {
     ++shared_.statistics.cancelled;
     if (rpc.custody == Custody::TAKEN && scores(rpc.method->kind)) shared_.gone.push_back(rpc.id);
   }
-  if (rpc.watch != Watch::NONE) --shared_.watchers;
+  if (rpc.watch != Watch::NONE) --watchers_;
   shared_.buffered -= rpc.charged + rpc.unsent;
   rpc.charged = rpc.unsent = 0;
   rpc.session = nullptr;

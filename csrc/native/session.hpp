@@ -39,6 +39,7 @@ class Session {
   }
   bool established() const { return established_; }
   size_t calls() const { return calls_.size(); }
+  size_t watchers() const { return watchers_; }
 
   void* owner = nullptr;  // whose socket it is
 
@@ -70,6 +71,7 @@ class Session {
   Shared& shared_;
   wire::SessionPtr session_;
   std::unordered_map<int32_t, RpcPtr> calls_;
+  size_t watchers_ = 0;  // of health
   double resets_ = 0, resets_at_ = 0;
   int continuations_ = 0;
   bool established_ = false, flooded_ = false;

@@ -17,7 +17,7 @@ struct Config {
                                      // answers that clients do not let through
   size_t max_streams = 1024;         // calls in flight on one connection
   size_t max_connections = 8192;
-  size_t max_watchers = 256;            // calls that watch the server's health
+  size_t max_watchers = 256;            // calls of one connection that watch the server's health
   size_t max_header_bytes = 16u << 10;  // names, values and 32 a field, as HTTP/2 counts them
   size_t max_resets = 1000;             // streams a client may have reset in one burst; a fifth of it more each second
   // Seconds.
@@ -32,7 +32,8 @@ struct Config {
 struct Statistics {
   uint64_t connections = 0, connections_refused = 0, connections_timed_out = 0, calls = 0, answered = 0, refused = 0,
            cancelled = 0, reset_floods = 0, messages = 0, bytes_in = 0, bytes_out = 0, helper_polls = 0;
-  uint64_t open_connections = 0, open_calls = 0;  // now, rather than since the start; see Plane::statistics
+  // Now, rather than since the start; see Plane::statistics.
+  uint64_t open_connections = 0, open_calls = 0, watchers = 0, buffered = 0;
 };
 
 // All of it belongs to the plane's mutex.
@@ -42,7 +43,6 @@ struct Shared {
   double now = 0;
   size_t buffered = 0;
   uint64_t last_id = 0;
-  size_t watchers = 0;         // of health
   std::vector<RpcPtr> ready;   // whole messages that nobody has taken yet
   std::vector<uint64_t> gone;  // calls whose clients went away after they had been taken
   bool serving = true;         // what health checks are told

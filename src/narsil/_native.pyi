@@ -101,8 +101,9 @@ class Call:
 class Plane:
     """Listening sockets and their connections. Thread-safe; every method that may wait drops the GIL.
 
-    ``limits`` may hold max_message, max_buffered (bytes), max_streams, max_connections, max_watchers, max_header_bytes,
-    max_resets, handshake_s, stall_s, idle_s, keepalive_s, keepalive_timeout_s, helper_s (seconds).
+    ``limits`` may hold max_message, max_buffered (bytes), max_streams and max_watchers (of one connection),
+    max_connections, max_header_bytes, max_resets, handshake_s, stall_s, idle_s, keepalive_s, keepalive_timeout_s,
+    helper_s (seconds).
     """
 
     def __init__(self, methods: Mapping[str, _Kind], limits: Mapping[str, float] = ...) -> None: ...

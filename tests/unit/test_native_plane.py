@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,9 +18,9 @@ from narsil._native import Call, Plane
 from tests.conformance.http2_client import RawClient, connected, request_headers
 from tests.http2_peer import CANCEL, DATA, END_STREAM, RST_STREAM, grpc_message
 
-METHODS = {"/a.A/Score": "predictor", "/a.A/Ask": "unary", "/a.A/Talk": "stream"}
-ASK, SCORE, TALK = "/a.A/Ask", "/a.A/Score", "/a.A/Talk"
-UNAVAILABLE = 14
+METHODS = {"/a.A/Score": "predictor", "/a.A/Ask": "unary", "/a.A/Talk": "stream", "/a.A/Watch": "health_watch"}
+ASK, SCORE, TALK, WATCH = "/a.A/Ask", "/a.A/Score", "/a.A/Talk", "/a.A/Watch"
+RESOURCE_EXHAUSTED, UNAVAILABLE = 8, 14
 
 
 def plane_with(**limits: float) -> Plane:
@@ -60,6 +60,13 @@ def next_gone(plane: Plane) -> list[int]:
         if gone:
             return gone
     raise AssertionError("nobody went")
+
+
+def poll_until(plane: Plane, condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until
+        assert plane.poll(0.01) == ([], [])
 
 
 def reset(client: RawClient, stream: int) -> None:
@@ -241,6 +248,31 @@ def test_statistics_count_what_happened(plane, client):
     }
     assert found["bytes_in"] > 0
     assert found["bytes_out"] > 0
+
+
+def test_watchers_count_against_the_plane_s_memory(tmp_path):
+    path = str(tmp_path / "socket")
+    plane = plane_with(max_buffered=5_000)
+    plane.listen_unix(path)
+
+    def held() -> tuple[int, int]:
+        found = plane.statistics()
+        return found["watchers"], found["buffered"]
+
+    with RawClient(f"unix:{path}") as one, RawClient(f"unix:{path}") as other:
+        one.call(b"", WATCH)
+        other.call(b"", WATCH)
+        poll_until(plane, lambda: held() == (2, 2 * 2048))
+        stream = other.call(b"", WATCH)
+        poll_until(plane, lambda: plane.statistics()["refused"] == 1)
+        assert other.answer(stream).status == RESOURCE_EXHAUSTED
+        assert held() == (2, 2 * 2048)
+        one.socket.close()
+        poll_until(plane, lambda: held() == (1, 2048))
+        other.call(b"", WATCH)
+        poll_until(plane, lambda: held() == (2, 2 * 2048))
+    plane.stop(0)
+    assert held() == (0, 0)
 
 
 def test_a_plane_that_nobody_stops_lets_go_of_everything(tmp_path):

@@ -52,3 +52,19 @@ def test_what_cannot_be_watched_is_not_listened_on_and_leaves_nothing_open(tmp_p
         """,
         str(tmp_path / "socket"),
     )
+
+
+@pytest.mark.parametrize("error", ["EPERM", "ENOSYS", "EINVAL"])
+def test_where_the_fine_wait_is_refused_the_coarse_one_waits(error):
+    run(
+        """
+        refuse("epoll_pwait2", getattr(errno, sys.argv[1]))
+        began, used = time.monotonic(), time.process_time()
+        assert plane.poll(1.0) == ([], [])
+        assert time.monotonic() - began >= 1.0
+        used = time.process_time() - used
+        assert used < 0.2, f"it waited with {used} s of a processor"
+        plane.stop(0)
+        """,
+        error,
+    )

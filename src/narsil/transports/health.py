@@ -7,6 +7,7 @@ client that does not read could keep the server from shutting down. This one hol
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,7 +19,9 @@ from narsil.wire import LEN, expect, put_uint, scan, text
 if TYPE_CHECKING:
     _Context: TypeAlias = grpc.aio.ServicerContext[bytes, bytes]
 
-MAX_WATCHERS = 256
+MAX_WATCHERS = 256  # of one connection
+
+_UNIX = "unix:"  # what grpcio calls every peer of a Unix socket, which is thus bounded by streams alone
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3  # HealthCheckResponse.ServingStatus
 
@@ -30,7 +33,7 @@ class Health:
         self._services = frozenset(services)
         self._serving = False
         self._retired = asyncio.Event()
-        self._watchers = 0
+        self._watchers: Counter[str] = Counter()  # by connection
 
     def serve(self) -> None:
         """From now on the answer is SERVING."""
@@ -50,9 +53,11 @@ class Health:
     async def watch(self, body: bytes, context: _Context) -> AsyncIterator[bytes]:
         """The status now and when it changes, which it does once."""
         known = await _service(body, context) in self._services
-        if self._watchers >= MAX_WATCHERS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_WATCHERS} health watchers")
-        self._watchers += 1
+        peer = context.peer()
+        if peer != _UNIX and self._watchers[peer] >= MAX_WATCHERS:
+            text = f"more than {MAX_WATCHERS} health watchers on one connection; end some of them"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        self._watchers[peer] += 1
         try:
             yield self._status() if known else _response(SERVICE_UNKNOWN)
             if not self._retired.is_set():
@@ -60,7 +65,7 @@ class Health:
                 if known:
                     yield self._status()
         finally:
-            self._watchers -= 1
+            self._watchers -= Counter([peer])  # and what is 0 is left out
 
     def _status(self) -> bytes:
         return _response(SERVING if self._serving else NOT_SERVING)
