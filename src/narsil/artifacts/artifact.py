@@ -211,10 +211,12 @@ def write_manifest(
     device: str,
     files: Mapping[str, Path],
     architecture: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
     compiled: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes manifest.json over files (role -> path) that already lie in the folder.
 
+    ``architecture`` and ``quantization`` are for people: what is no mapping, from another manifest, is left out.
     ``compiled`` is CompiledInfo.to_dict's, for a compiled artifact.
     """
     manifest = {
@@ -227,7 +229,7 @@ def write_manifest(
             role: {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
             for role, path in files.items()
         },
-        "architecture": dict(architecture),
+        "architecture": dict(architecture) if isinstance(architecture, Mapping) else {},
         "versions": {
             "narsil": _installed("narsil"),
             "python": platform.python_version(),
@@ -236,8 +238,9 @@ def write_manifest(
             "onnx": _installed("onnx"),
         },
     }
-    if compiled is not None:
-        manifest["compiled"] = dict(compiled)
+    for section, content in (("quantization", quantization), ("compiled", compiled)):
+        if isinstance(content, Mapping):
+            manifest[section] = dict(content)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.errors import ArtifactError
 
-__all__ = ["command"]
+__all__ = ["command", "quantization_of"]
 
 _SHOWN_FEATURES = 40
 
@@ -54,8 +55,23 @@ def _describe(artifact: Artifact, verified: bool) -> dict[str, Any]:
         "schema": artifact.schema.to_dict(),
         "files": files,
         "architecture": manifest.get("architecture"),
+        "quantization": manifest.get("quantization"),
         "versions": manifest.get("versions"),
     }
+
+
+def quantization_of(artifact: Artifact) -> str | None:
+    """What INT8 tables do to the scores, as the manifest says; None where it does not, or not in numbers."""
+    section = (artifact.manifest or {}).get("quantization")
+    keys = ("rows", "max_abs", "mean_abs", "max_abs_one_id")
+    values = [section.get(key) for key in keys] if isinstance(section, Mapping) else [None]
+    if not all(type(value) in (int, float) for value in values):
+        return None
+    rows, most, mean, one_id = values
+    return (
+        f"INT8 tables move scores by up to {one_id:.1e} with one id a bag, {most:.1e} with up to 32 "
+        f"(mean {mean:.1e}, over {rows:,} random rows)"
+    )
 
 
 def _state(artifact: Artifact, role: str, verified: bool) -> str:
@@ -88,6 +104,8 @@ def _print(artifact: Artifact, described: dict[str, Any]) -> None:
     for entry in described["files"]:
         files.add_row(entry["file"], entry["role"], f"{entry['bytes'] / 1e6:,.1f}", entry["checksum"])
     console.print(files)
+    if quantization := quantization_of(artifact):
+        console.print(quantization, highlight=False)
     if described["versions"]:
         known = (f"{name} {version}" for name, version in described["versions"].items() if version)
         console.print(f"packaged by {', '.join(known)}", highlight=False)

@@ -11,6 +11,7 @@ import click
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import Pooling
+from narsil.cli.inspect import quantization_of
 from narsil.errors import ConfigError, first_line
 from narsil.packaging.dlrm import DlrmConfig, random_weights
 
@@ -189,6 +190,7 @@ def _summary(artifact: Artifact) -> None:
     )
     for entry in manifest.get("files", {}).values():
         click.echo(f"  {artifact.path / entry['file']}  {entry['bytes'] / 1e6:,.1f} MB")
+    click.echo(f"  {quantization_of(artifact)}")
     if artifact.onnx is None:
         click.echo("  no ONNX graph: the onnx package is not installed, or --no-onnx was given")
     click.echo(f"Next: narsil serve --model {artifact.path}")

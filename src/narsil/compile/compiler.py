@@ -213,5 +213,6 @@ def _write_manifest(job: _Job, info: CompiledInfo) -> None:
         device="cpu",
         files={role: job.staging / name for role, name in roles.items()},
         architecture=(job.source.manifest or {}).get("architecture") or {},
+        quantization=(job.source.manifest or {}).get("quantization"),
         compiled=info.to_dict(),
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import Deviation
+from narsil.artifacts.rows import random_batch
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.registry import load_backend
 from narsil.compile.calibration import Calibration
@@ -114,16 +115,8 @@ def random_batches(schema: ModelSchema, calibration: Calibration | None = None, 
     random = np.random.default_rng(seed)
     sizes = [*_ODD_BATCHES, *_ODD_BATCHES] + [_BATCH_ROWS] * (RANDOM_ROWS // _BATCH_ROWS)
     for number, rows in enumerate(sizes):
-        if calibration is None:
-            dense = random.random((rows, schema.dense_dim), dtype=np.float32)
-        else:
-            dense = calibration.dense[random.integers(0, len(calibration), rows)]
-        shape = (schema.num_features, rows)
-        one_hot = number % 2 == 0
-        lengths = np.ones(shape, np.int32) if one_hot else random.integers(0, _LONGEST_BAG + 1, shape, np.int32)
-        limits = np.repeat(schema.rows, lengths.sum(axis=1))
-        values = random.integers(0, limits).astype(schema.id_dtype)
-        yield Batch(rows, dense, lengths.ravel(), values, one_hot)
+        dense = None if calibration is None else calibration.dense[random.integers(0, len(calibration), rows)]
+        yield random_batch(schema, rows, None if number % 2 == 0 else _LONGEST_BAG, random, dense)
 
 
 def calibration_batches(calibration: Calibration | None) -> Iterator[Batch]:

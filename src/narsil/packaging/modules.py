@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from narsil.dataflow import Floats
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights
 
-__all__ = ["DenseArch", "Dlrm", "OverArch", "PredictModule", "predict_fp32"]
+__all__ = ["DenseArch", "Dlrm", "OverArch", "PredictModule", "fp32_model", "fp32_scores", "predict_fp32"]
 
 
 class Perceptron(nn.Module):
@@ -213,17 +214,33 @@ def load_weights(module: nn.Module, weights: DlrmWeights) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             if name in weights:
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+                tensor.copy_(as_tensor(weights[name]))
 
 
-def predict_fp32(
-    config: DlrmConfig, weights: DlrmWeights, dense: Any, lengths: Any, values: Any
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """(B,) scores of the FP32 model for numpy inputs shaped as in Dlrm.forward. Raises as check_weights does."""
+def as_tensor(array: Floats) -> Tensor:
+    """The same numbers, in the same memory where torch can take it."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def fp32_model(config: DlrmConfig, weights: DlrmWeights) -> Dlrm:
+    """The FP32 model over the weights as they lie in memory. Raises as check_weights does."""
     check_weights(config, weights)
-    model = Dlrm(config)
-    load_weights(model, weights)
+    with torch.device("meta"):
+        model = Dlrm(config)
+    model.inter_arch = InteractionArch(config)  # which has numbers of its own
+    model.load_state_dict({name: as_tensor(array) for name, array in weights.items()}, assign=True)
+    model.eval()
+    return model
+
+
+def fp32_scores(model: Dlrm, dense: Any, lengths: Any, values: Any) -> Floats:
+    """(B,) scores for numpy inputs shaped as in Dlrm.forward."""
     with torch.inference_mode():
         logits = model(torch.as_tensor(dense), torch.as_tensor(lengths), torch.as_tensor(values))
-        scores: np.ndarray[Any, np.dtype[np.float32]] = torch.sigmoid(logits).numpy()
+        scores: Floats = torch.sigmoid(logits).numpy()
     return scores
+
+
+def predict_fp32(config: DlrmConfig, weights: DlrmWeights, dense: Any, lengths: Any, values: Any) -> Floats:
+    """As fp32_scores, of a model over these weights. Raises as check_weights does."""
+    return fp32_scores(fp32_model(config, weights), dense, lengths, values)

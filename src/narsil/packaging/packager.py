@@ -7,6 +7,7 @@ with its tables, and the manifest. Owns the quantization.
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,15 @@ def package_dlrm(
     out = Path(out)
     check_request(out, device=device, name=name, version=version, onnx=onnx)
     check_weights(config, weights)
+    from narsil.packaging.deviation import deviation_of_int8
+
     with replacing(out) as staging:
         files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
-        _save_torchscript(quantized_module(config, weights, device, report), files["torchscript"], report)
+        module = quantized_module(config, weights, device, report)
+        report("compare", 0, 1)
+        deviation = deviation_of_int8(config, weights, module)
+        report("compare", 1, 1)
+        _save_torchscript(module, files["torchscript"], report)
         if onnx or (onnx is None and find_spec("onnx") is not None):
             from narsil.packaging.onnx_export import export_onnx
 
@@ -65,6 +72,7 @@ def package_dlrm(
             device=device,
             files=files,
             architecture={"kind": "dlrm", **config.to_dict(), "origin": origin or f"random, seed {config.seed}"},
+            quantization={"tables": "int8", **asdict(deviation)},
         )
         report("manifest", 1, 1)
     return artifacts.open_artifact(out, verify=False)
@@ -133,6 +141,8 @@ def _quantized_tables(config: DlrmConfig, weights: DlrmWeights, device: str, rep
     )
     from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
+    from narsil.packaging.modules import as_tensor
+
     on_cpu = device == "cpu"
     location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
     tbe = IntNBitTableBatchedEmbeddingBagsCodegen(
@@ -150,7 +160,7 @@ def _quantized_tables(config: DlrmConfig, weights: DlrmWeights, device: str, rep
     tbe.initialize_weights()
     for number, (table, target) in enumerate(zip(config.names_of_tables, tbe.split_embedding_weights(), strict=True)):
         report("quantize", number, config.tables)
-        source = torch.from_numpy(np.ascontiguousarray(weights[table_key(table)]))
+        source = as_tensor(weights[table_key(table)])
         # (rows, dim + 4): FBGEMM's quantizer puts scale and bias last, its lookup wants them apart.
         rows = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(source, 8)
         _check_quantized(rows[:, -4:].numpy(), source.numpy(), table)
