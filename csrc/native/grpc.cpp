@@ -114,8 +114,9 @@ bool Session::prefix_done(Rpc& rpc) {
   }
   if (rpc.expected > shared_.config.max_message) {
     refuse(rpc, RESOURCE_EXHAUSTED,
-           "the message has " + std::to_string(rpc.expected) + " bytes; the limit is " +
-               std::to_string(shared_.config.max_message) + " (--max-message-bytes)");
+           // As gRPC's own servers word it: clients tell it from a full queue by this.
+           "received message larger than max (" + std::to_string(rpc.expected) + " vs. " +
+               std::to_string(shared_.config.max_message) + "): send fewer rows, or raise --max-message-bytes");
     return false;
   }
   if (over_budget(rpc)) return false;

@@ -26,6 +26,17 @@ Scores = Mapping[str, Floats]  # task -> (B,) float32
 
 
 @dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What one request may hold, checked before anything of that size is allocated; the client asks for it."""
+
+    max_rows: int = 131_072
+    # In all bags together; with a context, what it expands to: its ids, bags and columns for each row.
+    max_ids: int = 1 << 22
+    # Of its message. The transport holds it, for whichever model the message is.
+    max_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
 class OneHot:
     """Sparse ids where every bag holds exactly one: the common case, and one that needs no lengths."""
 

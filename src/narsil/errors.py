@@ -8,6 +8,7 @@
         ├── InvalidRequest     the payload breaks the model's schema
         ├── ModelNotFound      names a model or version that is not served
         ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
+        ├── MessageTooLarge    more bytes than one message may have: send fewer rows, never the same again
         ├── DeadlineExceeded   its deadline passed while it waited; it never ran
         ├── Cancelled          the client went away while it waited; it never ran
         ├── Unavailable        not this server, not now: try another one, or later
@@ -20,6 +21,8 @@ A message names the feature, the row and the limit, so that the caller can mend 
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "STATUS",
     "ArtifactError",
@@ -30,6 +33,7 @@ __all__ = [
     "Draining",
     "ForwardFailed",
     "InvalidRequest",
+    "MessageTooLarge",
     "ModelNotFound",
     "NarsilError",
     "NoModel",
@@ -37,6 +41,7 @@ __all__ = [
     "RequestError",
     "Unavailable",
     "first_line",
+    "meant_by",
     "status_of",
 ]
 
@@ -73,6 +78,14 @@ class QueueFull(RequestError):
     """Admitted work is at its limit."""
 
 
+class MessageTooLarge(RequestError):
+    """The message has more bytes than the server, or a proxy before it, takes; the same one will never be taken."""
+
+    def __init__(self, message: str, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit  # bytes, where known
+
+
 class DeadlineExceeded(RequestError):
     """The deadline passed before the request ran."""
 
@@ -102,11 +115,30 @@ STATUS: dict[type[RequestError], tuple[int, int]] = {
     InvalidRequest: (3, 400),
     ModelNotFound: (5, 404),
     QueueFull: (8, 429),
+    MessageTooLarge: (8, 413),  # gRPC's own choice; told from QueueFull by its text, see meant_by
     DeadlineExceeded: (4, 504),
     Cancelled: (1, 499),
     Unavailable: (14, 503),
     ForwardFailed: (13, 500),
 }
+
+
+# What every gRPC server of the C++ core says of a message that is too large, before any of our code sees it, and what
+# the native data plane says alike.
+_TOO_LARGE = re.compile(r"received message larger than max \((\d+) vs\. (\d+)\)", re.IGNORECASE)
+
+
+def meant_by(code: int, text: str) -> RequestError | None:
+    """The error that a gRPC status means, with its text: the inverse of STATUS. None for a code that is not in it."""
+    sizes = _TOO_LARGE.search(text)
+    if code == STATUS[MessageTooLarge][0] and sizes is not None:
+        size, limit = map(int, sizes.groups())
+        return MessageTooLarge(
+            f"the message has {size} bytes; the server, or a proxy before it, takes {limit} (--max-message-bytes). "
+            "Send fewer rows",
+            limit,
+        )
+    return next((kind(text) for kind, (known, _) in STATUS.items() if known == code), None)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import narsil
 from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import predictor_body
-from narsil.client import Context, build_request
+from narsil.client import Context, build_request, read_response
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits
@@ -260,11 +260,19 @@ def test_a_message_beyond_the_limit_is_refused_and_one_just_below_it_is_served(k
 
 
 def test_a_request_of_more_rows_than_allowed_is_refused_before_anything_of_its_size_is_made(kind):
-    with serving(kind, limits=RequestLimits(max_rows=10)) as (address, _), narsil.Client(address) as client:
-        nothing = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
-        assert len(client.predict(np.zeros((10, 0)), np.zeros((10, 0), int), context=nothing).scores["default"]) == 10
-        with pytest.raises(InvalidRequest, match="batch_size is 11; it must be 1 to 10 rows"):
-            client.predict(np.zeros((11, 0)), np.zeros((11, 0), int), context=nothing)
+    nothing = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
+    with serving(kind, limits=RequestLimits(max_rows=10)) as (address, _), grpc.insecure_channel(address) as channel:
+
+        def ask(rows: int) -> int:
+            body = build_request(np.zeros((rows, 0)), np.zeros((rows, 0), int), context=nothing)
+            reply = channel.unary_unary(narsil_v1.METHOD)(body, timeout=PATIENCE_S)
+            return len(read_response(reply).scores["default"])
+
+        assert ask(10) == 10
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(11)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details().startswith("batch_size is 11; it must be 1 to 10 rows")
 
 
 def test_arbitrary_bytes_never_end_the_server(kind):

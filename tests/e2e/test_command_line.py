@@ -109,11 +109,19 @@ def test_predict_sends_a_file_s_rows_and_prints_their_scores(server, model, tmp_
         ('{"dense": [0, 0, 0, 0], "sprase": {}}', "unknown key 'sprase'"),
         (
             '{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1.7], "cat_1": [1], "cat_2": [1]}}',
-            "feature cat_0: [1.7] is not",
+            "line 1: feature cat_0, position 0: 1.7 is of type float",
         ),
         (
             '{"dense": [0, 0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [true], "cat_2": [1]}}',
-            "feature cat_1: [True] is not",
+            "line 1: feature cat_1, position 0: True is of type bool",
+        ),
+        (
+            '{"dense": [0, 0, 0, 0], "sparse": {"cat_0": 1, "cat_1": [1], "cat_2": [1]}}',
+            "line 1: feature cat_0: 1 is not a list of ids",
+        ),
+        (
+            '{"dense": ["0", 0, 0, 0], "sparse": {"cat_0": [1], "cat_1": [1], "cat_2": [1]}}',
+            "dense must be numbers, not",
         ),
         ("nonsense", "line 1: "),
     ],

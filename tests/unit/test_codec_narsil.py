@@ -277,5 +277,9 @@ def test_a_response_carries_scores_names_and_provenance():
 
 
 def test_a_schema_survives_the_wire():
-    info = read_model(narsil_v1.encode_model("dlrm", "3", "torch", WEIGHTED))
+    limits = RequestLimits(1000, 1 << 31, 16 << 20)
+    body = narsil_v1.encode_model("dlrm", "3", "torch", WEIGHTED, limits)
+    info = read_model(body)
     assert (info.name, info.version, info.backend, info.schema) == ("dlrm", "3", "torch", WEIGHTED)
+    assert info.limits == limits
+    assert narsil_pb2.Model.FromString(body).SerializeToString() == body

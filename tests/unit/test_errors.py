@@ -24,9 +24,30 @@ def test_every_request_error_has_its_own_grpc_and_http_status(kind):
     assert kind in errors.STATUS
 
 
-def test_no_two_errors_share_a_grpc_code_so_that_clients_can_tell_them_apart():
-    codes = [code for code, _ in errors.STATUS.values()]
-    assert len(set(codes)) == len(codes)
+# A message that is too large has the code of a full queue, by gRPC's own choice, and a text of its own.
+TEXTS = {errors.MessageTooLarge: ("SERVER: Received message larger than max (96 vs. 16)", "the message has 96 bytes;")}
+
+
+@pytest.mark.parametrize("kind", request_errors())
+def test_clients_can_tell_every_error_from_the_others(kind):
+    said, read = TEXTS.get(kind, ("why", "why"))
+    code, _ = errors.status_of(kind(said))
+    meant = errors.meant_by(code, said)
+    assert type(meant) is kind
+    assert str(meant).startswith(read)
+
+
+def test_a_message_that_is_too_large_tells_what_would_be_taken():
+    meant = errors.meant_by(8, "received message larger than max (96000024 vs. 16777216): send fewer rows")
+    assert isinstance(meant, errors.MessageTooLarge)
+    assert meant.limit == 16777216
+    assert str(meant).endswith("takes 16777216 (--max-message-bytes). Send fewer rows")
+
+
+def test_a_code_or_a_text_that_no_error_has_means_none_or_the_code_s_own():
+    assert errors.meant_by(12, "Method not found!") is None
+    assert type(errors.meant_by(3, "received message larger than max (2 vs. 1)")) is errors.InvalidRequest
+    assert type(errors.meant_by(8, "more than 256 health watchers")) is errors.QueueFull
 
 
 def test_an_error_of_a_later_subclass_has_its_parent_s_status():

@@ -39,7 +39,7 @@ def load_model(settings: ServeSettings) -> ServedModel:
         settings.model_name or artifact.name,
         artifact.version,
         [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
-        RequestLimits(settings.max_request_rows, settings.max_request_ids),
+        RequestLimits(settings.max_request_rows, settings.max_request_ids, settings.max_message_bytes),
     )
 
 

@@ -61,6 +61,8 @@ def _read_rows(path: Path, schema: Any) -> tuple[Any, Any, Any]:
     """(dense (B, D), flat ids, lengths (B, T)) from JSON lines. Raises ConfigError naming the line."""
     import numpy as np
 
+    from narsil.client.numbers import floats
+
     dense, ids, lengths = [], [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -73,8 +75,8 @@ def _read_rows(path: Path, schema: Any) -> tuple[Any, Any, Any]:
             row = json.loads(line)
             _refuse_extra(row, {"dense", "sparse"}, "key")
             _refuse_extra(row["sparse"], {feature.name for feature in schema.features}, "feature")
-            dense.append(np.array(row["dense"], dtype=np.float32).reshape(schema.dense_dim))
-            bags = [_bag(row["sparse"][feature.name], feature.name) for feature in schema.features]
+            dense.append(floats(row["dense"], "dense").reshape(schema.dense_dim))
+            bags = [_bag(row["sparse"][feature.name], f"feature {feature.name}") for feature in schema.features]
         except KeyError as error:
             raise ConfigError(f"{path}, line {number}: no {error.args[0]!r}") from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -94,10 +96,11 @@ def _refuse_extra(found: Any, known: set[str], what: str) -> None:
         raise ValueError(f"unknown {what} {extra[0]!r}")
 
 
-def _bag(ids: Any, name: str) -> Any:
-    """One feature's ids as an array. A number that is no whole one would be another id, silently."""
-    import numpy as np
+def _bag(ids: Any, what: str) -> Any:
+    """One feature's ids as an array."""
+    from narsil.client.numbers import whole
 
-    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-        raise ValueError(f"feature {name}: {ids!r} is not a list of whole numbers")
-    return np.array(ids, dtype=np.int64)
+    bag = whole(ids, what)
+    if bag.ndim != 1:
+        raise ValueError(f"{what}: {ids!r} is not a list of ids")
+    return bag

@@ -8,9 +8,10 @@ Needs grpcio and numpy, and no protobuf: it lives beside any other gRPC client, 
 """
 
 from narsil.client.aio import AsyncClient
+from narsil.client.answers import ModelInfo, Prediction, read_model, read_response
 from narsil.client.blocking import Client
 from narsil.client.calls import TransportError
-from narsil.client.messages import Context, ModelInfo, Prediction, build_request, read_model, read_response
+from narsil.client.rows import Context, build_request
 
 __all__ = [
     "AsyncClient",

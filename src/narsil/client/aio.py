@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 from numpy.typing import ArrayLike
 
-from narsil.client.calls import GET_MODEL, OPTIONS, PREDICT, error_of, reading
-from narsil.client.messages import Context, ModelInfo, Prediction, build_request, read_model, read_response
+from narsil.client.answers import ModelInfo, Prediction
+from narsil.client.calls import GET_MODEL, OPTIONS, PREDICT, Conversation, Known, describing, error_of, predicting
+from narsil.client.rows import Context, rows_of
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -21,8 +26,10 @@ class AsyncClient:
             if credentials is None
             else grpc.aio.secure_channel(target, credentials, OPTIONS)
         )
-        self._predict: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PREDICT)
-        self._get_model: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(GET_MODEL)
+        self._methods: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {
+            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL)
+        }
+        self._known: Known = {}
 
     async def predict(
         self,
@@ -39,18 +46,12 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Prediction:
         """See Client.predict."""
-        body = build_request(dense, ids, lengths, weights, context, feature_names, model, version, request_id)
-        try:
-            return reading(read_response, await self._predict(body, timeout=timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+        rows = rows_of(dense, ids, lengths, weights, context, feature_names, model, version, request_id)
+        return await self._carry(predicting(rows, self._known), timeout)
 
-    async def model(self, timeout: float | None = None) -> ModelInfo:
-        """The served model and its schema."""
-        try:
-            return reading(read_model, await self._get_model(b"", timeout=timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+    async def model(self, timeout: float | None = None, *, name: str = "", version: str = "") -> ModelInfo:
+        """See Client.model."""
+        return await self._carry(describing(name, version), timeout)
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -63,3 +64,20 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _carry(self, conversation: Conversation[T], timeout: float | None) -> T:
+        """See Client._carry."""
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            ask = next(conversation)
+            while True:
+                left = None if until is None else until - time.monotonic()
+                try:
+                    answer = await self._methods[ask.method](ask.body, timeout=left, metadata=ask.metadata)
+                    failure = None
+                except grpc.RpcError as error:
+                    failure = error_of(error)
+                ask = conversation.send(answer) if failure is None else conversation.throw(failure)
+        except StopIteration as done:
+            result: T = done.value
+            return result

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 import grpc
 from numpy.typing import ArrayLike
 
-from narsil.client.calls import GET_MODEL, OPTIONS, PREDICT, error_of, reading
-from narsil.client.messages import Context, ModelInfo, Prediction, build_request, read_model, read_response
+from narsil.client.answers import ModelInfo, Prediction
+from narsil.client.calls import GET_MODEL, OPTIONS, PREDICT, Conversation, Known, describing, error_of, predicting
+from narsil.client.rows import Context, rows_of
+
+T = TypeVar("T")
 
 
 class Client:
@@ -20,8 +25,10 @@ class Client:
             if credentials is None
             else grpc.secure_channel(target, credentials, OPTIONS)
         )
-        self._predict: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(PREDICT)
-        self._get_model: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(GET_MODEL)
+        self._methods: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {
+            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL)
+        }
+        self._known: Known = {}
 
     def predict(
         self,
@@ -40,21 +47,22 @@ class Client:
         """Scores B rows.
 
         ``dense`` is (B, D). Without ``lengths``, ``ids`` is (B, T), one id a bag; with ``lengths`` (B, T), ``ids`` is
-        flat, all bags of row 0 first. ``timeout`` in seconds is also the server's deadline. Raises the RequestError
-        that the server answered with, TransportError when it could not be asked.
-        """
-        body = build_request(dense, ids, lengths, weights, context, feature_names, model, version, request_id)
-        try:
-            return reading(read_response, self._predict(body, timeout=timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+        flat, all bags of row 0 first. ``timeout`` in seconds is also the server's deadline.
 
-    def model(self, timeout: float | None = None) -> ModelInfo:
-        """The served model and its schema."""
-        try:
-            return reading(read_model, self._get_model(b"", timeout=timeout))
-        except grpc.RpcError as error:
-            raise error_of(error) from None
+        Rows that are more than the server takes of one request are sent in several, one after the other, to one version
+        of the model; their ``batch_rows`` and times are then sums.
+
+        Raises TypeError or ValueError, before anything is sent, for numbers that the wire would change: ids and lengths
+        that are not whole numbers or too large, dense values that are no numbers or beyond float32. Raises the
+        RequestError that the server answered with (InvalidRequest for NaN and for ids beyond their table), and
+        TransportError when it could not be asked.
+        """
+        rows = rows_of(dense, ids, lengths, weights, context, feature_names, model, version, request_id)
+        return self._carry(predicting(rows, self._known), timeout)
+
+    def model(self, timeout: float | None = None, *, name: str = "", version: str = "") -> ModelInfo:
+        """A served model, its schema and what a request may hold; the default model where none is named."""
+        return self._carry(describing(name, version), timeout)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -65,3 +73,20 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _carry(self, conversation: Conversation[T], timeout: float | None) -> T:
+        """The conversation's result, its calls made one after the other within ``timeout`` in all."""
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            ask = next(conversation)
+            while True:
+                left = None if until is None else until - time.monotonic()
+                try:
+                    answer = self._methods[ask.method](ask.body, timeout=left, metadata=ask.metadata)
+                    failure = None
+                except grpc.RpcError as error:
+                    failure = error_of(error)
+                ask = conversation.send(answer) if failure is None else conversation.throw(failure)
+        except StopIteration as done:
+            result: T = done.value
+            return result

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
+from narsil.dataflow import RequestLimits
 from narsil.engine.runner import Runner
 from narsil.errors import ConfigError
 
 __all__ = ["ModelState", "RequestLimits", "ServedModel"]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What one request may hold, checked before anything of that size is allocated."""
-
-    max_rows: int = 131072
-    max_ids: int = (
-        1 << 22
-    )  # in all bags together; with a context, what it expands to: its ids, bags and columns per row
 
 
 class ModelState(Enum):

@@ -1,31 +1,20 @@
-"""The client's half of ``narsil.v1``: requests to bytes, answers from bytes. Pure functions, no sockets.
+"""The server's answers, from bytes: what scored the rows and how, and what a model takes. Pure functions, no sockets.
 
 The server's half is narsil.transports.codec.narsil_v1; the messages are those of proto/narsil.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from narsil.artifacts.schema import Feature, ModelSchema
+from narsil.dataflow import RequestLimits
 from narsil.errors import InvalidRequest
-from narsil.wire import LEN, VARINT, Field, Part, expect, put_len, put_parts, put_text, put_uint, put_varint, scan, text
-
-_INT32, _INT64 = 0, 1  # IdType
-
-
-@dataclass(frozen=True)
-class Context:
-    """Features that all rows of a request share, sent once."""
-
-    features: Mapping[str, Sequence[int]]  # sparse feature name -> its bag of ids
-    dense_columns: Sequence[int] = ()  # which dense columns are given here, ascending
-    dense: Sequence[float] = ()
+from narsil.wire import LEN, VARINT, Field, expect, scan, text
 
 
 @dataclass(frozen=True)
@@ -50,76 +39,7 @@ class ModelInfo:
     version: str
     backend: str
     schema: ModelSchema
-
-
-def build_request(
-    dense: ArrayLike,
-    ids: ArrayLike,
-    lengths: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    context: Context | None = None,
-    feature_names: Sequence[str] = (),
-    model: str = "",
-    version: str = "",
-    request_id: str = "",
-) -> bytes:
-    """A serialized narsil.v1.PredictRequest; arguments as in Client.predict. Ids stay int32 if they are, else int64."""
-    rows_dense = np.ascontiguousarray(dense, dtype="<f4")
-    values, id_type = _ids(ids)
-    if lengths is None:
-        columns = values.shape[1] if values.ndim == 2 else 0
-    else:
-        lengths = np.ascontiguousarray(lengths, dtype="<i4")
-        columns = lengths.shape[1] if lengths.ndim == 2 else 0
-    sparse = [
-        put_uint(1, columns),
-        *(put_len(2, name.encode()) for name in feature_names),
-        put_uint(3, id_type),
-        *_put_array(4, values),
-    ]
-    if lengths is not None:
-        sparse += _put_array(5, np.asarray(lengths))
-    if weights is not None:
-        sparse += _put_array(6, np.ascontiguousarray(weights, dtype="<f4"))
-    parts = [
-        put_text(1, model),
-        put_text(2, version),
-        put_text(3, request_id),
-        put_uint(4, rows_dense.shape[0] if rows_dense.ndim else 0),
-        *_put_array(5, rows_dense),
-        *put_parts(6, sparse),
-    ]
-    if context is not None:
-        parts += put_parts(7, _context(context))
-    return b"".join(parts)
-
-
-def _context(context: Context) -> list[Part]:
-    """The fields of a Context message."""
-    bags = [np.atleast_1d(np.asarray(bag, dtype="<i8")) for bag in context.features.values()]
-    columns = b"".join(map(put_varint, context.dense_columns))
-    return [
-        *(put_parts(1, [columns]) if columns else ()),
-        *_put_array(2, np.asarray(context.dense, dtype="<f4")),
-        *(put_len(3, name.encode()) for name in context.features),
-        put_uint(4, _INT64),
-        *_put_array(5, np.concatenate(bags) if bags else np.empty(0, dtype="<i8")),
-        *_put_array(6, np.array([len(bag) for bag in bags], dtype="<i4")),
-    ]
-
-
-def _put_array(number: int, array: NDArray[Any]) -> list[Part]:
-    """A contiguous array's bytes as a field, uncopied; nothing for an empty one, as proto3 has it."""
-    return put_parts(number, [array.ravel().view(np.uint8).data]) if array.size else []
-
-
-def _ids(ids: ArrayLike) -> tuple[NDArray[Any], int]:
-    array = np.asarray(ids)
-    if array.dtype.newbyteorder("=") == np.int32:
-        return np.ascontiguousarray(array, dtype="<i4"), _INT32
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"ids must be integers, not {array.dtype}")
-    return np.ascontiguousarray(array, dtype="<i8"), _INT64
+    limits: RequestLimits | None = None  # None: the server does not say
 
 
 def read_response(body: bytes) -> Prediction:
@@ -169,22 +89,25 @@ def read_model(body: bytes) -> ModelInfo:
     """A serialized narsil.v1.Model as a ModelInfo. Raises InvalidRequest where it is none, ArtifactError where no
     model can be as it says."""
     strings = {1: "", 2: "", 3: ""}
-    dense_dim = 0
+    numbers = {4: 0, 7: 0, 8: 0, 9: 0}
     features: list[Feature] = []
     tasks: list[str] = []
     for found in scan(body, 0, len(body)):
         number = found[0]
         if number in strings:
             strings[number] = _text(body, found, "a name")
-        elif number == 4:
-            expect(found, VARINT, "dense_dim")
-            dense_dim = found[2]
+        elif number in numbers:
+            expect(found, VARINT, "dense_dim or a limit")
+            numbers[number] = found[2]
         elif number == 5:
             expect(found, LEN, "features")
             features.append(_feature(body, found))
         elif number == 6:
             tasks.append(_text(body, found, "tasks"))
-    return ModelInfo(strings[1], strings[2], strings[3], ModelSchema(dense_dim, tuple(features), tuple(tasks)))
+    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks))
+    limits = RequestLimits(numbers[7], numbers[8], numbers[9])
+    told = all((limits.max_rows, limits.max_ids, limits.max_bytes))
+    return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None)
 
 
 def _feature(body: bytes, message: Field) -> Feature:
