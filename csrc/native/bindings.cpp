@@ -8,6 +8,7 @@
 #include "native/collate.hpp"
 #include "native/encode.hpp"
 #include "native/plane.hpp"
+#include "native/signals.hpp"
 
 namespace py = pybind11;
 
@@ -344,4 +345,7 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("collate", collate_into, py::arg("calls"), py::arg("rows"), py::arg("dense"), py::arg("values"),
              py::arg("lengths"));
+  module.def("end_on_signal", [](int number, const std::string& last_words) {
+    if (!narsil::end_on_signal(number, last_words)) throw std::system_error(errno, std::generic_category());
+  });
 }

@@ -158,3 +158,10 @@ def collate(
     All calls are of one model. ``dense`` has room for (rows, D), ``values`` for the batch's ids in the schema's type,
     and ``lengths``, given for jagged batches alone, for (T * rows,). Raises ValueError otherwise.
     """
+
+def end_on_signal(number: int, last_words: bytes, /) -> None:
+    """Has a signal write ``last_words`` to standard error and end the process as by its own action, whoever holds the
+    interpreter's lock; process 1 of a container, which signals spare, exits with 128 + number.
+
+    Raises OSError for a number that is no signal, or none that can be caught.
+    """

@@ -41,6 +41,7 @@ __all__ = [
     "RequestError",
     "Unavailable",
     "first_line",
+    "last_line",
     "meant_by",
     "status_of",
 ]
@@ -144,6 +145,11 @@ def meant_by(code: int, text: str) -> RequestError | None:
 def first_line(error: BaseException) -> str:
     """A foreign error's text cut to its first line, for an error of Narsil's that quotes it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """As first_line, the last one: where torch quotes the model's own code first, and then says what is wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def status_of(error: RequestError) -> tuple[int, int]:

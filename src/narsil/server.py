@@ -6,10 +6,9 @@ import asyncio
 import ctypes
 import gc
 import logging
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from narsil.catalog.loading import load_model, warmup_payloads
 from narsil.catalog.manager import ModelManager
@@ -18,9 +17,9 @@ from narsil.engine.engine import Engine
 from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.errors import ConfigError
+from narsil.errors import ArtifactError, ConfigError, NarsilError, last_line
 from narsil.extension import AVAILABLE, MISSING
-from narsil.process import warn_of
+from narsil.process import StopSignals, warn_of, writing
 from narsil.telemetry.observer import CountingObserver, Observer
 from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
@@ -46,17 +45,16 @@ class Server:
 
     _engine: Engine  # from startup on
     _transport: Transport  # from startup on
+    _signals: StopSignals  # from startup on
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self._stop = asyncio.Event()
 
     async def serve(self) -> int:
         """Runs until SIGTERM or SIGINT; returns the exit status."""
         address = await self.startup()
-        self._stop_on_signals()
         self.announce(address)
-        await self._stop.wait()
+        await self._signals.stop.wait()
         return await self.shutdown()
 
     async def startup(self) -> str:
@@ -71,42 +69,49 @@ class Server:
         settle_process()
         self._transport = make_transport(self._engine, settings, self._observer)
         self.models.subscribe(self._transport.serve)
+        self._signals = StopSignals()  # from here on there may be something in flight
         try:
             return await self._transport.start()
         except OSError as error:
             raise ConfigError(str(error)) from None
 
     def _add_model(self) -> None:
-        model = load_model(self.settings)
-        self.models.add(model, list(warmup_payloads(model.schema, self.settings.max_batch_rows)))
+        settings = self.settings
+        model = load_model(settings)
+        try:
+            self.models.add(model, list(warmup_payloads(model.schema, settings.max_batch_rows)))
+        except NarsilError:
+            raise
+        except Exception as error:  # a model's forward raises what it likes
+            raise ArtifactError(
+                f"{settings.model} loads, but a forward of the {model.backend} backend fails on it "
+                f"({type(error).__name__}: {last_line(error)}); package or compile it again"
+            ) from error
 
     def announce(self, address: str) -> None:
-        """The one line on standard output that says requests are taken now."""
+        """The one line on standard output that says requests are taken now. Whether anybody can read it changes nothing
+        for those who ask."""
         settings = self.settings
-        print(
+        line = (
             f"narsil: serving {settings.model} on {address} "
-            f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device})",
-            flush=True,
+            f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device})"
         )
-
-    def _stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT begin the shutdown. The handlers outlive the event loop, so that a second signal, sent by
-        an impatient supervisor while the process is leaving, does not turn a clean exit into a killed one."""
-        loop = asyncio.get_running_loop()
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C means now
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._stop.set)
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handle)
+        with writing(1):
+            try:
+                print(line, flush=True)
+            except OSError as error:
+                log.warning("standard output takes no ready line (%s): %s", error.strerror, line)
+                raise
 
     async def shutdown(self) -> int:
-        """Refuses what is new, finishes what is in flight, then closes. 0, or 1 when work had to be abandoned."""
+        """Serves on for ``shutdown_delay``, refuses what is new, finishes what is in flight, then closes.
+
+        Returns 0, or 1 when work had to be abandoned.
+        """
+        self._transport.retire()
+        await self._serve_on()
         grace = self.settings.drain_seconds
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
-        self._transport.retire()
         drained = await asyncio.to_thread(self._engine.drain, grace)
         await asyncio.sleep(LINGER_S)
         await self._transport.stop(CLOSE_S if drained else 0.0)
@@ -114,6 +119,16 @@ class Server:
             self.models.remove(model)
         log.info("stopped: %s", self._engine.statistics())
         return 0 if drained else 1
+
+    async def _serve_on(self) -> None:
+        """Gives routers time to hear that this server is leaving, while it serves what they still send."""
+        delay = self.settings.shutdown_delay
+        if delay and not self._signals.hurry.is_set():
+            log.info(
+                "to stop in %g s (shutdown_delay), or at another signal; health says NOT_SERVING from now on", delay
+            )
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._signals.hurry.wait(), delay)
 
 
 def make_engine(settings: ServeSettings, observer: Observer | None = None) -> Engine:

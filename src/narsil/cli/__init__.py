@@ -7,12 +7,17 @@ torch nor onnxruntime.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
 from narsil import __version__
-from narsil.errors import NarsilError
+from narsil.cli.failures import explain
+from narsil.process import end_by, fill_standard_files, raise_on_signals, writing
 
 # name -> one line for `narsil --help`; narsil.cli.NAME holds the click command `command`.
 COMMANDS = {
@@ -42,16 +47,78 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+@dataclass
+class _Session:
+    """What holds for whichever command is called."""
+
+    debug: bool = False
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if isinstance(ctx.obj, _Session):
+        ctx.obj.debug = value
+
+
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="narsil")
+@click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,  # before the command's module is imported, which may fail
+    expose_value=False,
+    callback=_set_debug,
+    envvar="NARSIL_DEBUG",
+    help="Show the traceback of an error.  [env: NARSIL_DEBUG]",
+)
 def cli() -> None:
     """Narsil serves recommendation models: continuous batching for TorchRec's artifacts."""
 
 
 def main() -> None:
-    """Entry point. Errors that Narsil raises on purpose become one line and exit status 1."""
+    """Entry point. Whatever a command raises becomes one sentence and an exit status: see failures."""
+    if "_NARSIL_COMPLETE" in os.environ:
+        cli.main(prog_name="narsil")  # completes a shell's line, and exits
+    fill_standard_files()
+    raise_on_signals()
+    session = _Session()
+    status: Any
     try:
-        cli(prog_name="narsil")
-    except NarsilError as error:
-        click.echo(f"narsil: {error}", err=True)
-        sys.exit(1)
+        status = _run(session)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except BaseException as error:
+        status = _fail(error, session.debug)
+    sys.exit(status)
+
+
+def _run(session: _Session) -> Any:
+    """The command's exit status, once all that it printed has been written."""
+    try:
+        with cli.make_context("narsil", sys.argv[1:], obj=session) as context:
+            status = cli.invoke(context)
+    except click.exceptions.Exit as leaving:
+        status = leaving.exit_code
+    except SystemExit as leaving:
+        status = leaving.code
+    except click.Abort as error:  # somebody was asked, and pressed Ctrl-C or Ctrl-D
+        raise KeyboardInterrupt from error
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status
+
+
+def _fail(error: BaseException, debug: bool) -> int:
+    """Tells of a failure, and ends the process where a signal is the reason; returns the exit status otherwise."""
+    failure = explain(error)
+    with writing(1):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    with writing(2):
+        if debug and failure.signal is None:
+            traceback.print_exception(error)
+        if failure.sentence:
+            click.echo(f"narsil: {failure.sentence}", err=True)
+    if failure.signal is not None:
+        end_by(failure.signal)
+    return failure.status

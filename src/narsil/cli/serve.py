@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from narsil.config import ENV_PREFIX, ServeSettings, load_settings
+from narsil.process import end_on_signals, pass_over_hangups
 
 
 def _option(name: str, field: FieldInfo) -> click.Option:
@@ -34,6 +35,8 @@ _OPTIONS = [_option(name, field) for name, field in ServeSettings.model_fields.i
 
 
 def _serve(config: Path | None, print_config: bool, **given: Any) -> None:
+    end_on_signals()
+    pass_over_hangups()
     settings = load_settings({name: value for name, value in given.items() if value is not None}, config)
     if print_config:
         click.echo(settings.to_toml(), nl=False)
