@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test sanitize fuzz bench reports clean
+.PHONY: help setup demo lint test sanitize fuzz mutants bench reports clean
 .PHONY: system-packages native-packages fuzz-packages test-packages
 
 help: ## list the targets
@@ -60,6 +60,11 @@ fuzz: fuzz-packages ## FUZZ_SECONDS of libFuzzer (clang) for each of the native 
 	  build/fuzz/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 -verbosity=0 \
 	    -artifact_prefix=build/fuzz/$$target. build/fuzz/$$target.corpus csrc/fuzz/corpus/$$target || exit 1; \
 	done
+
+MUTANT_SECONDS ?= 600
+MUTANT_SEED ?= 1
+mutants: setup ## plant faults in the core for MUTANT_SECONDS; the share that the unit tests notice
+	$(BIN)/python -m tests.mutants --seconds $(MUTANT_SECONDS) --seed $(MUTANT_SEED)
 
 bench: setup system-packages ## measure against the C++ server into benchmarks/results/MACHINE, render (20 minutes at most)
 	$(BIN)/python benchmarks/bench.py

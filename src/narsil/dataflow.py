@@ -47,6 +47,11 @@ class OneHot:
         """N: ids in all bags together."""
         return self.ids.size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays hold, shared or not."""
+        return self.ids.nbytes
+
     def slice(self, start: int, stop: int) -> OneHot:
         """Rows start .. stop - 1, as a view."""
         return OneHot(self.ids[:, start:stop])
@@ -75,6 +80,12 @@ class Jagged:
         """N: ids in all bags together; more than ``len(values)`` where bags share ids."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays hold, shared or not."""
+        weights = 0 if self.weights is None else self.weights.nbytes
+        return self.values.nbytes + self.starts.nbytes + self.lengths.nbytes + weights
+
     def slice(self, start: int, stop: int) -> Jagged:
         """Rows start .. stop - 1, as views; values stay whole."""
         return Jagged(self.values, self.starts[:, start:stop], self.lengths[:, start:stop], self.weights)
@@ -96,10 +107,7 @@ class Features:
     @property
     def nbytes(self) -> int:
         """Bytes that the arrays hold, shared or not."""
-        sparse = self.sparse
-        if isinstance(sparse, OneHot):
-            return int(self.dense.nbytes + sparse.ids.nbytes)
-        return int(self.dense.nbytes + sparse.values.nbytes + sparse.starts.nbytes + sparse.lengths.nbytes)
+        return self.dense.nbytes + self.sparse.nbytes
 
     def slice(self, start: int, stop: int) -> Features:
         """Rows start .. stop - 1, as views."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import tracemalloc
 
 import grpc
 import numpy as np
@@ -260,19 +261,36 @@ def test_a_message_beyond_the_limit_is_refused_and_one_just_below_it_is_served(k
 
 
 def test_a_request_of_more_rows_than_allowed_is_refused_before_anything_of_its_size_is_made(kind):
-    nothing = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
     with serving(kind, limits=RequestLimits(max_rows=10)) as (address, _), grpc.insecure_channel(address) as channel:
+        assert len(scores_of_a_context(channel, 10)) == 10
+        for rows in (11, 10**7):
+            tracemalloc.start()
+            try:
+                with pytest.raises(grpc.RpcError) as caught:
+                    scores_of_a_context(channel, rows)
+                assert tracemalloc.get_traced_memory()[1] < 1 << 20  # bytes at most at once
+            finally:
+                tracemalloc.stop()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details().startswith(f"batch_size is {rows}; it must be 1 to 10 rows")
 
-        def ask(rows: int) -> int:
-            body = build_request(np.zeros((rows, 0)), np.zeros((rows, 0), int), context=nothing)
-            reply = channel.unary_unary(narsil_v1.METHOD)(body, timeout=PATIENCE_S)
-            return len(read_response(reply).scores["default"])
 
-        assert ask(10) == 10
+def test_a_request_weighs_what_its_context_expands_to(kind):
+    """A message of some bytes may fill a queue: it is held against --max-queue-bytes by what it becomes."""
+    limits = QueueLimits(max_bytes=100_000)
+    with serving(kind, engine_limits=limits) as (address, _), grpc.insecure_channel(address) as channel:
+        assert len(scores_of_a_context(channel, 100)) == 100
         with pytest.raises(grpc.RpcError) as caught:
-            ask(11)
+            scores_of_a_context(channel, 10_000)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert caught.value.details().startswith("batch_size is 11; it must be 1 to 10 rows")
+        assert "this server queues at most 100000 (--max-queue-bytes)" in caught.value.details()
+
+
+def scores_of_a_context(channel: grpc.Channel, rows: int) -> np.ndarray:
+    """Of so many rows of which all are the context: the message is small, whatever their number."""
+    everything = Context({feature.name: [1] for feature in SCHEMA.features}, [0, 1, 2], [0.0] * 3)
+    body = build_request(np.zeros((rows, 0)), np.zeros((rows, 0), int), context=everything)
+    return read_response(channel.unary_unary(narsil_v1.METHOD)(body, timeout=PATIENCE_S)).scores["default"]
 
 
 def test_arbitrary_bytes_never_end_the_server(kind):

@@ -48,13 +48,34 @@ def test_at_a_limit_the_next_request_is_refused_and_says_what_is_full(limits):
     assert len(queue) == 2
 
 
-def test_a_place_that_becomes_free_can_be_taken():
-    queue = RequestQueue(QueueLimits(max_requests=1))
-    first = request()
-    queue.add(first)
-    queue.remove(first)
-    queue.add(request())
-    assert len(queue) == 1
+@pytest.mark.parametrize(
+    "limits",
+    [
+        QueueLimits(max_requests=3),
+        QueueLimits(max_rows=15),
+        QueueLimits(max_ids=15 * SCHEMA.num_features),
+        QueueLimits(max_bytes=300),
+    ],
+    ids=["requests", "rows", "ids", "bytes"],
+)
+def test_what_just_fits_is_taken_and_a_place_that_becomes_free_can_be_taken_again(limits):
+    queue = RequestQueue(limits)
+    members = [request(5, size=100) for _ in range(3)]
+    for member in members:
+        queue.add(member)
+    for turn in range(3):
+        with pytest.raises(QueueFull):
+            queue.add(request(5, size=100))
+        queue.remove(members[turn])
+        queue.add(request(5, size=100))
+    assert (len(queue), queue.rows) == (3, 15)
+
+
+def test_a_request_that_fills_the_queue_alone_is_unlucky_rather_than_invalid():
+    queue = RequestQueue(QueueLimits(max_rows=5, max_ids=5 * SCHEMA.num_features, max_bytes=100))
+    queue.add(request(5, size=100))
+    with pytest.raises(QueueFull, match=r"5 of 5 rows, 20 of 20 ids, 100 of 100 bytes; this request has 5 rows"):
+        queue.add(request(5, size=100))
 
 
 def test_a_request_that_no_empty_queue_could_hold_is_invalid_rather_than_unlucky():

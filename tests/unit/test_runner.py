@@ -1,0 +1,32 @@
+"""A model as one lane runs it: what each stage took, and scores that are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from narsil.backends.fake import FakeBackend
+from narsil.engine import runner
+from narsil.engine.runner import Runner
+from narsil.errors import ForwardFailed
+from tests.support import SCHEMA, one_hot, scores_alone
+
+
+def test_collating_and_executing_are_timed_apart(monkeypatch):
+    ticks = iter([10.0, 11.5, 15.5])
+    monkeypatch.setattr(runner, "perf_counter", lambda: next(ticks))
+    scores, collate, execute = Runner("fake", FakeBackend(SCHEMA)).run([one_hot(2), one_hot(3, seed=1)])
+    assert (collate, execute) == (1.5, 4.0)
+    expected = np.concatenate([scores_alone(one_hot(2)), scores_alone(one_hot(3, seed=1))])
+    np.testing.assert_array_equal(scores["default"], expected)
+
+
+@pytest.mark.parametrize("made", [{}, {"default": np.zeros(2, np.float32)}, {"default": np.zeros((3, 1), np.float32)}])
+def test_scores_of_another_shape_are_a_failed_forward(made):
+    class Wrong(FakeBackend):
+        def run(self, batch):
+            return made
+
+    found = r"\(2,\)" if made and made["default"].ndim == 1 else r"\(3, 1\)" if made else "nothing"
+    with pytest.raises(ForwardFailed, match=rf"task default: the model gave {found} for 3 rows"):
+        Runner("fake", Wrong(SCHEMA)).run([one_hot(3)])
