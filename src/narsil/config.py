@@ -39,6 +39,7 @@ _IDLE_VALUES: dict[str, Any] = {
     "batch_size": 1,
     "batch_timeout_ms": 0.0,
     "copy_tables": False,
+    "intra_op_threads": 1,
     "pin_lanes": False,
     "port": 0,
     "tune_kernels": False,
@@ -145,20 +146,22 @@ class ServeSettings(BaseModel):
         """Lanes to start: as told, else one per usable core on a CPU and one on a GPU. It stays what it was."""
         return self.lanes or (usable_cores() if self.device == "cpu" else 1)
 
-    def given_in_vain(self, backend: str | None = None, transport: str | None = None) -> list[str]:
+    def given_in_vain(
+        self, backend: str | None = None, transport: str | None = None, checksums: bool = True
+    ) -> list[str]:
         """Which of the settings that were given can have no effect beside the others, a remark on each.
 
         Among the settings alone there are none, since they would have been refused. ``backend`` and ``transport`` are
-        what ``auto`` has become.
+        what ``auto`` has become, and ``checksums`` is whether the artifact has any.
         """
-        idle = self._without_effect(backend or self.backend, transport or self.transport)
+        idle = self._without_effect(backend or self.backend, transport or self.transport, checksums)
         return [
             f"{name} {_plain(getattr(self, name))} has no effect with {other}"
             for name, other in idle.items()
             if name in self.model_fields_set
         ]
 
-    def _without_effect(self, backend: str, transport: str) -> dict[str, str]:
+    def _without_effect(self, backend: str, transport: str, checksums: bool = True) -> dict[str, str]:
         """Settings that would do something but for another: name -> that other."""
         on_gpu, worker = self.device != "cpu", self.execution_mode == "worker"
         cases = [
@@ -166,6 +169,7 @@ class ServeSettings(BaseModel):
             ("batch_timeout_ms", worker, "execution_mode worker"),
             ("batch_timeout_ms", self.batch_size == 1, "batch_size 1"),
             ("copy_tables", backend == "torch", "the torch backend, which maps no file"),
+            ("intra_op_threads", on_gpu, f"device {self.device}"),
             ("max_resets_per_second", transport == "grpcio", "transport grpcio"),
             (
                 "max_resets_per_second",
@@ -176,6 +180,7 @@ class ServeSettings(BaseModel):
             ("port", self.host.startswith("unix:"), f"host {self.host}"),
             ("tune_kernels", on_gpu, f"device {self.device}"),
             ("tune_kernels", backend in ("onnx", "compiled"), f"the {backend} backend"),
+            ("verify_checksums", not checksums, "an artifact without a manifest"),
         ]
         for one, together in _PART_OF.items():
             limit = getattr(self, together)

@@ -138,6 +138,17 @@ def test_predict_names_the_line_that_is_wrong(server, tmp_path, row, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--rows", "--seed"])
+def test_predict_refuses_what_a_file_of_rows_leaves_without_effect(tmp_path, option):
+    (tmp_path / "rows.jsonl").touch()
+    arguments = ["--file", str(tmp_path / "rows.jsonl"), option, "5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "narsil", "predict", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"{option} has no effect with --file" in done.stderr
+
+
 @pytest.mark.parametrize("protocol", ["predictor", "narsil"])
 @pytest.mark.parametrize(
     "arrivals",

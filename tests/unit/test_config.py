@@ -125,6 +125,7 @@ IN_VAIN = [
         {"tls_certificate": "c", "tls_key": "k", "max_resets_per_second": 9},
         "max_resets_per_second 9 has no effect with tls_certificate",
     ),
+    ({"device": "cuda", "intra_op_threads": 2}, "intra_op_threads 2 has no effect with device cuda"),
     ({"device": "cuda", "pin_lanes": True}, "pin_lanes True has no effect with device cuda"),
     ({"host": "unix:/tmp/s", "port": 50051}, "port 50051 has no effect with host unix:/tmp/s"),
     ({"device": "cuda:1", "tune_kernels": True}, "tune_kernels True has no effect with device cuda:1"),
@@ -165,6 +166,14 @@ def test_what_auto_has_become_shows_what_else_was_given_in_vain():
         "tune_kernels True has no effect with the compiled backend",
     ]
     assert load_settings(GIVEN).given_in_vain(backend="compiled", transport="grpcio") == []
+
+
+def test_checksums_that_an_artifact_does_not_have_cannot_be_verified():
+    remark = "verify_checksums True has no effect with an artifact without a manifest"
+    assert load_settings({**GIVEN, "verify_checksums": True}).given_in_vain(checksums=False) == [remark]
+    assert load_settings({**GIVEN, "verify_checksums": True}).given_in_vain() == []
+    assert load_settings({**GIVEN, "verify_checksums": False}).given_in_vain(checksums=False) == []
+    assert load_settings(GIVEN).given_in_vain(checksums=False) == []
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def load_model(settings: ServeSettings) -> ServedModel:
         batch_invariant=settings.batch_invariant,
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
-    warn_of(settings.given_in_vain(backend=backend.name))
+    warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
     return ServedModel(

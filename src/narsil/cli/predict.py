@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from narsil.cli.targets import schema_for, target_option
+from narsil.cli.targets import refuse_beside, schema_for, target_option
 from narsil.errors import ConfigError
 
 
@@ -31,6 +31,8 @@ def command(
     target: str, schema: Path | None, rows: int, seed: int, rows_file: Path | None, as_json: bool, timeout: float
 ) -> None:
     """Send rows to a running server and print their scores."""
+    if rows_file is not None:
+        refuse_beside("file", "rows", "seed")
     import numpy as np
 
     from narsil.client import Client

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from narsil.artifacts.schema import ModelSchema
 
 target_option: Callable[[Any], Any] = click.option(
     "--target", default="127.0.0.1:50051", show_default=True, help="HOST:PORT of the server."
 )
+
+
+def refuse_beside(option: str, *others: str) -> None:
+    """Raises click.UsageError where one of the others, which have no effect beside this option, was given too."""
+    context = click.get_current_context()
+    for other in others:
+        if context.get_parameter_source(other) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{other} has no effect with --{option}: leave one of them out.")
 
 
 def schema_for(target: str, path: Path | None) -> ModelSchema:
