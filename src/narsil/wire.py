@@ -107,6 +107,8 @@ def malformed(at: int, what: str) -> InvalidRequest:
 
 def put_varint(value: int) -> bytes:
     """An unsigned varint."""
+    if value < 0x80:
+        return bytes((value,))
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["floats", "names", "whole"]
 
+_FLOAT32 = np.dtype("<f4")
 _INT64 = np.iinfo(np.int64)
 
 
@@ -47,9 +48,11 @@ def floats(values: ArrayLike, what: str) -> NDArray[np.float32]:
         raise ValueError(f"{what}: its rows differ in length") from None
     if array.size and array.dtype.kind not in "fiub" and not np.can_cast(array.dtype, np.float32):
         raise TypeError(f"{what} must be numbers, not {array.dtype}")
+    if array.dtype == _FLOAT32:
+        return np.ascontiguousarray(array).reshape(array.shape)
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(array, dtype="<f4").reshape(array.shape)
-    if array.dtype.itemsize > 2 and array.dtype != cast.dtype:
+        cast = np.ascontiguousarray(array, dtype=_FLOAT32).reshape(array.shape)
+    if array.dtype.itemsize > 2:
         lost = np.isinf(cast) & (array != cast)
         if lost.any():
             index = np.argwhere(lost)[0]
