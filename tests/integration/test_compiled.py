@@ -267,6 +267,16 @@ def test_another_torch_matters_to_code_that_calls_into_it(copy, caplog):
     assert "Falling back to the torch backend" in caplog.text
 
 
+@pytest.mark.parametrize("copy_tables", [True, False])
+def test_with_copied_tables_nobody_else_can_change_a_score(copy, pair, copy_tables):
+    backend = load_backend(open_artifact(copy.path), "compiled", copy_tables=copy_tables)
+    batch = pair.batch(50, 3)
+    before = np.array(backend.run(batch)["default"])
+    with copy.tables.open("r+b") as file:  # in place, as a careless copy does it
+        file.write(bytes(copy.tables.stat().st_size))
+    assert np.array_equal(backend.run(batch)["default"], before) == copy_tables
+
+
 def compiled_files(artifact: Artifact) -> list[Path]:
     return [path for path in (artifact.compiled, artifact.tables, artifact.weights) if path is not None]
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from narsil.artifacts.artifact import Artifact, FileState, sha256
 from narsil.errors import ArtifactError, ConfigError
 
-__all__ = ["MAPPED", "Finding", "Watch", "sealed_copy"]
+__all__ = ["MAPPED", "Finding", "Watch", "copied", "sealed_copy"]
 
 # The roles whose files stay mapped for as long as the backend lives. All others are read once, when it is loaded.
 MAPPED = {"compiled": ("compiled", "tables", "weights"), "onnx": ("onnx_data",), "torch": ()}
@@ -79,6 +80,18 @@ class Watch:
             return path in self._sums and sha256(path) == self._sums[path]
         except OSError:
             return False
+
+
+@contextmanager
+def copied(artifact: Artifact, backend: str) -> Iterator[Artifact]:
+    """The artifact with sealed copies in the place of the files that the backend maps. Raises as sealed_copy."""
+    with ExitStack() as copies:
+        sealed: dict[str, Any] = {}
+        for role in MAPPED[backend]:
+            path = getattr(artifact, role)
+            if path is not None:
+                sealed[role] = copies.enter_context(sealed_copy(path))
+        yield replace(artifact, **sealed)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class ForwardLibrary:
     def __init__(self, path: Path) -> None:
         """Raises ArtifactError where the file is no build of this Narsil's forward.cpp."""
         try:
-            code = ctypes.CDLL(str(path.resolve()))
+            # Not resolved: what /proc/self/fd leads to has no name.
+            code = ctypes.CDLL(str(path.absolute()))
         except OSError as error:
             raise ArtifactError(
                 f"{path} cannot be loaded ({error}): compile the model again here, and keep it where code may run (not "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 
 from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.watching import copied
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, ForwardFailed, first_line
@@ -20,6 +23,17 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "torch", "onnx", "compiled"]
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How to load, whatever the backend."""
+
+    device: str | None
+    intra_op_threads: int
+    tune_kernels: bool
+    batch_invariant: bool
+    copy_tables: bool
+
+
 def load_backend(
     artifact: Artifact,
     name: str = "auto",
@@ -28,23 +42,25 @@ def load_backend(
     *,
     tune_kernels: bool = True,
     batch_invariant: bool = False,
+    copy_tables: bool = False,
 ) -> Backend:
     """The artifact, loaded on ``device`` (None: the one it was packaged for).
 
     ``auto`` takes compiled where the artifact holds a compiled model that scores a row here, else torch where it has
     TorchScript for that device and torch and fbgemm are installed, else onnx. ``batch_invariant`` asks for scores that
-    are the same bits in any batch, which only compiled ones are. Raises ArtifactError, ConfigError or
-    DeviceUnavailable, saying what to do.
+    are the same bits in any batch, which only compiled ones are; ``copy_tables`` for private, sealed copies of files
+    that would be mapped. Raises ArtifactError, ConfigError or DeviceUnavailable, saying what to do.
     """
     if intra_op_threads < 1:
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
     if artifact.schema.weighted:
         raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
+    options = _Options(device, intra_op_threads, tune_kernels, batch_invariant, copy_tables)
     backend = None
     if name == "compiled":
-        backend = _load_compiled(artifact, device, intra_op_threads, batch_invariant)
+        backend = _load_compiled(artifact, options)
     elif name == "auto" and artifact.offers("compiled"):
-        backend = _compiled_where_it_runs(artifact, device, intra_op_threads, batch_invariant)
+        backend = _compiled_where_it_runs(artifact, options)
     if backend is None:
         chosen = _choose(artifact, device) if name == "auto" else name
         if batch_invariant:
@@ -52,15 +68,13 @@ def load_backend(
                 f"batch_invariant needs the compiled backend, not {chosen}, whose sums depend on the batch's size; "
                 f"make a compiled artifact with `narsil compile {artifact.path}`"
             )
-        backend = _load_portable(artifact, chosen, device, intra_op_threads, tune_kernels)
+        backend = _load_portable(artifact, chosen, options)
     for problem in artifact.damage.values():
         log.warning("%s (passed over: the %s backend does not need it)", problem, backend.name)
     return backend
 
 
-def _compiled_where_it_runs(
-    artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool
-) -> Backend | None:
+def _compiled_where_it_runs(artifact: Artifact, options: _Options) -> Backend | None:
     """The compiled backend, or None after a warning where the artifact's TorchScript has to run instead.
 
     Whether it runs is found by trying: a volume that is mounted noexec, or libraries older than those it was built
@@ -72,22 +86,24 @@ def _compiled_where_it_runs(
     if artifact.problem("compiled") is None:
         info_of(artifact)
     try:
-        return _load_compiled(artifact, device, intra_op_threads, batch_invariant)
+        return _load_compiled(artifact, options)
     except ArtifactError as error:
-        if artifact.torchscript is None or batch_invariant:
+        if artifact.torchscript is None or options.batch_invariant:
             raise
         log.warning("%s. Falling back to the torch backend", error)
         return None
 
 
-def _load_compiled(artifact: Artifact, device: str | None, intra_op_threads: int, batch_invariant: bool) -> Backend:
+def _load_compiled(artifact: Artifact, options: _Options) -> Backend:
     from narsil.backends.compiled import info_of, load_compiled
 
-    if device is not None and not _same(baked := info_of(artifact).device, device):
-        raise ArtifactError(f"{artifact.path} is compiled for {baked} and cannot run on {device}; use --device {baked}")
+    asked = options.device
+    if asked is not None and not _same(baked := info_of(artifact).device, asked):
+        raise ArtifactError(f"{artifact.path} is compiled for {baked} and cannot run on {asked}; use --device {baked}")
     backend = None
     try:
-        backend = load_compiled(artifact, intra_op_threads, batch_invariant=batch_invariant)
+        with copied(artifact, "compiled") if options.copy_tables else nullcontext(artifact) as mapped:
+            backend = load_compiled(mapped, options.intra_op_threads, batch_invariant=options.batch_invariant)
         _try_a_row(backend)
     except Exception as error:
         if backend is not None:
@@ -126,17 +142,16 @@ def _choose(artifact: Artifact, device: str | None) -> str:
     return "torch" if artifact.torchscript is not None or artifact.onnx is None else "onnx"
 
 
-def _load_portable(
-    artifact: Artifact, name: str, device: str | None, intra_op_threads: int, tune_kernels: bool
-) -> Backend:
+def _load_portable(artifact: Artifact, name: str, options: _Options) -> Backend:
+    threads = options.intra_op_threads
     if name == "torch":
-        return _load_torch(artifact, device or artifact.device, intra_op_threads, tune_kernels)
+        return _load_torch(artifact, options.device or artifact.device, threads, options.tune_kernels)
     if name == "onnx":
         if find_spec("onnxruntime") is None:
             raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
         from narsil.backends.onnx import OnnxBackend
 
-        return OnnxBackend.load(artifact, device or "cpu", intra_op_threads)
+        return OnnxBackend.load(artifact, options.device or "cpu", threads, copy_tables=options.copy_tables)
     raise ConfigError(f"backend must be auto, torch, onnx or compiled, not {name!r}")
 
 

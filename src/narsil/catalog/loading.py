@@ -30,6 +30,7 @@ def load_model(settings: ServeSettings) -> ServedModel:
         settings.intra_op_threads,
         tune_kernels=settings.tune_kernels,
         batch_invariant=settings.batch_invariant,
+        copy_tables=settings.copy_tables,
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
