@@ -8,8 +8,10 @@ import gc
 import logging
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from narsil.catalog.guard import FileGuard
 from narsil.catalog.loading import load_model, warmup_payloads
 from narsil.catalog.manager import ModelManager
 from narsil.config import ServeSettings
@@ -17,6 +19,7 @@ from narsil.engine.engine import Engine
 from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
+from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, ConfigError, NarsilError, last_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
@@ -36,6 +39,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # for this long; a connection closed under its request would look like a cancellation to it.
 LINGER_S = 0.2
 
+RESETS_S = 5  # over which the plane allows resets on the mean
+
 # How long the last replies may take to leave once the engine has ended every request.
 CLOSE_S = 1.0
 
@@ -46,9 +51,11 @@ class Server:
     _engine: Engine  # from startup on
     _transport: Transport  # from startup on
     _signals: StopSignals  # from startup on
+    _guard: FileGuard  # from startup on
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
+        self._abandoned = False  # no model is left
 
     async def serve(self) -> int:
         """Runs until SIGTERM or SIGINT; returns the exit status."""
@@ -65,19 +72,23 @@ class Server:
         self._engine = make_engine(settings, self._observer)
         self._engine.start()
         self.models = ModelManager(self._engine)
+        self._guard = FileGuard(self.models, partial(self._withdrawn, asyncio.get_running_loop()))
         await asyncio.to_thread(self._add_model)
         settle_process()
         self._transport = make_transport(self._engine, settings, self._observer)
         self.models.subscribe(self._transport.serve)
         self._signals = StopSignals()  # from here on there may be something in flight
         try:
-            return await self._transport.start()
+            address = await self._transport.start()
         except OSError as error:
             raise ConfigError(str(error)) from None
+        self._guard.start()
+        return address
 
     def _add_model(self) -> None:
         settings = self.settings
-        model = load_model(settings)
+        model, watch = load_model(settings)
+        self._guard.watch(model, watch)
         try:
             self.models.add(model, list(warmup_payloads(model.schema, settings.max_batch_rows)))
         except NarsilError:
@@ -87,6 +98,13 @@ class Server:
                 f"{settings.model} loads, but a forward of the {model.backend} backend fails on it "
                 f"({type(error).__name__}: {last_line(error)}); package or compile it again"
             ) from error
+
+    def _withdrawn(self, loop: asyncio.AbstractEventLoop, model: ServedModel) -> None:
+        """A model has gone out of service. With the last of them the server stops, so that whoever watches over it
+        starts it again, on what lies there then."""
+        if not len(self.models.catalog):
+            self._abandoned = True
+            loop.call_soon_threadsafe(self._signals.stop.set)
 
     def announce(self, address: str) -> None:
         """The one line on standard output that says requests are taken now. Whether anybody can read it changes nothing
@@ -106,8 +124,9 @@ class Server:
     async def shutdown(self) -> int:
         """Serves on for ``shutdown_delay``, refuses what is new, finishes what is in flight, then closes.
 
-        Returns 0, or 1 when work had to be abandoned.
+        Returns 0, or 1 when work or the last model had to be abandoned.
         """
+        self._guard.stop()
         self._transport.retire()
         await self._serve_on()
         grace = self.settings.drain_seconds
@@ -118,7 +137,7 @@ class Server:
         for model in self.models.catalog:
             self.models.remove(model)
         log.info("stopped: %s", self._engine.statistics())
-        return 0 if drained else 1
+        return 0 if drained and not self._abandoned else 1
 
     async def _serve_on(self) -> None:
         """Gives routers time to hear that this server is leaving, while it serves what they still send."""
@@ -188,6 +207,7 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
             settings.max_message_bytes,
             settings.max_metadata_bytes,
             settings.max_queue_bytes,
+            {"max_resets": RESETS_S * settings.max_resets_per_second},
         ),
         observer,
     )

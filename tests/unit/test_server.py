@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import narsil
 from narsil import server
+from narsil.artifacts.watching import Finding
 from narsil.backends.fake import FakeBackend
 from narsil.config import ServeSettings
 from narsil.dataflow import Batch, Scores
@@ -62,6 +63,15 @@ class Full(io.StringIO):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+class Watched:
+    """Files of a model; a test may say that they have changed."""
+
+    finding: Finding | None = None
+
+    def look(self) -> Finding | None:
+        return self.finding
+
+
 class Announcing(Server):
     """Tells where it listens by a future too."""
 
@@ -74,11 +84,12 @@ def live(
     monkeypatch: pytest.MonkeyPatch,
     meanwhile: Callable[[str], Awaitable[None]],
     backend: FakeBackend | None = None,
+    watch: Watched | None = None,
     **settings: object,
 ) -> int:
     """Has a server serve a fake model; once it does, ``meanwhile`` is run. Returns the exit status."""
     model = ServedModel("mine", "1", [backend or FakeBackend(SCHEMA)])
-    monkeypatch.setattr(server, "load_model", lambda _: model)
+    monkeypatch.setattr(server, "load_model", lambda _: (model, watch or Watched()))
 
     async def main() -> int:
         serving = Announcing(ServeSettings(**{"model": "models/mine", "lanes": 1, "port": 0, **settings}))
@@ -182,3 +193,29 @@ def test_a_model_whose_forward_fails_in_warm_up_is_one_sentence_with_torch_s_las
 def test_what_narsil_itself_says_of_a_model_in_warm_up_is_left_as_it_is(monkeypatch):
     with pytest.raises(DeviceUnavailable, match=r"^no such GPU$"):
         live(monkeypatch, stop, Broken(DeviceUnavailable("no such GPU")))
+
+
+def test_a_server_whose_last_model_goes_out_of_service_stops_and_says_that_it_did_not_mean_to(monkeypatch, caplog):
+    monkeypatch.setattr("narsil.catalog.guard.INTERVAL_S", 0.01)
+    watch = Watched()
+
+    async def meanwhile(address: str) -> None:
+        assert (await predict(address)).model_name == "mine"
+        watch.finding = Finding("tables.bin has been overwritten in place", True)
+
+    assert live(monkeypatch, meanwhile, watch=watch) == 1
+    assert "model mine is out of service: tables.bin has been overwritten in place" in caplog.text
+
+
+def test_a_file_that_is_merely_replaced_is_told_and_the_model_is_served_on(monkeypatch, caplog):
+    monkeypatch.setattr("narsil.catalog.guard.INTERVAL_S", 0.01)
+    watch = Watched()
+
+    async def meanwhile(address: str) -> None:
+        watch.finding = Finding("tables.bin has been replaced", False)
+        while "has been replaced" not in caplog.text:
+            await predict(address)
+        assert (await predict(address)).model_name == "mine"
+        signal.raise_signal(signal.SIGTERM)
+
+    assert live(monkeypatch, meanwhile, watch=watch) == 0

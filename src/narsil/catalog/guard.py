@@ -26,12 +26,12 @@ class FileGuard:
     """Watches the files of any number of models until ``stop``."""
 
     def __init__(
-        self, manager: ModelManager, withdrawn: Callable[[ServedModel], None], interval: float = INTERVAL_S
+        self, manager: ModelManager, withdrawn: Callable[[ServedModel], None], interval: float | None = None
     ) -> None:
         """``withdrawn`` is called, in the guard's thread, after a model has been taken out of service."""
         self._manager = manager
         self._withdrawn = withdrawn
-        self._interval = interval
+        self._interval = INTERVAL_S if interval is None else interval  # seconds
         self._watches: weakref.WeakKeyDictionary[ServedModel, Watch] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
         self._lock = threading.Lock()

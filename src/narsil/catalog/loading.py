@@ -9,6 +9,7 @@ import numpy as np
 
 from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
 from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.watching import Watch
 from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
@@ -20,8 +21,9 @@ __all__ = ["load_model", "warmup_payloads"]
 log = logging.getLogger(__name__)
 
 
-def load_model(settings: ServeSettings) -> ServedModel:
-    """The settings' artifact, loaded once and shared by as many backends as there are lanes. Raises NarsilError."""
+def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
+    """The settings' artifact, loaded once and shared by as many backends as there are lanes, and what tells when its
+    files change. Raises NarsilError."""
     artifact = open_artifact(settings.model, verify=settings.verify_checksums)
     backend = load_backend(
         artifact,
@@ -36,12 +38,13 @@ def load_model(settings: ServeSettings) -> ServedModel:
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
-    return ServedModel(
+    model = ServedModel(
         settings.model_name or artifact.name,
         artifact.version,
         [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
         RequestLimits(settings.max_request_rows, settings.max_request_ids, settings.max_message_bytes),
     )
+    return model, Watch(artifact, backend.name, copied=settings.copy_tables)
 
 
 def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:
