@@ -111,16 +111,16 @@ class ForwardFailed(RequestError):
     """The model's forward raised on this request."""
 
 
-# Error class -> (gRPC status code as in google.rpc.Code, HTTP status). The only such table.
-STATUS: dict[type[RequestError], tuple[int, int]] = {
-    InvalidRequest: (3, 400),
-    ModelNotFound: (5, 404),
-    QueueFull: (8, 429),
-    MessageTooLarge: (8, 413),  # gRPC's own choice; told from QueueFull by its text, see meant_by
-    DeadlineExceeded: (4, 504),
-    Cancelled: (1, 499),
-    Unavailable: (14, 503),
-    ForwardFailed: (13, 500),
+# Error class -> gRPC status code, as in google.rpc.Code. The only such table.
+STATUS: dict[type[RequestError], int] = {
+    InvalidRequest: 3,
+    ModelNotFound: 5,
+    QueueFull: 8,
+    MessageTooLarge: 8,  # gRPC's own choice; told from QueueFull by its text, see meant_by
+    DeadlineExceeded: 4,
+    Cancelled: 1,
+    Unavailable: 14,
+    ForwardFailed: 13,
 }
 
 
@@ -132,14 +132,14 @@ _TOO_LARGE = re.compile(r"received message larger than max \((\d+) vs\. (\d+)\)"
 def meant_by(code: int, text: str) -> RequestError | None:
     """The error that a gRPC status means, with its text: the inverse of STATUS. None for a code that is not in it."""
     sizes = _TOO_LARGE.search(text)
-    if code == STATUS[MessageTooLarge][0] and sizes is not None:
+    if code == STATUS[MessageTooLarge] and sizes is not None:
         size, limit = map(int, sizes.groups())
         return MessageTooLarge(
             f"the message has {size} bytes; the server, or a proxy before it, takes {limit} (--max-message-bytes). "
             "Send fewer rows",
             limit,
         )
-    return next((kind(text) for kind, (known, _) in STATUS.items() if known == code), None)
+    return next((kind(text) for kind, known in STATUS.items() if known == code), None)
 
 
 def first_line(error: BaseException) -> str:
@@ -152,9 +152,6 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def status_of(error: RequestError) -> tuple[int, int]:
-    """The (gRPC code, HTTP status) of an error: its class's, or its nearest base class's, in STATUS."""
-    for cls in type(error).__mro__:
-        if cls in STATUS:
-            return STATUS[cls]
-    return 2, 500  # UNKNOWN
+def status_of(error: RequestError) -> int:
+    """The gRPC status code of an error: its class's, or its nearest base class's, in STATUS."""
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 2)  # UNKNOWN

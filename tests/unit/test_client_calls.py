@@ -370,7 +370,7 @@ class Ended(grpc.RpcError):
         self.error = error
 
     def code(self) -> grpc.StatusCode:
-        return next(code for code in grpc.StatusCode if code.value[0] == status_of(self.error)[0])
+        return next(code for code in grpc.StatusCode if code.value[0] == status_of(self.error))
 
     def details(self) -> str:
         return str(self.error)

@@ -28,11 +28,6 @@ class RequestQueue:
         self._requests: dict[int, tuple[Request, int]] = {}  # by identity, in the order of arrival; with its ids
         self._rows = self._ids = self._bytes = 0
 
-    @property
-    def rows(self) -> int:
-        """Rows of all waiting requests."""
-        return self._rows
-
     def __len__(self) -> int:
         return len(self._requests)
 

@@ -272,7 +272,7 @@ def _reflecting(reflection: Reflection) -> Callable[[AsyncIterator[bytes], _Cont
 
 
 async def _abort(context: _Context, error: RequestError) -> bytes:
-    code, _ = status_of(error)
+    code = status_of(error)
     await context.abort(_CODES[code], str(error))
     raise AssertionError("abort raises")
 

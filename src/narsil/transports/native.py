@@ -250,7 +250,7 @@ def _native_model(make: type[Model], model: ServedModel) -> Model:
 
 
 def _fail(call: Call, error: RequestError) -> None:
-    code, _ = status_of(error)
+    code = status_of(error)
     call.fail(code, str(error))
 
 
