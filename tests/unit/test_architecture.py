@@ -196,7 +196,7 @@ def test_every_error_of_a_request_stands_in_the_table_with_its_code_and_where_it
     assert told == {name for name in wanted if name not in bases}
     for name in told:
         mine = [row for row in rows if codes(row[1]) == [name]]
-        assert {_CODES[row[2]] for row in mine} == {status_of(kinds[name](""))[0]}
+        assert {_CODES[row[2]] for row in mine} == {status_of(kinds[name](""))}
         files = {path_of(code) for row in mine for code in codes(row[3]) if code.endswith(".py")}
         raised = {path for path in source_files() if path.suffix == ".py" and _makes(path, name)}
         # The client makes them of answers, and tools that measure have errors of their own.
