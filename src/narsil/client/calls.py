@@ -113,9 +113,10 @@ def cuts_of(rows: Rows, bounds: Bounds) -> list[int]:
     sizes = rows.ends * (rows.ids.itemsize + (4 if rows.weights is not None else 0))
     row = rows.dense.shape[1] + (rows.columns if rows.lengths is not None else 0)
     sizes += np.arange(count + 1) * 4 * row
-    room = bounds.bytes - len(rows.part(0, 0).serialized()) - _HEADERS
-    if room <= 0:  # no row fits beside what all share
+    left = bounds.bytes - len(rows.part(0, 0).serialized())
+    if left <= 0:  # no row fits beside what all share
         return [0, count]
+    room = max(0, left - _HEADERS)  # where it is 0 a row may still fit by itself
     cuts = [0]
     while cuts[-1] < count:
         start = cuts[-1]
