@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import grpc
 import numpy as np
 import pytest
 
@@ -58,21 +59,40 @@ class Reply:
         return self.results[0]
 
 
-def one_hot(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA) -> Features:
+class OneHotFeatures(Features):
+    """Features of which tests may read the ids."""
+
+    sparse: OneHot
+
+
+class JaggedFeatures(Features):
+    """Features of which tests may read the bags."""
+
+    sparse: Jagged
+
+
+class ARequest(Request):
+    """A request of which tests may ask what became of it."""
+
+    features: Features
+    reply: Reply
+
+
+def one_hot(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA) -> OneHotFeatures:
     random = np.random.default_rng(seed)
     dense = random.random((rows, schema.dense_dim), dtype=np.float32)
     ids = random.integers(0, schema.rows[:, None], (schema.num_features, rows)).astype(np.int32)
-    return Features(rows, dense, OneHot(ids))
+    return OneHotFeatures(rows, dense, OneHot(ids))
 
 
-def jagged(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA, longest: int = 4) -> Features:
+def jagged(rows: int, seed: int = 0, schema: ModelSchema = SCHEMA, longest: int = 4) -> JaggedFeatures:
     """Bags of 0 .. longest ids, key-major."""
     random = np.random.default_rng(seed)
     dense = random.random((rows, schema.dense_dim), dtype=np.float32)
     lengths = random.integers(0, longest + 1, (schema.num_features, rows)).astype(np.int32)
     values = random.integers(0, np.repeat(schema.rows, lengths.sum(axis=1))).astype(np.int32)
     starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
-    return Features(rows, dense, Jagged(values, starts, lengths))
+    return JaggedFeatures(rows, dense, Jagged(values, starts, lengths))
 
 
 def fake_model(
@@ -108,8 +128,8 @@ def request(
     deadline: float | None = None,
     features: Features | None = None,
     size: int = 0,
-) -> Request:
-    return Request(model, features or one_hot(rows), Reply(), arrived, deadline, size)
+) -> ARequest:
+    return ARequest(model, features or one_hot(rows), Reply(), arrived, deadline, size)
 
 
 def scores_alone(features: Features, schema: ModelSchema = SCHEMA) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -117,12 +137,17 @@ def scores_alone(features: Features, schema: ModelSchema = SCHEMA) -> np.ndarray
     return fake_scores(Collator(schema).collate([features]))
 
 
+def unary(channel: grpc.Channel | grpc.aio.Channel, method: str) -> Any:
+    """Calls a method with bytes and gives the reply's bytes."""
+    return channel.unary_unary(method)
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """An asyncio test body, bounded in time."""
     return asyncio.run(asyncio.wait_for(coroutine, PATIENCE_S))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[..., bool]) -> None:
     """Returns once the condition holds; looks again without a fixed sleep."""
     ended = threading.Event()
     timer = threading.Timer(PATIENCE_S, ended.set)

@@ -193,7 +193,7 @@ class RawClient:
     def _note(self, found: Frame) -> None:
         answer = self.answers.setdefault(found.stream, Answer())
         if found.kind == HEADERS:
-            fields = dict(self._decoder.decode(found.payload))
+            fields: dict[str, str] = dict(self._decoder.decode(found.payload))  # type: ignore[arg-type]  # they are texts
             if answer.headers:
                 answer.trailers = fields
             else:
@@ -231,8 +231,8 @@ class RawClient:
 
 
 @contextlib.contextmanager
-def connected(address: str, **values: int) -> Iterator[RawClient]:
+def connected(address: str, *, windows: bool = True, **values: int) -> Iterator[RawClient]:
     """A client that has greeted and been greeted."""
-    with RawClient(address, **values) as client:
+    with RawClient(address, greet=True, windows=windows, **values) as client:
         client.ping()
         yield client

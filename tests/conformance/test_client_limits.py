@@ -18,7 +18,7 @@ from narsil.engine.queue import QueueLimits
 from narsil.errors import MessageTooLarge, QueueFull
 from narsil.transports.codec import narsil_v1
 from tests.conformance.serving import serving
-from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, wait_until
+from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, unary, wait_until
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -55,7 +55,7 @@ def test_rows_beyond_a_limit_are_scored_in_order(kind, client, limit, make):
     limits, message_bytes = LIMITS[limit]
     features = make(1000, 7)
     if make is one_hot:
-        rows = (features.dense, features.sparse.ids.T)
+        rows: tuple[Any, ...] = (features.dense, features.sparse.ids.T)
     else:
         sparse = features.sparse
         assert isinstance(sparse, Jagged)
@@ -91,7 +91,7 @@ def test_a_message_that_is_too_large_is_no_full_queue(kind, client):
 def test_both_transports_word_it_as_grpc_does(kind):
     with serving(kind, message_bytes=2000) as (address, _), grpc.insecure_channel(address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(narsil_v1.METHOD)(bytes(2001), timeout=PATIENCE_S)
+            unary(channel, narsil_v1.METHOD)(bytes(2001), timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "eceived message larger than max (2001 vs. 2000)" in caught.value.details()
 

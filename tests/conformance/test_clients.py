@@ -25,7 +25,7 @@ from tests.conformance.http2_client import connected
 from tests.conformance.serving import predict_torchrec, scores_in, serving, serving_transport
 from tests.memory import Held
 from tests.messages import narsil_pb2
-from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, wait_until
+from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, run, scores_alone, unary, wait_until
 
 ROOT = Path(__file__).parents[2]
 native_only = pytest.mark.parametrize("kind", TRANSPORTS[1:], indirect=True)
@@ -63,9 +63,7 @@ def test_messages_of_every_size_are_taken_and_answered(kind):
         body = build_request(features.dense, np.ascontiguousarray(features.sparse.ids.T), request_id="r" * filler)
         body += b"\x0a\x00" * ((64 << 20) - len(body) > 1)
         assert (64 << 20) - 3 <= len(body) <= 64 << 20
-        reply = channel.unary_unary(narsil_v1.METHOD, response_deserializer=narsil_pb2.PredictResponse.FromString)(
-            body, timeout=PATIENCE_S
-        )
+        reply = narsil_pb2.PredictResponse.FromString(unary(channel, narsil_v1.METHOD)(body, timeout=PATIENCE_S))
         assert len(reply.request_id) == filler
         found = np.frombuffer(reply.scores[0].values, np.float32)
         np.testing.assert_array_equal(found, scores_alone(features))
@@ -138,7 +136,7 @@ def test_a_status_s_text_is_cut_to_what_clients_take(kind, monkeypatch):
     async def ask(address: str) -> str:
         async with grpc.aio.insecure_channel(address) as channel:
             try:
-                await channel.unary_unary(predictor.METHOD)(b"x")
+                await unary(channel, predictor.METHOD)(b"x")
             except grpc.RpcError as error:
                 return error.details()
         raise AssertionError("it was not refused")

@@ -57,7 +57,7 @@ def test_metadata_beyond_the_limit_ends_its_call_alone_and_says_so(size):
     with serving("grpcio") as (address, _), grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/predictor.Predictor/Predict")
         with pytest.raises(grpc.RpcError) as caught:
-            call(predictor_body(one_hot(1)), metadata=[("baggage", "x" * size)], timeout=PATIENCE_S)
+            call(predictor_body(one_hot(1)), metadata=(("baggage", "x" * size),), timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "16384" in caught.value.details()
         predict_torchrec(channel, one_hot(1))

@@ -30,7 +30,7 @@ from tests.conformance.http2_client import (
 )
 from tests.conformance.serving import predict_torchrec, scores_in, serving, serving_transport
 from tests.http2_peer import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, RST_STREAM, grpc_message, hpack
-from tests.support import TRANSPORTS, jagged, one_hot, scores_alone, wait_until
+from tests.support import TRANSPORTS, jagged, one_hot, scores_alone, unary, wait_until
 
 CANCEL = 8
 INVALID_ARGUMENT, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 4, 12, 13, 14
@@ -290,7 +290,7 @@ def test_a_status_s_text_arrives_as_it_was(kind, text, monkeypatch):
     monkeypatch.setattr(predictor, "decode", refuse)
     with serving(kind) as (address, _), grpc.insecure_channel(address) as channel, RawClient(address) as raw:
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(PREDICT)(b"x", timeout=30)
+            unary(channel, PREDICT)(b"x", timeout=30)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert caught.value.details() == text
         assert raw.ask(b"x").detail == text

@@ -34,6 +34,7 @@ from tests.support import (
     jagged,
     one_hot,
     scores_alone,
+    unary,
     wait_until,
 )
 
@@ -93,7 +94,7 @@ def test_a_request_names_its_model_in_the_message_or_by_metadata(kind):
         rows, others = small(3, 1), other(3, 1)
         by_name = read_response(predict(named(others, "b"), timeout=PATIENCE_S))
         assert (by_name.model_name, set(by_name.scores)) == ("b", {"click", "buy"})
-        metadata = [("narsil-model", "b"), ("narsil-model-version", "1")]
+        metadata = (("narsil-model", "b"), ("narsil-model-version", "1"))
         for found in (
             by_name,
             read_response(predict(narsil_body(others), metadata=metadata, timeout=PATIENCE_S)),
@@ -117,13 +118,11 @@ def test_a_request_that_names_two_models_or_one_that_is_not_served_is_told_so(ki
             (narsil_body(small(1, 1)), [("narsil-model-version", "7")], "NOT_FOUND", "version '7' of a"),
         ):
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(NARSIL)(body, metadata=metadata, timeout=PATIENCE_S)
+                unary(channel, NARSIL)(body, metadata=metadata, timeout=PATIENCE_S)
             assert caught.value.code().name == code
             assert text in caught.value.details()
         with pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(PREDICTOR)(
-                predictor_body(small(1, 1)), metadata=[("narsil-model", "c")], timeout=PATIENCE_S
-            )
+            unary(channel, PREDICTOR)(predictor_body(small(1, 1)), metadata=[("narsil-model", "c")], timeout=PATIENCE_S)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         counted = observer.refusals()
     assert counted == {
@@ -140,7 +139,7 @@ def test_each_model_s_schema_can_be_asked_for(kind):
         with Client(address) as client:
             assert client.model().schema == SCHEMA
         assert b"t_query" in ask(b"\x0a\x01b", timeout=PATIENCE_S)
-        assert b"t_query" in ask(b"", metadata=[("narsil-model", "b")], timeout=PATIENCE_S)
+        assert b"t_query" in ask(b"", metadata=(("narsil-model", "b"),), timeout=PATIENCE_S)
 
 
 def test_a_new_version_takes_over_and_the_old_one_can_still_be_named(kind):

@@ -336,7 +336,7 @@ def test_a_client_that_never_says_what_it_wants_is_let_go():
     with native(handshake_s=0.2) as (address, _, statistics), connected(address) as honest:
         for data in (b"", PREFACE[:7], PREFACE, PREFACE + settings()[:5]):
             with RawClient(address, greet=False) as client:
-                client._reply = lambda _: None
+                client._reply = lambda data: None
                 client.send(data)
                 client.until_closed()
         expect_served(honest)
@@ -486,7 +486,7 @@ def test_a_peer_that_answers_pings_stays_and_one_that_does_not_goes():
             found = live.read()
             assert found is not None
             asked += found.kind == PING
-        dead._reply = lambda _: None
+        dead._reply = lambda data: None
         dead.until_closed()
         expect_served(live)
         assert statistics()["connections_timed_out"] == 1

@@ -20,7 +20,7 @@ from narsil.engine.collate import Collator
 from narsil.transports.codec import narsil_v1, predictor
 from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm  # skips this module without torchrec
 from tests.messages import Message, narsil_pb2, predictor_pb2
-from tests.support import PATIENCE_S, jagged, one_hot
+from tests.support import PATIENCE_S, jagged, one_hot, unary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -193,7 +193,7 @@ def test_good_requests_are_answered_rightly_while_broken_ones_are_refused_by_nam
     with grpc.insecure_channel(server.address) as channel:
         for _ in range(3):
             for kind, ((method, body), message) in BROKEN.items():
-                future = channel.unary_unary(method).future(body(artifact), timeout=PATIENCE_S)
+                future = unary(channel, method).future(body(artifact), timeout=PATIENCE_S)
                 if future.code() is not grpc.StatusCode.INVALID_ARGUMENT or message not in future.details():
                     wrong.append(f"{kind}: {future.code()}: {future.details()}")
     stop.set()

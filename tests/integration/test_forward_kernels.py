@@ -232,7 +232,7 @@ class Tables:
         self.data[:, :4] = head.view(np.uint8)
         self.starts = tuple(int(rows) * self.row_bytes for rows in np.cumsum([0, *self.ROWS[:-1]]))
         self.mean = (mean,) * 3
-        self._kept = [
+        self._kept: list[np.ndarray] = [
             np.array(self.starts, np.int64),
             np.array(self.ROWS, np.int64),
             np.array(self.mean, np.uint8),

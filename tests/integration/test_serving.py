@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -19,7 +20,7 @@ from narsil.bench.workload import Workload, narsil_body, predictor_body, score_r
 from narsil.dataflow import Features
 from narsil.engine.collate import Collator
 from narsil.transports.codec import narsil_v1, predictor
-from tests.support import PATIENCE_S, jagged, one_hot
+from tests.support import PATIENCE_S, jagged, one_hot, unary
 
 # FP32 sums come in another order when rows are coalesced.
 TOLERANCE = 1e-5
@@ -62,7 +63,7 @@ def test_a_request_alone_scores_as_a_direct_call(server, direct, small_artifact,
     features = make(rows, rows, small_artifact.schema)
     write, method = (predictor_body, predictor.METHOD) if wire == "predictor" else (narsil_body, narsil_v1.METHOD)
     with grpc.insecure_channel(server.address) as channel:
-        reply = channel.unary_unary(method)(write(features), timeout=PATIENCE_S)
+        reply = unary(channel, method)(write(features), timeout=PATIENCE_S)
     scores = score_reader(wire, "default")(reply)
     assert scores.std() > 0 or rows == 1
     np.testing.assert_allclose(scores, direct(features), atol=TOLERANCE, rtol=0)
@@ -72,7 +73,7 @@ def test_requests_of_mixed_sizes_wires_and_kinds_in_flight_together_score_as_dir
     server, direct, small_artifact
 ):
     random = np.random.default_rng(0)
-    load = []
+    load: list[tuple[Any, Features]] = []
     for number in range(120):
         make = (one_hot, jagged)[number % 2]
         wire = ("predictor", "narsil")[number // 2 % 2]
@@ -83,7 +84,7 @@ def test_requests_of_mixed_sizes_wires_and_kinds_in_flight_together_score_as_dir
             method, write = (
                 (predictor.METHOD, predictor_body) if wire == "predictor" else (narsil_v1.METHOD, narsil_body)
             )
-            futures.append(channel.unary_unary(method).future(write(features), timeout=PATIENCE_S))
+            futures.append(unary(channel, method).future(write(features), timeout=PATIENCE_S))
         for (wire, features), future in zip(load, futures, strict=True):
             scores = score_reader(wire, "default")(future.result())
             np.testing.assert_allclose(scores, direct(features), atol=TOLERANCE, rtol=0)

@@ -107,7 +107,7 @@ def dlrm(
     return package(module, len(names), path)
 
 
-class Wide(torch.nn.Module):
+class Wide(torch.nn.Module):  # type: ignore[name-defined]
     """A model over tables of several dims and poolings, which a DLRM cannot have."""
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:

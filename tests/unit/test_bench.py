@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def client(request) -> str:
 @pytest.mark.parametrize("max_ids", [1, 3])
 def test_the_same_seed_gives_the_same_bodies_all_distinct_and_valid(max_ids):
     workload = Workload(SCHEMA, rows=5, bodies=30, max_ids=max_ids, seed=4)
-    for wire, decode in (("predictor", predictor.decode), ("narsil", narsil_v1.decode)):
+    wires: tuple[Any, ...] = (("predictor", predictor.decode), ("narsil", narsil_v1.decode))
+    for wire, decode in wires:
         bodies = workload.serialized(wire)
         assert bodies == workload.serialized(wire)
         assert bodies[:7] == workload.serialized(wire, 7)
@@ -230,8 +232,12 @@ def test_one_round_is_said_to_be_one():
 
 
 def test_deviation_is_the_largest_difference_of_any_score():
-    outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2]), 1: np.float32([0.5, 0.9])})
-    assert deviation(outcome, [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]) == pytest.approx(0.4)
+    outcome = Outcome(
+        np.array([]), {}, 1.0, 1.0, {0: np.array([0.1, 0.2], np.float32), 1: np.array([0.5, 0.9], np.float32)}
+    )
+    assert deviation(outcome, [np.array([0.1, 0.2], np.float32), np.array([0.5, 0.5], np.float32)]) == pytest.approx(
+        0.4
+    )
     assert deviation(outcome, []) is None
 
 
@@ -250,13 +256,13 @@ def test_the_scores_of_every_task_are_compared(client, protocol):
 
 
 def test_a_task_that_is_missing_in_a_reply_deviates_beyond_all_bounds():
-    outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.float32([0.1, 0.2])})
-    assert deviation(outcome, [np.float32([0.1, 0.2, 0.3, 0.4])]) == np.inf
+    outcome = Outcome(np.array([]), {}, 1.0, 1.0, {0: np.array([0.1, 0.2], np.float32)})
+    assert deviation(outcome, [np.array([0.1, 0.2, 0.3, 0.4], np.float32)]) == np.inf
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_score_that_is_no_number_deviates_beyond_all_bounds(number):
-    scores = [np.float32([0.1, 0.2]), np.float32([0.5, 0.5])]
+    scores = [np.array([0.1, 0.2], np.float32), np.array([0.5, 0.5], np.float32)]
     found = {body: one.copy() for body, one in enumerate(scores)}
     found[number][1] = np.nan
     worst = deviation(Outcome(np.array([]), {}, 1.0, 1.0, found), scores)

@@ -70,9 +70,9 @@ def test_a_model_is_warm_on_every_lane_before_anybody_can_name_it():
         manager = ModelManager(engine)
         manager.subscribe(lambda catalog: seen.append((len(catalog), list(behaviour.forwards))))
         model = fake_model(behaviour, lanes=2, name="new")
-        assert model.state is ModelState.LOADING
+        states = [model.state]
         manager.add(model, [one_hot(3), one_hot(5)])
-        assert model.state is ModelState.READY
+        assert [*states, model.state] == [ModelState.LOADING, ModelState.READY]
     assert seen[0] == (0, [])
     assert seen[1][0] == 1
     assert sorted(seen[1][1]) == [3, 3, 5, 5]

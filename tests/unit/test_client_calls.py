@@ -197,7 +197,7 @@ def test_weights_go_with_their_ids():
     part = narsil_pb2.PredictRequest.FromString(asked.part(1, 3).serialized()).sparse
     assert np.frombuffer(part.values, "<i8").tolist() == [3, 4]
     assert np.frombuffer(part.lengths, "<i4").tolist() == [0, 1, 1, 0]
-    assert np.frombuffer(part.weights, "<f4").tolist() == np.float32([0.3, 0.4]).tolist()
+    assert np.frombuffer(part.weights, "<f4").tolist() == np.array([0.3, 0.4], np.float32).tolist()
 
 
 def test_limits_are_asked_for_once_and_kept_for_each_model_and_version():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,11 +78,12 @@ def test_a_request_has_the_bytes_that_the_runtime_would_write(request_):
 @pytest.mark.parametrize("order", ["F", "strided", "big endian"])
 def test_arrays_of_any_layout_are_sent_row_by_row_in_little_endian(order):
     plain, ids = np.arange(12, dtype=np.float32).reshape(3, 4), np.arange(6, dtype=np.int32).reshape(3, 2)
-    change = {
+    changes: dict[str, Any] = {
         "F": np.asfortranarray,
         "strided": lambda array: np.repeat(array, 2, axis=1)[:, ::2],
         "big endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
-    }[order]
+    }
+    change = changes[order]
     assert build_request(change(plain), change(ids)) == build_request(plain, ids)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from narsil.client import Context, build_request
 from narsil.client.numbers import floats, whole
 from tests.messages import narsil_pb2
 
-GOOD = {"dense": [[0.5], [2.0]], "ids": [[3, 9], [5, 7]]}
+GOOD: dict[str, Any] = {"dense": [[0.5], [2.0]], "ids": [[3, 9], [5, 7]]}
 
-REFUSED = {
+context: Any = Context  # of what no type checker would let through
+
+REFUSED: dict[str, Any] = {
     "a fraction": ({"ids": [[3, 9], [7.9, 7]]}, TypeError, "ids, row 1, column 0: 7.9 is of type float"),
     "a whole float": ({"ids": [[3, 9], [5, 7.0]]}, TypeError, "ids, row 1, column 1: 7.0 is of type float"),
     "an array of floats": ({"ids": np.ones((2, 2))}, TypeError, "ids must be whole numbers, not float64"),
@@ -66,18 +69,18 @@ REFUSED = {
     "one name": ({"feature_names": "ab"}, TypeError, "feature_names must be a sequence of str, not the one str 'ab'"),
     "names that are none": ({"feature_names": ["a", 7]}, TypeError, "feature_names must be str, not 7"),
     "a version that is a number": ({"version": 3}, TypeError, "model, version and request_id must be str, not 3"),
-    "a context's fraction": ({"context": Context({"user": [7.9]})}, TypeError, "context feature user, position 0: 7.9"),
-    "a context's text": ({"context": Context({"user": "7"})}, TypeError, "context feature user: '7' is of type str"),
+    "a context's fraction": ({"context": context({"user": [7.9]})}, TypeError, "context feature user, position 0: 7.9"),
+    "a context's text": ({"context": context({"user": "7"})}, TypeError, "context feature user: '7' is of type str"),
     "a context's truth": ({"context": Context({"user": [1, True]})}, TypeError, "position 1: True is of type bool"),
     "a context's float array": (
-        {"context": Context({"user": np.array([1.0])})},
+        {"context": context({"user": np.array([1.0])})},
         TypeError,
         "context feature user must be whole numbers, not float64",
     ),
-    "a context's column": ({"context": Context({}, [0.5], [1.0])}, TypeError, "context.dense_columns, position 0: 0.5"),
+    "a context's column": ({"context": context({}, [0.5], [1.0])}, TypeError, "context.dense_columns, position 0: 0.5"),
     "a column below 0": ({"context": Context({}, [-1], [1.0])}, ValueError, "position 0: -1 is outside 0"),
-    "a context's dense": ({"context": Context({}, [0], ["1"])}, TypeError, "context.dense must be numbers, not <U1"),
-    "a context's name": ({"context": Context({7: [1]})}, TypeError, "context.features must be str, not 7"),
+    "a context's dense": ({"context": context({}, [0], ["1"])}, TypeError, "context.dense must be numbers, not <U1"),
+    "a context's name": ({"context": context({7: [1]})}, TypeError, "context.features must be str, not 7"),
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,7 +118,7 @@ def test_weights_follow_reordered_columns():
     np.testing.assert_allclose(batch.weights, [0.2, 0.3, 0.1])
 
 
-GOOD = {"dense": np.zeros((2, 3)), "ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}
+GOOD: dict[str, Any] = {"dense": np.zeros((2, 3)), "ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}
 
 
 def change(**fields) -> bytes:
@@ -140,7 +142,7 @@ REFUSALS = {
     "rows that disagree": (change(batch_size=3), "dense: 24 bytes for 3 rows"),
     "no dense": (change(dense=b""), "dense: 0 bytes for 2 rows; the model takes 3 float32 a row, 24 bytes"),
     "dense cut": (change(dense=b"\0" * 23), "dense: 23 bytes are no whole number of float32"),
-    "NaN": (build_request([[0, 0, 0], [0, float("nan"), 0]], GOOD["ids"]), "dense: row 1, column 1 is nan"),
+    "NaN": (build_request([[0.0, 0.0, 0.0], [0.0, float("nan"), 0.0]], GOOD["ids"]), "dense: row 1, column 1 is nan"),
     "missing feature": (change(sparse__num_features=3), r"num_features is 3; the model takes 4 here \(user, item"),
     "no sparse": (build_request(GOOD["dense"], np.empty((0, 0), int)), "sparse.num_features is 0"),
     "wrong dtype": (change(sparse__id_type=0), "sparse.values: 64 bytes for 2 rows x 4 features"),

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +18,7 @@ from narsil.cli.serve import command
 from narsil.config import ServeSettings, load_settings
 from narsil.errors import ConfigError
 
-GIVEN = {"model": Path("m")}
+GIVEN: dict[str, Any] = {"model": Path("m")}
 
 
 def config_file(tmp_path: Path, text: str) -> Path:
@@ -291,4 +292,4 @@ def test_serve_prints_its_effective_settings_without_loading_a_model():
 
 def test_settings_cannot_change_once_made():
     with pytest.raises(ValueError, match="frozen"):
-        load_settings(GIVEN).lanes = 3  # type: ignore[misc]
+        load_settings(GIVEN).lanes = 3

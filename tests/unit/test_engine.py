@@ -18,6 +18,7 @@ from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, Fo
 from tests.support import (
     SCHEMA,
     AnEngine,
+    ARequest,
     Reply,
     engine_with,
     fake_model,
@@ -31,7 +32,7 @@ from tests.support import (
 WORKER = BatchPolicy(max_requests=1)
 
 
-def submit(engine: AnEngine, **arguments) -> Request:
+def submit(engine: AnEngine, **arguments) -> ARequest:
     made = request(model=engine.model, **arguments)
     engine.submit(made)
     return made
@@ -42,7 +43,7 @@ def held() -> FakeBehaviour:
     return FakeBehaviour(hold=threading.Event())
 
 
-def occupy(engine: AnEngine, behaviour: FakeBehaviour) -> Request:
+def occupy(engine: AnEngine, behaviour: FakeBehaviour) -> ARequest:
     """A request that is running, so that what comes after it waits."""
     running = submit(engine)
     wait_until(lambda: len(behaviour.forwards) == 1)
@@ -327,7 +328,7 @@ def test_an_engine_needs_a_lane_and_a_backend_for_each():
 def test_under_a_storm_of_everything_each_request_ends_exactly_once():
     random = np.random.default_rng(0)
     behaviour = FakeBehaviour(fail_if=lambda batch: bool((batch.dense == 13.0).any()))
-    everyone: list[tuple[Request, str]] = []
+    everyone: list[tuple[ARequest, str]] = []
     guard = threading.Lock()
 
     def client(engine: AnEngine, seed: int) -> None:
@@ -337,7 +338,7 @@ def test_under_a_storm_of_everything_each_request_ends_exactly_once():
             if number % 17 == 0:
                 features.dense[0, 0] = 13.0
             deadline = engine.now() if number % 13 == 0 else None
-            made = Request(engine.model, features, Reply(), engine.now(), deadline)
+            made = ARequest(engine.model, features, Reply(), engine.now(), deadline)
             try:
                 engine.submit(made)
             except QueueFull:

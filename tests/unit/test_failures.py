@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,10 @@ from tests.support import PATIENCE_S
 SOURCE = str(Path(__file__).parents[2] / "src")
 
 
-def narsil(*arguments: object, python: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+def narsil(*arguments: object, python: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
     """The command line as a process; ``python`` runs before it."""
     program = f"{python}\nfrom narsil.cli import main\nmain()"
-    environment = {**os.environ, "PYTHONPATH": SOURCE, **options.pop("env", {})}  # type: ignore[dict-item]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, **options.pop("env", {})}
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": PATIENCE_S, **options},

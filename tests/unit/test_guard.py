@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import pytest
 
-from narsil.artifacts.watching import Finding
+from narsil.artifacts.watching import Finding, Watch
 from narsil.catalog.guard import FileGuard
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ModelState, ServedModel
@@ -33,7 +34,7 @@ def guarded(watch: FakeWatch, interval: float = 60.0) -> Iterator[tuple[FileGuar
         model = fake_model(name="ranker")
         manager.add(model)
         guard = FileGuard(manager, withdrawn.append, interval)
-        guard.watch(model, watch)
+        guard.watch(model, cast(Watch, watch))
         guard.start()
         try:
             yield guard, manager, withdrawn

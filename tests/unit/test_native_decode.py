@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from narsil.errors import InvalidRequest, ModelNotFound
 from narsil.extension import AVAILABLE, NativeFeatures
 from narsil.transports.codec import narsil_v1, predictor
 from narsil.transports.endpoints import ENDPOINTS, Metadata
+from narsil.wire import put_uint
 from tests.messages import narsil_pb2, predictor_pb2
 from tests.support import SCHEMA, fake_model
 
@@ -59,7 +61,7 @@ class Loop:
         self.schema = schema
         self.catalog = Catalog([fake_model(schema=schema, limits=LIMITS)])
         self.wires = {each.method: each.wire for each in ENDPOINTS if each.wire}
-        kinds = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
+        kinds: dict[str, Any] = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
         self.plane = Plane(kinds)
         self.plane.serve([native_model(schema)])
         self.plane.listen_unix(path)
@@ -217,7 +219,7 @@ def test_damaged_messages_are_never_read_otherwise_than_the_portable_codec_reads
 
 
 def numbers(field: int, value: int) -> bytes:
-    return bytes([field << 3]) + narsil_v1.put_uint(1, value)[1:]
+    return bytes([field << 3]) + put_uint(1, value)[1:]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_collate_refuses_buffers_that_the_batch_would_overrun(loops):
     foreign = loops["one"].take(narsil_v1.METHOD, build_request(np.zeros((5, 0)), np.zeros((5, 1), int)))
     dense, values, lengths = np.empty(15, np.float32), np.empty(20, np.int32), np.empty(20, np.int32)
     collate([call], 5, dense, values, None)
-    for wrong, why in [
+    cases: list[tuple[Any, str]] = [
         (([], 5, dense, values, None), "no calls"),
         (([call], 4, dense, values, None), "fewer rows"),
         (([call], 6, dense, values, None), "dense is too short"),
@@ -388,7 +390,8 @@ def test_collate_refuses_buffers_that_the_batch_would_overrun(loops):
         (([call, foreign], 10, dense, values, None), "different models"),
         (([call], 2**61, dense, values, None), "too short"),
         (([call], -1, dense, values, None), "fewer rows"),
-    ]:
+    ]
+    for wrong, why in cases:
         with pytest.raises(ValueError, match=why):
             collate(*wrong)
     dense.flags.writeable = False

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from tests.unit.test_native_plane import next_call
 
 NARROW = ModelSchema(dense_dim=1, features=(Feature("a", "t_a", rows=10, dim=4),))
 BROAD = ModelSchema(dense_dim=2, features=(Feature("a", "t_a", rows=5, dim=4), Feature("b", "t_b", rows=5, dim=4)))
-KINDS = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
+KINDS: dict[str, Any] = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
 
 
 class Served:

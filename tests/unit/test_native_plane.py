@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,12 @@ from narsil._native import Call, Plane
 from tests.conformance.http2_client import RawClient, connected, request_headers
 from tests.http2_peer import CANCEL, DATA, END_STREAM, RST_STREAM, grpc_message
 
-METHODS = {"/a.A/Score": "predictor", "/a.A/Ask": "unary", "/a.A/Talk": "stream", "/a.A/Watch": "health_watch"}
+METHODS: dict[str, Any] = {
+    "/a.A/Score": "predictor",
+    "/a.A/Ask": "unary",
+    "/a.A/Talk": "stream",
+    "/a.A/Watch": "health_watch",
+}
 ASK, SCORE, TALK, WATCH = "/a.A/Ask", "/a.A/Score", "/a.A/Talk", "/a.A/Watch"
 RESOURCE_EXHAUSTED, UNAVAILABLE = 8, 14
 

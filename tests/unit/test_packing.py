@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,15 +68,15 @@ def test_fp32_weights_are_kept_and_bf16_ones_rounded_to_even():
 )
 def test_no_input_can_overflow_the_sums(inputs, weights, signed, kind, seed):
     layer = linear(3, inputs, seed)
-    change = {
+    changes: dict[str, Any] = {
         "positive": np.abs,
         "negative": lambda weight: -np.abs(weight),
         "equal": np.ones_like,
         "one large": lambda weight: np.where(np.arange(inputs) == 0, 1e30, weight),
         "tiny": lambda weight: weight * 1e-44,
         "large": lambda weight: weight * 1e37,
-    }.get(weights, np.copy)
-    layer.weight = change(layer.weight).astype(np.float32)
+    }
+    layer.weight = changes.get(weights, np.copy)(layer.weight).astype(np.float32)
     packed = pack(layer, kind, signed=signed)
     codes = unpacked(packed).astype(np.int64)
     most = {"int8": 127, "int16": 2**15 - 1}[kind]

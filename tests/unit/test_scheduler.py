@@ -116,7 +116,7 @@ def test_a_deadline_that_is_now_has_passed():
 
 def test_a_cancelled_request_is_sorted_out_and_counts_as_cancelled_even_past_its_deadline():
     gone = request(deadline=4.0)
-    gone.reply.cancelled = True  # type: ignore[misc]
+    gone.reply.cancelled = True
     decision = form([gone], AT_ONCE, now=5.0)
     assert decision.cancelled == (gone,)
     assert decision.expired == ()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,8 @@ def test_weights_are_held_against_the_architecture(small_config: DlrmConfig, sma
         check_weights(small_config, {**small_weights, "attention": np.zeros(1, np.float32)})
     with pytest.raises(ArtifactError, match=r"has shape \(2,\); the architecture needs \(1,\)"):
         check_weights(small_config, {**rest, bias: np.zeros(2, np.float32)})
+    wide: Any = np.zeros(1, np.float64)
     with pytest.raises(ArtifactError, match="is float64"):
-        check_weights(small_config, {**rest, bias: np.zeros(1)})
+        check_weights(small_config, {**rest, bias: wide})
     with pytest.raises(ArtifactError, match=r"row 0 of over_arch\.model\.1\.bias is NaN or infinite"):
         check_weights(small_config, {**rest, bias: np.full(1, np.inf, np.float32)})

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -25,6 +26,7 @@ from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, DeviceUnavailable
 from narsil.extension import AVAILABLE
 from narsil.server import Server
+from narsil.transports.grpc_aio import GrpcAioTransport
 from tests.support import PATIENCE_S, SCHEMA
 
 TRANSPORTS = ["grpcio", pytest.param("native", marks=pytest.mark.skipif(not AVAILABLE, reason="not built"))]
@@ -75,6 +77,8 @@ class Watched:
 class Announcing(Server):
     """Tells where it listens by a future too."""
 
+    address: asyncio.Future[str]
+
     def announce(self, address: str) -> None:
         super().announce(address)
         self.address.set_result(address)
@@ -85,7 +89,7 @@ def live(
     meanwhile: Callable[[str], Awaitable[None]],
     backend: FakeBackend | None = None,
     watch: Watched | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> int:
     """Has a server serve a fake model; once it does, ``meanwhile`` is run. Returns the exit status."""
     model = ServedModel("mine", "1", [backend or FakeBackend(SCHEMA)])
@@ -95,7 +99,8 @@ def live(
         serving = Announcing(ServeSettings(**{"model": "models/mine", "lanes": 1, "port": 0, **settings}))
         serving.address = asyncio.get_running_loop().create_future()
         life = asyncio.create_task(serving.serve())
-        await asyncio.wait([life, serving.address], return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {life, serving.address}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not life.done():
             await meanwhile(serving.address.result())
         return await asyncio.wait_for(life, PATIENCE_S)
@@ -143,14 +148,14 @@ def test_the_delay_ends_by_itself_and_is_not_for_ctrl_c_nor_there_by_default(mon
 
 def test_a_signal_while_it_begins_to_listen_stops_it_in_order(monkeypatch):
     """From here on there may be calls in flight, which ending at once would lose."""
-    start = server.GrpcAioTransport.start
+    start = GrpcAioTransport.start
 
-    async def started(self: server.GrpcAioTransport) -> str:
+    async def started(self: GrpcAioTransport) -> str:
         address = await start(self)
         signal.raise_signal(signal.SIGTERM)
         return address
 
-    monkeypatch.setattr(server.GrpcAioTransport, "start", started)
+    monkeypatch.setattr(GrpcAioTransport, "start", started)
 
     async def meanwhile(address: str) -> None:
         pass

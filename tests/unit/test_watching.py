@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from narsil.artifacts import watching
-from narsil.artifacts.artifact import Artifact, open_artifact, write_manifest
+from narsil.artifacts.artifact import Artifact, open_artifact, sha256, write_manifest
 from narsil.artifacts.replacing import replacing
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.artifacts.watching import MAPPED, Watch, sealed_copy
@@ -114,7 +113,7 @@ def test_times_alone_are_no_change(live: Artifact) -> None:
 def test_what_changed_before_the_checksum_was_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "live").mkdir()
     write(tmp_path / "live")
-    whole = watching.sha256
+    whole = sha256
 
     def late(path: Path) -> str:
         digest = whole(path)
