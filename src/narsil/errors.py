@@ -111,6 +111,8 @@ class ForwardFailed(RequestError):
     """The model's forward raised on this request."""
 
 
+_MOST_QUOTED = 500  # characters of a foreign error
+
 # Error class -> gRPC status code, as in google.rpc.Code. The only such table.
 STATUS: dict[type[RequestError], int] = {
     InvalidRequest: 3,
@@ -143,13 +145,18 @@ def meant_by(code: int, text: str) -> RequestError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign error's text cut to its first line, for an error of Narsil's that quotes it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """A foreign error's text cut to its first line, for an error of Narsil's that quotes it: it may quote a file."""
+    return _quoted(error, 0)
 
 
 def last_line(error: BaseException) -> str:
     """As first_line, the last one: where torch quotes the model's own code first, and then says what is wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return _quoted(error, -1)
+
+
+def _quoted(error: BaseException, position: int) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[position]
+    return "".join(character if character.isprintable() else "?" for character in line[:_MOST_QUOTED])
 
 
 def status_of(error: RequestError) -> int:

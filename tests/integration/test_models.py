@@ -511,6 +511,45 @@ def test_a_torch_checkpoint_gives_architecture_and_weights(tmp_path: Path, prefi
     assert all(np.array_equal(weights[name], array) for name, array in random_weights(config).items())
 
 
+KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_checkpoints_of_half_precision_are_read_as_fp32(tmp_path: Path, kind: Any, suffix: str) -> None:
+    state = {name: torch.from_numpy(array).to(kind) for name, array in random_weights(small()).items()}
+    found, weights = load_checkpoint(saved(state, tmp_path / f"trained.{suffix}"))
+    assert found.schema == small().schema
+    for name, tensor in state.items():
+        assert weights[name].dtype == np.float32
+        assert np.array_equal(weights[name], tensor.float().numpy())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool], ids=str)
+def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path, kind: Any, suffix: str) -> None:
+    state = {name: torch.from_numpy(array) for name, array in random_weights(small()).items()}
+    state[table_key("t_cat_1")] = state[table_key("t_cat_1")].to(kind)
+    said = f"t_cat_1.weight is {str(kind)[6:]}; weights are read from float32, bfloat16, float16, float64: convert it"
+    with pytest.raises(ArtifactError, match=said):
+        load_checkpoint(saved(state, tmp_path / f"trained.{suffix}"))
+
+
+def saved(state: dict[str, Any], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, str(path))
+    else:
+        torch.save(state, path)
+    return path
+
+
+def test_fp64_weights_beyond_fp32_are_refused(tmp_path: Path) -> None:
+    state = {name: torch.from_numpy(array).double() for name, array in random_weights(small()).items()}
+    state["over_arch.model.1.bias"][0] = 1e300
+    with pytest.raises(ArtifactError, match=r"row 0 of over_arch\.model\.1\.bias is NaN or infinite"):
+        load_checkpoint(saved(state, tmp_path / "trained.pt"))
+
+
 def test_a_safetensors_checkpoint_keeps_numbered_tables_in_order(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.numpy").save_file
     config = DlrmConfig(tables=12, rows=tuple(range(5, 17)), dim=8, dense_features=3, dense_arch=(8,), over_arch=(8, 1))
@@ -535,11 +574,14 @@ def test_a_safetensors_checkpoint_of_unnumbered_tables_needs_their_order(tmp_pat
     ("change", "message"),
     [
         (lambda w: w.pop("over_arch.model.1.bias"), r"lacks over_arch\.model\.1\.bias"),
-        (lambda w: w.pop("over_arch.model.1.weight"), r"lacks over_arch\.model\.1\.weight"),
+        (lambda w: w.pop("over_arch.model.1.weight"), r"lacks the matrix over_arch\.model\.1\.weight"),
         (lambda w: w.pop("dense_arch.model._mlp.0._linear.weight"), "it is not a DLRM's checkpoint"),
         (lambda w: w.update({"inter_arch.crossnet.0": torch.zeros(2)}), "a DLRM with dot interaction has no place for"),
         (lambda w: w.update({table_key("t_cat_1"): torch.zeros(7, 12)}), r"has shape \(7, 12\)"),
-        (lambda w: w.update({table_key("t_cat_1"): torch.zeros(7, 16, dtype=torch.int64)}), "must be floating point"),
+        (
+            lambda w: w.update({table_key("t_cat_1"): torch.zeros(7, 16, dtype=torch.int64)}),
+            "is int64; weights are read",
+        ),
         (
             lambda w: w["over_arch.model.1.bias"].fill_(float("nan")),
             r"row 0 of over_arch\.model\.1\.bias is NaN or infinite",

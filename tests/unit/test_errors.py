@@ -67,3 +67,17 @@ def test_importing_narsil_loads_neither_torch_nor_grpc():
     program = "import sys, narsil; print({'torch', 'grpc', 'onnxruntime', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("one\ntwo", "one", "two"),
+        ("  \n", "ValueError", "ValueError"),
+        ("name \x1b[2J\x07 \ud800", "name ?[2J? ?", "name ?[2J? ?"),
+        ("x" * 10_000, "x" * 500, "x" * 500),
+    ],
+)
+def test_what_is_quoted_of_a_foreign_error_is_one_printable_line(text: str, first: str, last: str) -> None:
+    assert errors.first_line(ValueError(text)) == first
+    assert errors.last_line(ValueError(text)) == last

@@ -179,7 +179,9 @@ def test_a_file_that_this_user_may_not_read_is_one_sentence():
         assert len(done.stderr.splitlines()) == 1
         folder.chmod(0o700)
         done = narsil("inspect", folder / "model.pt", python=become_nobody)
-        assert done.stderr.startswith(f"narsil: {folder}/model.pt: Permission denied; check its owner and mode")
+        assert done.stderr.startswith(
+            f"narsil: {folder}/model.pt cannot be read: Permission denied; check its owner and mode"
+        )
 
 
 def test_the_entry_point_is_light():

@@ -149,7 +149,7 @@ def test_a_sealed_copy_is_out_of_everyones_reach(live: Artifact) -> None:
 
 def test_a_sealed_copy_of_what_cannot_be_copied_is_refused(live: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ArtifactError, match="nowhere cannot be copied to memory: No such file"),
+        pytest.raises(ArtifactError, match="nowhere cannot be read: No such file"),
         sealed_copy(live.path / "nowhere"),
     ):
         pass

@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from narsil.artifacts.files import check_readable, unreadable
 from narsil.artifacts.schema import ModelSchema, as_name, is_name
 from narsil.errors import ArtifactError, first_line
 
@@ -146,6 +147,13 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
     the artifact's ``damage`` says what is wrong with the others'.
     """
     path = Path(path)
+    try:
+        return _open(path, verify)
+    except OSError as error:  # a folder on the way that may not be read, a name too long, a circle of links
+        raise unreadable(path, error) from None
+
+
+def _open(path: Path, verify: bool) -> Artifact:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; make an artifact with `narsil package dlrm --out {path}`")
     folder = path if path.is_dir() else path.parent
@@ -170,13 +178,14 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The folder's manifest, with every field of the right type. Raises ArtifactError."""
     file = folder / MANIFEST
+    check_readable(file)
     try:
         size = file.stat().st_size
         if size > _MAX_MANIFEST_BYTES:
             raise ArtifactError(f"{file} is {size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")
         manifest: Any = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} cannot be read as JSON: {error}; package the model again") from None
+        raise ArtifactError(f"{file} cannot be read as JSON: {first_line(error)}; package the model again") from None
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise ArtifactError(f"{file} is not a manifest of Narsil's: it has no format field")
     if manifest["format"] not in (FORMAT, COMPILED_FORMAT):
@@ -334,8 +343,10 @@ def _checked_file(path: Path, entry: Mapping[str, Any], verify: bool) -> FileSta
             raise ArtifactError(
                 f"{path} does not match the SHA-256 in {MANIFEST}: it was changed or damaged; copy the folder again"
             )
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
-        raise ArtifactError(f"{path} cannot be read: {first_line(error)}; see its owner and mode") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except RuntimeError:
+        raise ArtifactError(f"{path} is a link that leads back to itself; copy the whole folder again") from None
     return state
 
 

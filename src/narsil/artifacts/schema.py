@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 
 Pooling = Literal["sum", "mean"]
 
@@ -33,6 +33,11 @@ def as_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\-/:]", "_", text)[:256] or "_"
 
 
+def _shown(value: object) -> str:
+    """A value out of a manifest, for an error."""
+    return repr(value)[:128]
+
+
 @dataclass(frozen=True)
 class Feature:
     """One sparse feature and the table it looks its ids up in. Valid ids are 0 .. rows - 1."""
@@ -47,14 +52,14 @@ class Feature:
     def __post_init__(self) -> None:
         for value in (self.name, self.table):
             if not is_name(value):
-                raise ArtifactError(f"feature or table name {value!r} is not made of letters, digits and _.-/:")
+                raise ArtifactError(f"feature or table name {_shown(value)} is not made of letters, digits and _.-/:")
         for label, number in (("rows", self.rows), ("dim", self.dim)):
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST:
-                raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {number!r}")
+                raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {_shown(number)}")
         if self.pooling not in ("sum", "mean"):
-            raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {self.pooling!r}")
+            raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {_shown(self.pooling)}")
         if not isinstance(self.weighted, bool):
-            raise ArtifactError(f"feature {self.name}: weighted must be true or false, not {self.weighted!r}")
+            raise ArtifactError(f"feature {self.name}: weighted must be true or false, not {_shown(self.weighted)}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class ModelSchema:
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
-            raise ArtifactError(f"dense_dim must be an integer of at least 0, not {self.dense_dim!r}")
+            raise ArtifactError(f"dense_dim must be an integer of at least 0, not {_shown(self.dense_dim)}")
         if not self.features:
             raise ArtifactError("the model has no sparse feature; Narsil serves models with at least one")
         names = [feature.name for feature in self.features]
@@ -119,11 +124,11 @@ class ModelSchema:
         """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
         try:
             if set(data) != {"dense_dim", "features", "tasks"}:
-                raise ArtifactError(f"a schema has dense_dim, features and tasks, not {sorted(data)}")
+                raise ArtifactError(f"a schema has dense_dim, features and tasks, not {_shown(sorted(data))}")
             return cls(
                 dense_dim=data["dense_dim"],
                 features=tuple(Feature(**feature) for feature in data["features"]),
                 tasks=tuple(data["tasks"]) if isinstance(data["tasks"], list) else (),
             )
         except (TypeError, KeyError, AttributeError) as error:
-            raise ArtifactError(f"the schema is damaged: {error}") from None
+            raise ArtifactError(f"the schema is damaged: {first_line(error)}") from None

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.files import check_readable, unreadable
 from narsil.artifacts.finite import bad_weights, first_bad_row, first_bad_scale
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.errors import ArtifactError, first_line
@@ -76,7 +77,8 @@ def schema_of(module: Any, name: str = "the module") -> tuple[ModelSchema, str]:
     """The schema and the device of a loaded ScriptModule. Raises ArtifactError."""
     try:
         return _read_schema(module, name)
-    except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:  # built as no TorchRec builds it
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        # Built as no TorchRec builds it.
         raise ArtifactError(f"{name} is not built as TorchRec's packager builds it: {first_line(error)}") from None
 
 
@@ -326,6 +328,7 @@ def _attribute(module: Any, value: Any) -> Any:
 
 def _check_archive(path: Path) -> None:
     """Tells what a file is from its first bytes and its table of contents, before torch sees it."""
+    check_readable(path)
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -335,10 +338,12 @@ def _check_archive(path: Path) -> None:
             raise ArtifactError(f"{path} is {kind}; give the model_default.pt that torch.jit.save wrote")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise ArtifactError(f"{path} is truncated or damaged; copy it again") from None
+    except ArtifactError:
+        raise
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from None
+        raise unreadable(path, error) from None
+    except Exception:  # zipfile's own error, and those of struct, codecs and arithmetic that it lets through
+        raise ArtifactError(f"{path} is truncated or damaged; copy it again") from None
     if any("/code/" in name for name in names):
         return
     if any(name.endswith("/data.pkl") for name in names):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from narsil.artifacts.artifact import Artifact, FileState, sha256
+from narsil.artifacts.files import check_readable
 from narsil.errors import ArtifactError, ConfigError
 
 __all__ = ["MAPPED", "Finding", "Watch", "copied", "sealed_copy"]
@@ -109,6 +110,7 @@ def sealed_copy(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"copying tables needs sealed memory, which is refused here: {error.strerror}") from None
     try:
+        check_readable(path)
         _fill(copy, path)
         fcntl.fcntl(
             copy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL

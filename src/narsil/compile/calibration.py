@@ -6,7 +6,6 @@ one task and else (N, tasks); produces a Calibration whose rows fit the schema. 
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.files import check_readable
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Floats, Ints
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, first_line
 
 __all__ = ["Calibration", "load_calibration"]
 
@@ -35,11 +35,15 @@ class Calibration:
 
 def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
     """The rows in a file. Raises ArtifactError, naming the array, where they are unreadable or do not fit."""
+    check_readable(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("dense", "ids", "labels") if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read as .npz: {error}") from None
+            arrays = {name: np.asarray(file[name]) for name in ("dense", "ids", "labels") if name in file}
+    except Exception as error:  # numpy's, and those of zipfile and zlib that it lets through
+        raise ArtifactError(f"{path} cannot be read as .npz: {first_line(error)}") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise ArtifactError(f"{path}: {name} holds {array.dtype}, which are no numbers")
     for name, columns in (("dense", schema.dense_dim), ("ids", schema.num_features)):
         if name not in arrays:
             raise ArtifactError(

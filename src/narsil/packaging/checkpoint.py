@@ -1,22 +1,21 @@
-"""Reads a trained DLRM's FP32 weights from a checkpoint file.
+"""Reads a trained DLRM's weights from a checkpoint file.
 
-Receives a `.safetensors` file, or a torch file that holds nothing but tensors (it is read with
-``weights_only=True``: nothing in it is executed); produces a DlrmConfig inferred from names and shapes, and the
-weights under their canonical names. Prefixes such as ``module.`` or ``model.`` (DDP, DLRMTrain) are dropped.
+Receives a `.safetensors` file, or a torch file that holds nothing but tensors (it is read with ``weights_only=True``:
+nothing in it is executed), in FP32, BF16, FP16 or FP64. Produces a DlrmConfig inferred from names and shapes, and the
+weights in FP32 under their canonical names. Prefixes such as ``module.`` or ``model.`` (DDP, DLRMTrain) are dropped.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from narsil.artifacts.schema import Pooling
+from narsil.artifacts.files import check_readable
+from narsil.artifacts.schema import Pooling, is_name
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, first_line
 from narsil.packaging.dlrm import DlrmConfig, check_weights, table_key
@@ -28,6 +27,7 @@ _LINEAR = re.compile(
     r"(?:.*\.)?((?:dense_arch\.model\._mlp\.\d+\._linear|over_arch\.model\.0\._mlp\.\d+\._linear|over_arch\.model\.1)"
     r"\.(?:weight|bias))"
 )
+_READ = ("float32", "bfloat16", "float16", "float64")  # torch's names
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers nest the state_dict
 
 
@@ -41,9 +41,10 @@ def load_checkpoint(
 
     Raises ArtifactError where the file is unreadable, is no DLRM, or where the order of its tables is unknown.
     """
+    check_readable(path)
     ordered = path.suffix != ".safetensors"
-    tensors = _read_torch(path) if ordered else _read_safetensors(path)
-    named = _canonical(tensors, path)
+    tensors = _canonical(_read_torch(path) if ordered else _read_safetensors(path), path)
+    named = {name: _floats(tensor, f"{path.name}: {name}") for name, tensor in tensors.items()}
     tables = [name[len(table_key("")) - len(".weight") : -len(".weight")] for name in named if "embedding_bags" in name]
     if not tables:
         raise ArtifactError(f"{path.name} holds no embedding_bags.TABLE.weight: it is not a DLRM's checkpoint")
@@ -55,29 +56,25 @@ def load_checkpoint(
     return config, weights
 
 
-def _read_safetensors(path: Path) -> dict[str, Floats]:
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise ArtifactError(f"reading {path.name} needs the safetensors package: pip install safetensors") from None
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ArtifactError(
+            f"reading {path.name} needs torch and the safetensors package ({first_line(error)}): install narsil[cpu]"
+        ) from None
     try:
-        tensors = load_file(str(path))
-    except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError, struct.error) as error:
+        tensors: dict[str, Any] = load_file(str(path))
+    except Exception as error:  # safetensors has errors of its own, and lets through torch's for kinds it cannot map
         raise ArtifactError(f"{path} cannot be read as safetensors: {first_line(error)}") from None
-    for name, array in tensors.items():
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ArtifactError(f"{path.name}: {name} is {array.dtype}; weights must be floating point")
-    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+    return tensors
 
 
-def _read_torch(path: Path) -> dict[str, Floats]:
+def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         import torch
-    except ImportError:
-        raise ArtifactError(
-            f"reading {path.name} needs torch: install narsil[cpu], or save the checkpoint as safetensors"
-        ) from None
+    except ImportError as error:
+        raise ArtifactError(f"reading {path.name} needs torch ({first_line(error)}): install narsil[cpu]") from None
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, pickle's and zip's errors for damaged files
@@ -90,29 +87,35 @@ def _read_torch(path: Path) -> dict[str, Floats]:
             state = state[wrapper]
     if not isinstance(state, Mapping):
         raise ArtifactError(f"{path} holds a {type(state).__name__}, not a state_dict")
-    tensors: dict[str, Floats] = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        if not value.is_floating_point():
-            raise ArtifactError(f"{path.name}: {name} is {value.dtype}; weights must be floating point")
-        tensors[str(name)] = np.ascontiguousarray(value.detach().float().numpy())
-    return tensors
+    return {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _canonical(tensors: Mapping[str, Floats], path: Path) -> dict[str, Floats]:
+def _floats(tensor: Any, what: str) -> Floats:
+    """A tensor's numbers in FP32, in its own memory where it has them so. Raises ArtifactError, naming ``what``, where
+    it has others: FP8 and integers mean nothing without the scales that their trainer keeps elsewhere."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in _READ:
+        raise ArtifactError(f"{what} is {kind}; weights are read from {', '.join(_READ)}: convert it to one of them")
+    try:
+        values: Floats = np.ascontiguousarray(tensor.detach().float().numpy())
+    except (TypeError, RuntimeError) as error:  # sparse, nested, on no device: torch says which
+        raise ArtifactError(f"{what} is no plain tensor: {first_line(error)}; save it as a dense one") from None
+    return values
+
+
+def _canonical(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Tensors under TorchRec's own names, whatever wrapped the model when it was saved."""
-    named: dict[str, Floats] = {}
-    for name, array in tensors.items():
-        if match := _TABLE.fullmatch(name):
+    named: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if (match := _TABLE.fullmatch(name)) and is_name(match.group(1)):
             canonical = table_key(match.group(1))
         elif match := _LINEAR.fullmatch(name):
             canonical = match.group(1)
         else:
-            raise ArtifactError(f"{path.name} holds {name}, which a DLRM with dot interaction has no place for")
+            raise ArtifactError(f"{path.name} holds {name[:128]!r}, which a DLRM with dot interaction has no place for")
         if canonical in named:
             raise ArtifactError(f"{path.name} holds {canonical} twice, under two prefixes")
-        named[canonical] = array
+        named[canonical] = tensor
     return named
 
 
@@ -144,8 +147,8 @@ def _infer(named: Mapping[str, Floats], tables: list[str], pooling: Pooling, pat
     dense = _outputs(named, "dense_arch.model._mlp.{}._linear.weight", path)
     over = _outputs(named, "over_arch.model.0._mlp.{}._linear.weight", path)
     last = named.get("over_arch.model.1.weight")
-    if last is None:
-        raise ArtifactError(f"{path.name} lacks over_arch.model.1.weight, the layer that scores")
+    if last is None or last.ndim != 2:
+        raise ArtifactError(f"{path.name} lacks the matrix over_arch.model.1.weight, the layer that scores")
     for table in tables:
         if named[table_key(table)].ndim != 2:
             raise ArtifactError(f"{path.name}: table {table} is not a matrix of rows x dim")
