@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.artifacts.packed import kinds_here
 from narsil.backends.base import Backend
 from narsil.dataflow import Batch
-from narsil.packaging.dlrm import DlrmConfig, random_weights
-from tests.fixtures_models import batch_of, small
+from narsil.packaging.dlrm import DlrmConfig
+from tests.fixtures_models import batch_of, small, weights_of
+from tests.float64 import Float64Dlrm, Rounded
 
 HERE = kinds_here(processor_flags())
 needs_fused = pytest.mark.skipif(not HERE, reason="the fused engine needs AVX-512")
@@ -44,7 +46,10 @@ class Pair:
         from narsil.packaging.packager import package_dlrm
 
         self.config = config
-        self.source = package_dlrm(config, random_weights(config), folder / "source", onnx=False, name="small")
+        weights = weights_of(config)
+        self.source = package_dlrm(config, weights, folder / "source", onnx=False, name="small")
+        assert self.source.torchscript is not None
+        self._float64 = Float64Dlrm(config, weights, self.source.torchscript)
         self.out = folder / "compiled"
         self.asked = {"precision": precision, "engine": engine, "limit": limit}
         self.compiled, self.cached = compile_artifact(self.source, self.out, **self.asked)  # type: ignore[arg-type]
@@ -56,11 +61,28 @@ class Pair:
             self.source.schema.rows.tolist(), self.source.schema.dense_dim, rows, longest=longest, seed=seed
         )
 
-    def deviation(self, batch: Batch) -> float:
-        expected, found = (backend.run(batch)["default"] for backend in (self.reference, self.backend))
+    @property
+    def kinds(self) -> list[str]:
+        """Of the layers but the last."""
+        info = self.compiled.manifest["compiled"]
+        if info["engine"] == "fused":
+            return [layer["kind"] for layer in info["layers"][:-1]]
+        dense, over = len(self.config.dense_arch), len(self.config.over_arch) - 1
+        last = min(over - 1, 1)  # the inductor engine keeps the last hidden layer in FP32, where there are several
+        return ["fp32"] * dense + [info["precision"]] * (over - last) + ["fp32"] * last
+
+    def true(self, batch: Batch) -> Rounded:
+        """What the scores are in float64, and how far the compiled ones lie from them by their rounding."""
+        info = self.compiled.manifest["compiled"]
+        kept = info["precision"] if info["engine"] == "inductor" else "fp32"
+        return self._float64.scores(batch, self.kinds, kept)
+
+    def scores(self, batch: Batch) -> NDArray[np.float32]:
+        """By the compiled model."""
+        found = self.backend.run(batch)["default"]
         assert found.shape == (batch.rows,)
         assert found.dtype == np.float32
-        return float(np.abs(expected - found).max())
+        return found
 
 
 @pytest.fixture(scope="session")

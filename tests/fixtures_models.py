@@ -30,6 +30,14 @@ def small(pooling: str = "sum", rows: int | tuple[int, ...] = (50, 7, 1000, 33))
     )
 
 
+def weights_of(config: DlrmConfig) -> dict[str, Floats]:
+    """Random weights with biases that are not zero, as trained ones are: one that is left out shows."""
+    weights, random = random_weights(config), np.random.default_rng(config.seed)
+    for prefix, _, outputs in config.linears[:-1]:
+        weights[f"{prefix}.bias"] = random.uniform(-0.3, 0.3, outputs).astype(np.float32)
+    return weights
+
+
 @pytest.fixture(scope="session")
 def small_config() -> DlrmConfig:
     return small()
