@@ -18,7 +18,7 @@ from click.testing import CliRunner  # noqa: E402
 
 from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
 from narsil.packaging.dlrm import DlrmConfig  # noqa: E402
-from narsil.packaging.modules import predict_fp32  # noqa: E402
+from narsil.packaging.modules import fp32_model, fp32_scores  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_dlrm.py"
 ROWS = 200
@@ -138,7 +138,7 @@ def test_command_leaves_a_loadable_checkpoint_and_its_held_out_scores(
     held_out = np.load(out.with_suffix(".heldout.npz"))
     assert held_out["dense"].shape == (6, 13)
     values = held_out["ids"].T.reshape(-1)
-    scores = predict_fp32(config, weights, held_out["dense"], np.ones_like(values), values)
+    scores = fp32_scores(fp32_model(config, weights), held_out["dense"], np.ones_like(values), values)
     np.testing.assert_allclose(scores, held_out["scores"], rtol=1e-5)
 
 

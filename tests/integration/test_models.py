@@ -29,7 +29,7 @@ from narsil.dataflow import Batch, Floats  # noqa: E402
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable, NarsilError  # noqa: E402
 from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
 from narsil.packaging.dlrm import DlrmConfig, random_weights, table_key  # noqa: E402
-from narsil.packaging.modules import Dlrm, load_weights, predict_fp32  # noqa: E402
+from narsil.packaging.modules import Dlrm, fp32_model, fp32_scores, load_weights  # noqa: E402
 from narsil.packaging.packager import package_dlrm, quantized_module  # noqa: E402
 from tests.fixtures_models import batch_of, small  # noqa: E402
 
@@ -43,7 +43,7 @@ def batch_for(artifact: Artifact, rows: int, longest: int | None = None) -> Batc
 
 
 def reference(config: DlrmConfig, weights: dict[str, Floats], batch: Batch) -> Floats:
-    return predict_fp32(config, weights, batch.dense, batch.lengths, batch.values)
+    return fp32_scores(fp32_model(config, weights), batch.dense, batch.lengths, batch.values)
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

@@ -37,13 +37,17 @@ __all__ = [
     "FUSED_FILE",
     "MANIFEST",
     "NEWER",
+    "ONNX_DATA_FILE",
     "ONNX_FILE",
+    "ONNX_SCHEMA",
     "TABLES_FILE",
     "TORCHSCRIPT_FILE",
     "WEIGHTS_FILE",
     "Artifact",
     "FileState",
     "open_artifact",
+    "read_manifest",
+    "sha256",
     "write_manifest",
 ]
 

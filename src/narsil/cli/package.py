@@ -13,7 +13,7 @@ from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import Pooling
 from narsil.cli.inspect import quantization_of
 from narsil.errors import ConfigError, first_line
-from narsil.packaging.dlrm import DlrmConfig, random_weights
+from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, random_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -119,17 +119,7 @@ def dlrm(
     pool: Pooling = "mean" if pooling == "mean" else "sum"
     with show_progress() as report:
         report("weights", 0, 1)
-        if checkpoint is None:
-            config = _config(options, features, pool)
-            weights = random_weights(config)
-        else:
-            if options:
-                raise ConfigError(
-                    f"--{next(iter(options)).replace('_', '-')} contradicts --checkpoint, whose shapes say it"
-                )
-            from narsil.packaging.checkpoint import load_checkpoint
-
-            config, weights = load_checkpoint(checkpoint, features=features, pooling=pool)
+        config, weights = _weights(checkpoint, options, features, pool)
         report("weights", 1, 1)
         artifact = package_dlrm(
             config,
@@ -145,10 +135,20 @@ def dlrm(
     _summary(artifact)
 
 
-def _config(options: dict[str, Any], features: tuple[str, ...], pooling: Pooling) -> DlrmConfig:
-    if features and "tables" not in options:
-        options = {**options, "tables": len(features)}
-    return DlrmConfig(**options, feature_names=features, pooling=pooling)
+def _weights(
+    checkpoint: Path | None, options: dict[str, Any], features: tuple[str, ...], pooling: Pooling
+) -> tuple[DlrmConfig, DlrmWeights]:
+    """Those of the checkpoint, or random ones of the architecture that the options describe."""
+    if checkpoint is None:
+        if features and "tables" not in options:
+            options = {**options, "tables": len(features)}
+        config = DlrmConfig(**options, feature_names=features, pooling=pooling)
+        return config, random_weights(config)
+    if options:
+        raise ConfigError(f"--{next(iter(options)).replace('_', '-')} contradicts --checkpoint, whose shapes say it")
+    from narsil.packaging.checkpoint import load_checkpoint
+
+    return load_checkpoint(checkpoint, features=features, pooling=pooling)
 
 
 def check_torch(doing: str) -> None:

@@ -39,6 +39,7 @@ class Int8Deviation:
 def deviation_of_int8(config: DlrmConfig, weights: DlrmWeights, module: Any) -> Int8Deviation:
     """The deviation of a PredictModule from its weights, in the score of a row. Raises ArtifactError where either gives
     a score that is no number."""
+    (task,) = config.schema.tasks
     model = fp32_model(config, weights)
     differences, one_id = [], []
     for batch in _batches(config.schema):
@@ -51,7 +52,7 @@ def deviation_of_int8(config: DlrmConfig, weights: DlrmWeights, module: Any) -> 
                     "id_list_features.values": torch.from_numpy(batch.values),
                 }
             )
-        scores = next(iter(found.values())).numpy()
+        scores = found[task].numpy()
         for what, values in (("the FP32 weights", expected), ("INT8 tables", scores)):
             if not np.isfinite(values).all():
                 raise ArtifactError(

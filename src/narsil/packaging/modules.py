@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from narsil.dataflow import Floats
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights
 
-__all__ = ["DenseArch", "Dlrm", "OverArch", "PredictModule", "fp32_model", "fp32_scores", "predict_fp32"]
+__all__ = ["DenseArch", "Dlrm", "OverArch", "PredictModule", "as_tensor", "fp32_model", "fp32_scores"]
 
 
 class Perceptron(nn.Module):
@@ -239,8 +239,3 @@ def fp32_scores(model: Dlrm, dense: Any, lengths: Any, values: Any) -> Floats:
         logits = model(torch.as_tensor(dense), torch.as_tensor(lengths), torch.as_tensor(values))
         scores: Floats = torch.sigmoid(logits).numpy()
     return scores
-
-
-def predict_fp32(config: DlrmConfig, weights: DlrmWeights, dense: Any, lengths: Any, values: Any) -> Floats:
-    """As fp32_scores, of a model over these weights. Raises as check_weights does."""
-    return fp32_scores(fp32_model(config, weights), dense, lengths, values)

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from narsil.artifacts.schema import is_name
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
+
+if TYPE_CHECKING:
+    from narsil.packaging.deviation import Int8Deviation
 
 __all__ = ["check_device", "check_request", "package_dlrm", "quantized_module"]
 
@@ -50,19 +53,8 @@ def package_dlrm(
     out = Path(out)
     check_request(out, device=device, name=name, version=version, onnx=onnx)
     check_weights(config, weights)
-    from narsil.packaging.deviation import deviation_of_int8
-
     with replacing(out) as staging:
-        files = {"torchscript": staging / artifacts.TORCHSCRIPT_FILE}
-        module = quantized_module(config, weights, device, report)
-        report("compare", 0, 1)
-        deviation = deviation_of_int8(config, weights, module)
-        report("compare", 1, 1)
-        _save_torchscript(module, files["torchscript"], report)
-        if onnx or (onnx is None and find_spec("onnx") is not None):
-            from narsil.packaging.onnx_export import export_onnx
-
-            files |= export_onnx(config, weights, staging, lambda done, total: report("onnx", done, total))
+        files, deviation = _write_models(config, weights, staging, device, onnx, report)
         report("manifest", 0, 1)
         artifacts.write_manifest(
             staging,
@@ -76,6 +68,25 @@ def package_dlrm(
         )
         report("manifest", 1, 1)
     return artifacts.open_artifact(out, verify=False)
+
+
+def _write_models(
+    config: DlrmConfig, weights: DlrmWeights, folder: Path, device: str, onnx: bool | None, report: Progress
+) -> tuple[dict[str, Path], Int8Deviation]:
+    """Writes the model's files. Returns role -> path, and what INT8 tables do to its scores."""
+    from narsil.packaging.deviation import deviation_of_int8
+
+    files = {"torchscript": folder / artifacts.TORCHSCRIPT_FILE}
+    module = quantized_module(config, weights, device, report)
+    report("compare", 0, 1)
+    deviation = deviation_of_int8(config, weights, module)
+    report("compare", 1, 1)
+    _save_torchscript(module, files["torchscript"], report)
+    if onnx or (onnx is None and find_spec("onnx") is not None):
+        from narsil.packaging.onnx_export import export_onnx
+
+        files |= export_onnx(config, weights, folder, lambda done, total: report("onnx", done, total))
+    return files, deviation
 
 
 def check_request(out: Path, *, device: str, name: str, version: str, onnx: bool | None) -> None:
