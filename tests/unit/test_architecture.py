@@ -238,3 +238,9 @@ def test_every_thread_with_a_name_stands_among_the_threads() -> None:
             continue
         for name in re.findall(r'(?:Thread|__init__)\([^)]*?\bname=f?"([\w-]+)', path.read_text(encoding="utf-8")):
             assert name in table, f"the thread {name} of {path.name} is not in docs/architecture.md"
+
+
+@pytest.mark.parametrize("chapter", ["Where things go", "A new backend", "A new wire"])
+def test_what_contributors_are_sent_to_is_there(chapter: str) -> None:
+    names = codes(sections(read("CONTRIBUTING.md"), 2)[chapter])
+    assert [name for name in names if not is_known(name, ROOT)] == [], f"CONTRIBUTING.md, {chapter}"
