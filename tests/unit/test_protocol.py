@@ -89,6 +89,33 @@ def test_the_example_answers_say_what_stands_beside_them() -> None:
     assert (about.batch_requests, about.batch_rows, about.queue_us, about.execute_us) == (1, 2, 40, 600)
 
 
+# --- the fields
+
+
+def fields_told(text: str) -> set[tuple[str, int]]:
+    """(field, number) wherever the text gives both: in a table's row, or as `field` (number, ..)."""
+    found = {(name, int(number)) for name, number in re.findall(r"`(?:\w+\.)?(\w+)`\s+\((\d+)[,;)]", text)}
+    for row in rows_of(text):
+        names, numbers = codes(row[0]), [int(number) for number in re.findall(r"\b\d+\b", row[1].split("|")[0])]
+        found |= set(zip(names, numbers, strict=False))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("chapters", "messages"),
+    [
+        (["predictor.Predictor/Predict"], predictor_pb2),
+        (["narsil.v1.Inference/Predict", "narsil.v1.Inference/GetModel"], narsil_pb2),
+    ],
+)
+def test_every_field_has_the_number_that_is_stated(chapters: list[str], messages: Any) -> None:
+    text = "".join(CHAPTERS[chapter] for chapter in chapters)
+    fields = {(field.name, field.number) for message in vars(messages).values() for field in message.DESCRIPTOR.fields}
+    assert fields_told(text) - fields == set(), "docs/protocol.md gives these fields numbers that they do not have"
+    missing = fields - fields_told(text)
+    assert missing == set(), "docs/protocol.md does not tell of these fields"
+
+
 # --- the texts
 
 
