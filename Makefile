@@ -35,7 +35,8 @@ test: setup ## all tests
 # refuse an extension without sanitizers, and --complete a run that leaves tests out; reports go past pytest to the terminal.
 SANITIZE := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
-NATIVE_TESTS := tests/conformance $(wildcard tests/unit/test_native_*.py tests/unit/test_load_*.py tests/integration/test_load_*.py)
+NATIVE_TESTS := tests/conformance $(wildcard tests/unit/test_native_*.py tests/unit/test_load_*.py tests/integration/test_load_*.py) \
+  tests/integration/test_forward_kernels.py
 sanitize: setup ## the native code's tests and the fuzzers' corpus under ASan and UBSan
 	rm -rf $(SANITIZE) && mkdir -p $(SANITIZE)
 	cp -rs $(CURDIR)/src $(SANITIZE)/src && rm -f $(SANITIZE)/src/narsil/*.so
@@ -43,6 +44,7 @@ sanitize: setup ## the native code's tests and the fuzzers' corpus under ASan an
 	  --build-temp $(SANITIZE)/objects --build-lib $(SANITIZE)/src
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE)/src \
+	  BUILD_CXXFLAGS='$(SANITIZERS)' \
 	  $(BIN)/pytest -p no:cacheprovider --capture=sys --sanitized --complete -k 'not grpcio' $(NATIVE_TESTS)
 	for target in decode session; do \
 	  $(CXX) -std=c++17 -Wall -Wextra -Werror $(SANITIZERS) -Icsrc csrc/fuzz/$$target.cpp csrc/fuzz/replay.cpp $(FUZZED) -lnghttp2 \

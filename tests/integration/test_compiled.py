@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from narsil.artifacts import compiled_info as compiled_module
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import CompiledInfo
+from narsil.artifacts.torchrec import table_operators
 from narsil.backends.base import Backend
 from narsil.backends.compiled import load_compiled
 from narsil.backends.fused import FusedBackend
@@ -39,7 +41,7 @@ from narsil.dataflow import Batch, Request
 from narsil.engine.engine import Engine
 from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
-from narsil.packaging.packager import package_dlrm
+from narsil.packaging.packager import package_dlrm, quantized_module
 from tests.fixtures_compiled import (
     HERE,
     SMALL,
@@ -185,6 +187,18 @@ def test_the_folder_stands_alone(pair, tmp_path):
     with source.torchscript.open("r+b") as file:  # tonight's model, saved in place
         file.write(bytes(1000))
     assert open_artifact(compiled.path, verify=True).damage == {}
+
+
+def test_tables_that_hold_no_numbers_are_not_compiled(pair, tmp_path):
+    module = quantized_module(SMALL, weights_of(SMALL), "cpu")
+    (tables,) = table_operators(module)
+    at = int(tables.weights_offsets[3])
+    tables.weights_host[at + 2 : at + 4] = torch.tensor([np.nan], dtype=torch.float16).view(torch.uint8)
+    module.save(str(tmp_path / "model_default.pt"))
+    source = replace(pair.source, torchscript=tmp_path / "model_default.pt")
+    with pytest.raises(ArtifactError, match="row 0 of table t_cat_3 is NaN or infinite"):
+        compile_artifact(source, tmp_path / "out", **pair.asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_far_a_deviation_leaves_nothing(tmp_path, pair):

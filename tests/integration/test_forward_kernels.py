@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from ctypes import byref, c_double, c_float, c_int64, c_void_p
@@ -70,7 +71,9 @@ class Kernels:
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> Kernels:
     path = tmp_path_factory.mktemp("kernels") / "testing.so"
-    build_forward(path, STRICT, source="testing.cpp")
+    sanitizers = os.environ.get("BUILD_CXXFLAGS", "").split()  # of `make sanitize`
+    build_forward(path, (*STRICT, *sanitizers), source="testing.cpp")
+    assert (b"__asan_report_" in path.read_bytes()) == ("-fsanitize=address,undefined" in sanitizers)
     return Kernels(path)
 
 
