@@ -178,6 +178,7 @@ std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::st
 std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limits) {
   static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::PREDICTOR},
                                                               {"narsil", Kind::NARSIL},
+                                                              {"scores", Kind::SCORES},
                                                               {"unary", Kind::UNARY},
                                                               {"stream", Kind::STREAM},
                                                               {"health_check", Kind::HEALTH_CHECK},

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-_Kind = Literal["predictor", "narsil", "unary", "stream", "health_check", "health_watch"]
+_Kind = Literal["predictor", "narsil", "scores", "unary", "stream", "health_check", "health_watch"]
 
 class Model:
     """What requests are held against. Immutable, and compared by identity."""

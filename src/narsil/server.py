@@ -72,6 +72,7 @@ class Server:
         self._engine = make_engine(settings, self._observer)
         self._engine.start()
         self.models = ModelManager(self._engine)
+        self.models.subscribe(lambda catalog: self._observer.serving(tuple(catalog)))
         self._guard = FileGuard(self.models, partial(self._withdrawn, asyncio.get_running_loop()))
         await asyncio.to_thread(self._add_model)
         settle_process()
@@ -126,8 +127,8 @@ class Server:
 
         Returns 0, or 1 when work or the last model had to be abandoned.
         """
-        self._guard.stop()
         self._transport.retire()
+        self._guard.stop()
         await self._serve_on()
         grace = self.settings.drain_seconds
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
@@ -136,7 +137,7 @@ class Server:
         await self._transport.stop(CLOSE_S if drained else 0.0)
         for model in self.models.catalog:
             self.models.remove(model)
-        log.info("stopped: %s", self._engine.statistics())
+        log.info("stopped: %s", self._observer.watched())
         return 0 if drained and not self._abandoned else 1
 
     async def _serve_on(self) -> None:

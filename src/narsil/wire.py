@@ -11,6 +11,11 @@ from collections.abc import Sequence
 
 from narsil.errors import InvalidRequest
 
+# Names that both ends use: the methods of narsil.v1.Inference and TorchRec's, and the metadata that names a model.
+PREDICT, GET_MODEL = "/narsil.v1.Inference/Predict", "/narsil.v1.Inference/GetModel"
+PREDICT_TORCHREC = "/predictor.Predictor/Predict"
+MODEL_KEY, VERSION_KEY = "narsil-model", "narsil-model-version"
+
 VARINT, FIXED64, LEN, FIXED32 = 0, 1, 2, 5
 
 # More fields than any honest message has: a model's features named one by one, and some to spare. Without a limit, a

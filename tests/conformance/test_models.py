@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 
 from narsil.artifacts.schema import Feature, ModelSchema
+from narsil.backends.fake import FakeBehaviour
 from narsil.bench.workload import narsil_body, predictor_body
+from narsil.catalog.catalog import Catalog
 from narsil.catalog.manager import ModelManager
 from narsil.client import Client, TransportError, read_response
-from narsil.dataflow import Features
+from narsil.dataflow import Features, Result
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
 from narsil.errors import ModelNotFound
 from narsil.telemetry.observer import CountingObserver
+from narsil.transports import endpoints
 from narsil.transports.base import Transport
+from narsil.transports.endpoints import Decoded, Metadata
 from tests.conformance.serving import scores_in
 from tests.support import (
     PATIENCE_S,
@@ -245,3 +249,68 @@ def test_lanes_belong_to_the_process_and_not_to_a_model(kind):
     with serving(kind, fake_model(lanes=2, name="a"), fake_model(lanes=2, name="b")):
         lanes = [thread.name for thread in threading.enumerate() if thread.name.startswith("lane-")]
     assert sorted(lanes) == ["lane-0", "lane-1"]
+
+
+class Broken(CountingObserver):
+    """Counts, and then raises."""
+
+    def refused(self, method: str, error: Exception) -> None:
+        super().refused(method, error)
+        raise OSError("the disk is full")
+
+    def undelivered(self, method: str, error: Exception) -> None:
+        super().undelivered(method, error)
+        raise OSError("the disk is full")
+
+
+def test_an_observer_that_raises_changes_no_answer(kind):
+    observer = Broken()
+    with engine_with(observer=observer) as engine, grpc_transport(engine, None, kind, observer) as (_, address, _):
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
+            unary(channel, NARSIL)(b"\xff", timeout=PATIENCE_S)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert observer.refusals() == {(NARSIL, "InvalidRequest"): 1}
+
+
+class Planted:
+    """A new wire that scores: one row of SCHEMA, whatever is sent. Its answers cannot be written."""
+
+    def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
+        return Decoded(catalog.find(), one_hot(1))
+
+    def encode(self, decoded: Decoded, result: Result) -> bytes:
+        raise ValueError("no such field")
+
+
+NEW_WIRE = "/new.Wire/Score"
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    rows = (*endpoints.ENDPOINTS, endpoints.Endpoint(NEW_WIRE, endpoints.Kind.SCORES, wire=Planted()))
+    for module in ("endpoints", "grpc_aio", "native"):
+        monkeypatch.setattr(f"narsil.transports.{module}.ENDPOINTS", rows)
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_new_wire_is_a_row_its_calls_can_be_taken_back_and_what_it_cannot_write_is_told(kind):
+    behaviour, observer = FakeBehaviour(hold=threading.Event()), CountingObserver()
+    assert behaviour.hold is not None
+    with (
+        engine_with(behaviour, policy=BatchPolicy(max_requests=1), observer=observer) as engine,
+        grpc_transport(engine, None, kind, observer) as (_, address, _),
+        grpc.insecure_channel(address) as channel,
+    ):
+        call = unary(channel, NEW_WIRE)
+        running = call.future(b"", timeout=PATIENCE_S)
+        wait_until(lambda: len(behaviour.forwards) == 1)
+        waiting = call.future(b"", timeout=PATIENCE_S)
+        wait_until(lambda: engine.statistics().queued == 1)
+        waiting.cancel()
+        wait_until(lambda: engine.statistics().queued == 0)
+        behaviour.hold.set()
+        with pytest.raises(grpc.RpcError) as caught:
+            running.result()
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert engine.statistics().cancelled == 1
+    assert observer.failures() == {NEW_WIRE: 1}

@@ -150,3 +150,53 @@ def test_removing_a_model_that_is_not_served_changes_nothing():
         manager.add(fake_model(name="a"))
         manager.remove(fake_model(name="a"))
         assert len(manager.catalog) == 1
+
+
+def test_a_model_can_be_removed_while_another_is_warmed():
+    warming = FakeBehaviour(hold=threading.Event())
+    with engine_with(lanes=2) as engine:
+        manager = served(engine)
+        old = fake_model(lanes=2, name="old")
+        manager.add(old)
+        adding = threading.Thread(target=manager.add, args=(fake_model(warming, lanes=2, name="new"), [one_hot(1)]))
+        adding.start()
+        wait_until(lambda: bool(warming.forwards))
+        manager.remove(old)
+        assert len(manager.catalog) == 0
+        warming.hold.set()
+        adding.join(30)
+        assert [model.name for model in manager.catalog] == ["new"]
+
+
+def test_where_somebody_cannot_be_told_of_a_model_nothing_has_changed():
+    seen: list[int] = []
+
+    def failing(catalog: Catalog) -> None:
+        if len(catalog) > 1:
+            raise OSError("no descriptors left")
+
+    with engine_with() as engine:
+        manager = served(engine)
+        manager.add(fake_model(name="a"))
+        manager.subscribe(lambda catalog: seen.append(len(catalog)))
+        manager.subscribe(failing)
+        model = fake_model(name="b")
+        with pytest.raises(OSError, match="no descriptors left"):
+            manager.add(model)
+        assert [one.name for one in manager.catalog] == ["a"]
+        assert seen == [1, 2, 1]
+        assert model.state is ModelState.LOADING
+        gone = weakref.ref(model)
+        del model
+        wait_until(lambda: gc.collect() >= 0 and gone() is None)
+
+
+def test_a_lane_that_cannot_begin_fails_the_models_that_need_it():
+    def broken(lane: int) -> None:
+        raise OSError(f"lane {lane} has no processor")
+
+    engine = AnEngine(1, thread_setup=broken)
+    engine.start()
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match="has no processor"):
+            engine.add(fake_model(name=name), [one_hot(1)])

@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 
 from narsil.client import AsyncClient, Client, Context, Prediction, TransportError, aio, blocking
 from narsil.client.calls import (
-    GET_MODEL,
-    PREDICT,
-    VERSION_KEY,
     Ask,
     Bounds,
     Conversation,
@@ -42,6 +39,7 @@ from narsil.errors import (
 )
 from narsil.transports import endpoints
 from narsil.transports.codec import narsil_v1
+from narsil.wire import GET_MODEL, PREDICT, VERSION_KEY
 from tests.messages import Message, narsil_pb2
 from tests.support import SCHEMA, run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -12,7 +13,7 @@ from narsil.artifacts.watching import Finding, Watch
 from narsil.catalog.guard import FileGuard
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ModelState, ServedModel
-from tests.support import engine_with, fake_model, wait_until
+from tests.support import PATIENCE_S, engine_with, fake_model, wait_until
 
 
 class FakeWatch:
@@ -71,6 +72,37 @@ def test_it_looks_again_and_again_by_itself_and_survives_a_look_that_fails(caplo
     with guarded(watch, interval=0.001):
         wait_until(lambda: watch.looks > 3)
     assert "could not be looked at" in caplog.text
+
+
+def test_every_model_over_the_same_files_goes_out_of_service():
+    watch = FakeWatch(Finding("tables.bin has been overwritten in place", True))
+    with guarded(watch) as (guard, manager, withdrawn):
+        newer = fake_model(name="ranker", version="2")
+        manager.add(newer)
+        guard.watch(newer, cast(Watch, watch))
+        guard.look()
+        assert len(manager.catalog) == 0
+        assert len(withdrawn) == 2
+
+
+def test_stopping_does_not_wait_for_a_look_that_takes_long():
+    class Slow(FakeWatch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.looking, self.go = threading.Event(), threading.Event()
+
+        def look(self) -> Finding | None:
+            self.looking.set()
+            assert self.go.wait(PATIENCE_S)
+            return Finding("tables.bin has been overwritten in place", True)
+
+    watch = Slow()
+    with guarded(watch, interval=0.001) as (guard, manager, withdrawn):
+        assert watch.looking.wait(PATIENCE_S)
+        guard.stop()
+        watch.go.set()
+        assert withdrawn == []  # and what it finds then changes nothing any more
+        assert len(manager.catalog) == 1
 
 
 @pytest.mark.parametrize("started", [True, False])

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from narsil.artifacts.watching import Watch
+from narsil.artifacts.watching import Finding, Watch
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ServedModel
 
@@ -33,7 +33,7 @@ class FileGuard:
         self._withdrawn = withdrawn
         self._interval = INTERVAL_S if interval is None else interval  # seconds
         self._watches: weakref.WeakKeyDictionary[ServedModel, Watch] = weakref.WeakKeyDictionary()
-        self._told: set[str] = set()
+        self._told: weakref.WeakKeyDictionary[ServedModel, str] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="narsil-files", daemon=True)
@@ -43,10 +43,8 @@ class FileGuard:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Has the thread end. Does not wait for it: it may be in the middle of reading a large file."""
         self._stopped.set()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
 
     def watch(self, model: ServedModel, watch: Watch) -> None:
         """Looks after this model's files too, for as long as the model lives."""
@@ -59,15 +57,20 @@ class FileGuard:
             watches = list(self._watches.items())
         for model, watch in watches:
             finding = watch.look()
-            if finding is None or finding.text in self._told:
-                continue
-            self._told.add(finding.text)
-            if not finding.harmful:
+            if finding is not None and not self._stopped.is_set():
+                self._act(model, finding)
+
+    def _act(self, model: ServedModel, finding: Finding) -> None:
+        if not finding.harmful:
+            if self._told.get(model) != finding.text:
                 log.warning("model %s: %s", model.name, finding.text)
-                continue
-            log.error("model %s is out of service: %s", model.name, finding.text)
-            self._manager.remove(model)
-            self._withdrawn(model)
+                self._told[model] = finding.text
+            return
+        with self._lock:
+            self._watches.pop(model, None)
+        log.error("model %s is out of service: %s", model.name, finding.text)
+        self._manager.remove(model)
+        self._withdrawn(model)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):

@@ -24,11 +24,13 @@ Publish = Callable[[Catalog], None]
 
 
 class ModelManager:
-    """Adds and removes models of a running engine. Thread-safe; one change at a time."""
+    """Adds and removes models of a running engine. Thread-safe: models are warmed one at a time, and a model can be
+    removed meanwhile."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._changing = threading.Lock()
+        self._adding = threading.Lock()
+        self._changing = threading.Lock()  # held for a swap alone
         self._catalog = EMPTY
         self._subscribers: list[Publish] = []
 
@@ -46,15 +48,20 @@ class ModelManager:
     def add(self, model: ServedModel, warmup: Sequence[Features] = ()) -> None:
         """Warms the model on every lane, then serves it. Blocks for as long as that takes; others are served meanwhile.
 
-        Raises ConfigError where its name and version are served already, and what a warmup forward raised; nothing has
-        changed then.
+        Raises ConfigError where its name and version are served already, and what a warmup forward or a subscriber
+        raised; nothing has changed then.
         """
-        with self._changing:
-            after = self._catalog.adding(model)
+        with self._adding:
+            self._catalog.adding(model)  # before the work: what would be refused after it
             began = monotonic()
             self._engine.add(model, warmup)
-            model.state = ModelState.READY
-            self._swap(after)
+            try:
+                with self._changing:
+                    self._swap(self._catalog.adding(model))
+                    model.state = ModelState.READY
+            except BaseException:
+                self._engine.remove(model)
+                raise
             log.info("serving %s, version %s, after %.1f s of warmup", model.name, model.version, monotonic() - began)
 
     def remove(self, model: ServedModel) -> None:
@@ -65,10 +72,18 @@ class ModelManager:
                 return
             self._swap(self._catalog.without(model))
             model.state = ModelState.DRAINING
-            self._engine.remove(model)
-            log.info("no longer serving %s, version %s", model.name, model.version)
+        self._engine.remove(model)
+        log.info("no longer serving %s, version %s", model.name, model.version)
 
     def _swap(self, catalog: Catalog) -> None:
+        """Everybody is told or nobody: where one raises, those who have been told are told the old one again."""
+        before, told = self._catalog, 0
+        try:
+            for publish in self._subscribers:
+                told += 1
+                publish(catalog)
+        except BaseException:
+            for publish in self._subscribers[:told]:
+                publish(before)
+            raise
         self._catalog = catalog
-        for publish in self._subscribers:
-            publish(catalog)

@@ -10,8 +10,9 @@ import grpc
 from numpy.typing import ArrayLike
 
 from narsil.client.answers import ModelInfo, Prediction
-from narsil.client.calls import GET_MODEL, OPTIONS, PREDICT, Conversation, Known, describing, error_of, predicting
+from narsil.client.calls import OPTIONS, Conversation, Known, describing, error_of, predicting
 from narsil.client.rows import Context, rows_of
+from narsil.wire import GET_MODEL, PREDICT
 
 T = TypeVar("T")
 

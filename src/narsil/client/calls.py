@@ -17,11 +17,8 @@ import numpy as np
 from narsil.client.answers import ModelInfo, Prediction, read_model, read_response
 from narsil.client.rows import Rows
 from narsil.errors import ArtifactError, InvalidRequest, MessageTooLarge, NarsilError, RequestError, meant_by
-from narsil.wire import put_text
+from narsil.wire import GET_MODEL, PREDICT, VERSION_KEY, put_text
 
-PREDICT = "/narsil.v1.Inference/Predict"
-GET_MODEL = "/narsil.v1.Inference/GetModel"
-VERSION_KEY = "narsil-model-version"  # metadata; a GetModelRequest has no field for it
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 _HEADERS = 64  # bytes at most by which the fields' own headers grow with their contents

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from narsil.clock import Clock, MonotonicClock
 from narsil.dataflow import Features, Request, Result, StageTimes
@@ -22,12 +22,11 @@ from narsil.engine.scheduler import BatchPolicy, Decision, schedule
 from narsil.engine.served_model import ServedModel
 from narsil.engine.source import Source
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, QueueFull, RequestError
-from narsil.telemetry.observer import Observer
+from narsil.telemetry.observer import Careful, Observer
 
 log = logging.getLogger(__name__)
 
 DRAINING = "the server is shutting down; retry on another one"
-OBSERVER_FAILED = "the observer failed"
 GONE = "the client cancelled the request; it was not run"
 
 
@@ -69,6 +68,7 @@ class _Seat:
     served: bool = False  # its last work was requests, so that a job has its turn
     parked: bool = False  # counted in _polling
     ended: bool = False
+    error: BaseException | None = None  # that it has ended by
 
 
 class Engine:
@@ -92,7 +92,8 @@ class Engine:
             raise ConfigError("an engine needs at least one lane")
         self._policy = policy or BatchPolicy()
         self._clock = clock or MonotonicClock()
-        self._observer = observer or Observer()
+        self._observer = Careful(observer or Observer())
+        self._observer.watch("engine", lambda: asdict(self.statistics()))
         self._backlogs = Backlogs(limits or QueueLimits())
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)  # drain waits here for the last request to end
@@ -116,7 +117,8 @@ class Engine:
         """Takes requests for this model from now on; returns once every lane has run every warmup payload on it.
 
         Requests for other models go on meanwhile, between two payloads. Raises ConfigError where the model has another
-        number of backends than there are lanes, and what a warmup forward raised; the model is then not added.
+        number of backends than there are lanes, and what a warmup forward or a lane raised; the model is then not
+        added.
         """
         if len(model.backends) != len(self._lanes):
             raise ConfigError(f"model {model.name} has {len(model.backends)} backends for {len(self._lanes)} lanes")
@@ -124,6 +126,9 @@ class Engine:
         with self._lock:
             if self._draining:
                 raise Draining(DRAINING)
+            broken = next((seat.error for seat in self._seats if seat.error is not None), None)
+            if broken is not None:
+                raise broken
             for seat, lane in zip(self._seats, self._lanes, strict=True):
                 jobs = [lane.opening(model), *(lane.warming(model, features) for features in warmup)]
                 seat.jobs.extend(jobs)
@@ -161,7 +166,7 @@ class Engine:
                 self._admit(request, ended)
                 self._wake(1)
         except RequestError as error:
-            self._tell([(request, Result(error=error))])
+            self._observer.ended([(request, Result(error=error))])
             raise
         finally:
             if ended:
@@ -184,7 +189,7 @@ class Engine:
                 return False
             self._stats.cancelled += 1
             self._signal_if_idle()
-        self._tell([(request, Result(error=Cancelled(GONE)))])
+        self._observer.ended([(request, Result(error=Cancelled(GONE)))])
         return True
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -221,6 +226,17 @@ class Engine:
             job.done.cancel()
         return None
 
+    def lost(self, lane: int, error: BaseException) -> None:
+        """A lane has ended by an error, which its jobs end with too. Called by that lane, last of all."""
+        seat = self._seats[lane]
+        with self._lock:
+            seat.ended, seat.error = True, error
+            jobs = [*seat.jobs]
+            seat.jobs.clear()
+            self._wake(1)  # what woke this one was meant for somebody
+        for job in jobs:
+            job.done.set_exception(error)
+
     def settle(self, lane: int, results: Sequence[tuple[Request, Result]]) -> None:
         """Ends requests that a lane has taken. Called by lanes, once for each request."""
         seat = self._seats[lane]
@@ -239,10 +255,7 @@ class Engine:
                 self._signal_if_idle()
         self._deliver(results)
         if not batch.left:
-            try:
-                self._observer.ran(batch.backlog.model, batch.requests, batch.rows, seconds)
-            except Exception:
-                log.exception(OBSERVER_FAILED)
+            self._observer.ran(batch.backlog.model, batch.requests, batch.rows, seconds)
 
     def _count(self, results: Sequence[tuple[Request, Result]]) -> None:
         stats = self._stats
@@ -413,11 +426,4 @@ class Engine:
                     wake()
             except Exception:
                 log.exception("a transport could not be woken")
-        self._tell(ends)
-
-    def _tell(self, ends: Sequence[tuple[Request, Result]]) -> None:
-        """An observer that raises is a fault of its own, and harms no request."""
-        try:
-            self._observer.ended(ends)
-        except Exception:
-            log.exception(OBSERVER_FAILED)
+        self._observer.ended(ends)

@@ -52,6 +52,9 @@ class Dispatcher(Protocol):
     def settle(self, lane: int, results: Sequence[tuple[Request, Result]]) -> None:
         """Ends requests that this lane has taken: exactly once for each."""
 
+    def lost(self, lane: int, error: BaseException) -> None:
+        """The lane takes nothing any more."""
+
 
 class Lane(threading.Thread):
     """Takes, collates, runs and splits until ``take`` returns None.
@@ -77,7 +80,14 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """The lane's whole life."""
-        self._thread_setup(self._number)
+        try:
+            self._thread_setup(self._number)
+            self._work()
+        except BaseException as error:
+            log.exception("%s has ended by an error", self.name)
+            self._dispatcher.lost(self._number, error)
+
+    def _work(self) -> None:
         while (work := self._dispatcher.take(self._number)) is not None:
             if isinstance(work, Job):
                 work.run()

@@ -6,6 +6,7 @@ costs the path it is made on, so it may count and must not wait. It may come fro
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,13 @@ from dataclasses import dataclass, field
 
 from narsil.dataflow import Request, Result, Served
 
-__all__ = ["CountingObserver", "ModelCounts", "Observer"]
+__all__ = ["Careful", "CountingObserver", "ModelCounts", "Observer"]
+
+log = logging.getLogger(__name__)
 
 Counts = Mapping[str, int]
+
+_FAILED = "the observer failed"
 
 
 class Observer:
@@ -23,7 +28,14 @@ class Observer:
 
     def refused(self, method: str, error: Exception) -> None:
         """A transport has answered a scoring call with an error before the engine saw it: it could not be decoded, or
-        names a model that is not served."""
+        names a model that is not served. What is no RequestError should not have happened."""
+
+    def undelivered(self, method: str, error: Exception) -> None:
+        """Scores that the engine has told as answered could not be written as an answer: the client was told
+        INTERNAL."""
+
+    def serving(self, models: Sequence[Served]) -> None:
+        """These models can be named from now on, and no others."""
 
     def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """The engine has ended these requests, in whichever way: ``Result.error`` says how, ``Result.times`` how long
@@ -34,6 +46,55 @@ class Observer:
 
     def watch(self, name: str, counts: Callable[[], Counts]) -> None:
         """Counts that their owner keeps by itself, such as the data plane's: read when somebody asks."""
+
+
+class Careful(Observer):
+    """Another observer whose faults are logged and harm nobody: what engine and transports talk to."""
+
+    def __init__(self, inner: Observer) -> None:
+        self._inner = inner
+
+    def refused(self, method: str, error: Exception) -> None:
+        """See Observer.refused."""
+        try:
+            self._inner.refused(method, error)
+        except Exception:
+            log.exception(_FAILED)
+
+    def undelivered(self, method: str, error: Exception) -> None:
+        """See Observer.undelivered."""
+        try:
+            self._inner.undelivered(method, error)
+        except Exception:
+            log.exception(_FAILED)
+
+    def serving(self, models: Sequence[Served]) -> None:
+        """See Observer.serving."""
+        try:
+            self._inner.serving(models)
+        except Exception:
+            log.exception(_FAILED)
+
+    def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
+        """See Observer.ended."""
+        try:
+            self._inner.ended(ends)
+        except Exception:
+            log.exception(_FAILED)
+
+    def ran(self, model: Served, requests: int, rows: int, seconds: float) -> None:
+        """See Observer.ran."""
+        try:
+            self._inner.ran(model, requests, rows, seconds)
+        except Exception:
+            log.exception(_FAILED)
+
+    def watch(self, name: str, counts: Callable[[], Counts]) -> None:
+        """See Observer.watch."""
+        try:
+            self._inner.watch(name, counts)
+        except Exception:
+            log.exception(_FAILED)
 
 
 @dataclass
@@ -57,12 +118,24 @@ class CountingObserver(Observer):
         self._lock = threading.Lock()
         self._models: dict[tuple[str, str], ModelCounts] = {}
         self._refused: Counter[tuple[str, str]] = Counter()
+        self._undelivered: Counter[str] = Counter()
+        self._serving: tuple[tuple[str, str], ...] = ()
         self._watched: dict[str, Callable[[], Counts]] = {}
 
     def refused(self, method: str, error: Exception) -> None:
         """See Observer.refused."""
         with self._lock:
             self._refused[method, type(error).__name__] += 1
+
+    def undelivered(self, method: str, error: Exception) -> None:
+        """See Observer.undelivered."""
+        with self._lock:
+            self._undelivered[method] += 1
+
+    def serving(self, models: Sequence[Served]) -> None:
+        """See Observer.serving. The counts of a model that has gone are kept, and go on when it comes again."""
+        with self._lock:
+            self._serving = tuple((model.name, model.version) for model in models)
 
     def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """See Observer.ended."""
@@ -98,6 +171,16 @@ class CountingObserver(Observer):
         """(method, error class) -> scoring calls that the engine never saw."""
         with self._lock:
             return dict(self._refused)
+
+    def failures(self) -> dict[str, int]:
+        """Method -> answers that could not be written."""
+        with self._lock:
+            return dict(self._undelivered)
+
+    def models(self) -> tuple[tuple[str, str], ...]:
+        """(name, version) of every model that can be named now."""
+        with self._lock:
+            return self._serving
 
     def watched(self) -> dict[str, dict[str, int]]:
         """What is watched, read now."""

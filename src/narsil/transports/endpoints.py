@@ -17,6 +17,7 @@ from narsil.dataflow import Features, Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import InvalidRequest
 from narsil.transports.codec import narsil_v1, predictor
+from narsil.wire import MODEL_KEY, VERSION_KEY
 
 __all__ = [
     "ALL_SERVICES",
@@ -32,9 +33,6 @@ __all__ = [
     "Wire",
 ]
 
-# Request metadata that names the model, for wires that cannot say so themselves.
-MODEL_KEY, VERSION_KEY = "narsil-model", "narsil-model-version"
-
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
@@ -43,6 +41,7 @@ class Kind(Enum):
 
     PREDICTOR = "predictor"  # scores; native code reads TorchRec's wire
     NARSIL = "narsil"  # scores; native code reads Narsil's wire
+    SCORES = "scores"  # scores, by its Wire alone: what a new wire begins as
     UNARY = "unary"  # one message in, one out, by ``answer``
     REFLECTION = "stream"  # each message in gets one out
     HEALTH_CHECK = "health_check"

@@ -20,7 +20,7 @@ import grpc
 from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.telemetry.observer import Observer
+from narsil.telemetry.observer import Careful, Observer
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
 from narsil.transports.endpoints import ENDPOINTS, MODEL_KEY, SERVICES, VERSION_KEY, Endpoint, Kind, Metadata, Wire
 from narsil.transports.health import Health
@@ -100,7 +100,7 @@ class GrpcAioTransport(Transport):
     def __init__(self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None) -> None:
         self._engine = engine
         self._options = options
-        self._observer = observer or Observer()
+        self._observer = Careful(observer or Observer())
         self._catalog = EMPTY
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
@@ -190,7 +190,7 @@ class GrpcAioTransport(Transport):
             try:
                 try:
                     decoded = wire.decode(body, _metadata(context), self._catalog)
-                except RequestError as error:
+                except Exception as error:
                     self._observer.refused(method, error)
                     raise
                 now = engine.now()
@@ -209,7 +209,11 @@ class GrpcAioTransport(Transport):
                     raise
                 if result.error is not None:
                     raise result.error
-                return wire.encode(decoded, result)
+                try:
+                    return wire.encode(decoded, result)
+                except Exception as error:
+                    self._observer.undelivered(method, error)
+                    raise
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:

@@ -18,7 +18,7 @@ from narsil.dataflow import Request, Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, status_of
 from narsil.extension import NativeFeatures
-from narsil.telemetry.observer import Observer
+from narsil.telemetry.observer import Careful, Observer
 from narsil.transports import health
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
 from narsil.transports.endpoints import ENDPOINTS, Decoded, Kind, Metadata, Wire
@@ -75,7 +75,8 @@ class _Reply:
                 )
             else:
                 call.answer(self._wire.encode(self._decoded, result))
-        except Exception:
+        except Exception as error:
+            transport.undelivered(call.method, error)
             _fail_unexpected(call)
         return transport.flush
 
@@ -88,7 +89,7 @@ class NativeTransport(Transport):
 
         self._engine = engine
         self._options = options
-        self._observer = observer or Observer()
+        self._observer = Careful(observer or Observer())
         self._catalog = EMPTY
         self._wires: dict[str, Wire] = {each.method: each.wire for each in ENDPOINTS if each.wire}
         self._controls: dict[str, Callable[[bytes, Metadata, Catalog], bytes]] = {
@@ -166,6 +167,10 @@ class NativeTransport(Transport):
         """See narsil.engine.engine.Source."""
         self._plane.refuse(why)
 
+    def undelivered(self, method: str, error: Exception) -> None:
+        """An answer could not be written."""
+        self._observer.undelivered(method, error)
+
     def forget(self, call_id: int) -> None:
         """The engine has ended this call's request."""
         self._requests.pop(call_id, None)
@@ -222,7 +227,7 @@ class NativeTransport(Transport):
             wire, body = self._wires[method], call.body
             try:
                 decoded = wire.decode(body, metadata, self._catalog)
-            except RequestError as error:
+            except Exception as error:
                 self._observer.refused(method, error)
                 raise
             reply, features = _Reply(self, call, wire, decoded), decoded.features

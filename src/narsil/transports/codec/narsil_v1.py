@@ -15,10 +15,9 @@ from narsil.dataflow import Features, Jagged, OneHot, Scores, StageTimes
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
-from narsil.wire import LEN, VARINT, Field, expect, put_len, put_uint, scan, text, varint
+from narsil.wire import GET_MODEL, LEN, PREDICT, VARINT, Field, expect, put_len, put_uint, scan, text, varint
 
-METHOD = "/narsil.v1.Inference/Predict"
-METHOD_GET_MODEL = "/narsil.v1.Inference/GetModel"
+METHOD, METHOD_GET_MODEL = PREDICT, GET_MODEL
 
 _MAX_SPANS = 16  # protobuf merges a message that comes in parts; no client sends many
 

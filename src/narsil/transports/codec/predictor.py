@@ -7,9 +7,9 @@ from narsil.dataflow import Features, Floats, Jagged, OneHot, Scores
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
-from narsil.wire import LEN, VARINT, expect, put_len, scan, signed32
+from narsil.wire import LEN, PREDICT_TORCHREC, VARINT, expect, put_len, scan, signed32
 
-METHOD = "/predictor.Predictor/Predict"
+METHOD = PREDICT_TORCHREC
 
 # Features that TorchRec's message can carry and no model served here takes; field number -> name.
 _UNUSED = {4: "id_score_list_features", 5: "embedding_features", 6: "unary_features"}
