@@ -75,6 +75,10 @@ def conversations() -> dict[str, bytes]:
     reset = frame(3, 0, 1, struct.pack(">I", 8))
     window = frame(8, 0, 1, struct.pack(">I", 100_000)) + frame(8, 0, 0, struct.pack(">I", 100_000))
     block = hpack(request_headers("/p"))
+    large = block + b"\x40" + hpack([("x", "v" * 70_000)])[1:]
+    parts = [large[at : at + 16_000] for at in range(0, len(large), 16_000)]
+    long_value = frame(1, 0, 1, parts[0]) + b"".join(frame(9, 0, 1, part) for part in parts[1:-1])
+    long_value += frame(9, 4, 1, parts[-1])
     named = [("narsil-model", "fake"), ("narsil-model-version", "1")]
     return {
         "answered": fed(hello + call(1, "/p", right)) + b"\xe0\x05" + fed(window),
@@ -107,6 +111,10 @@ def conversations() -> dict[str, bytes]:
         "timeouts": fed(call(1, "/p", b"x", grpc_timeout="5m") + call(3, "/p", b"x", grpc_timeout="5x")),
         "large_headers": fed(call(1, "/p", b"x", x="y" * 400) + call(3, "/p", b"x", x="y" * 3000)),
         "continuation": fed(frame(1, 0, 1, block[:20]) + frame(9, 0, 1, b"") + frame(9, 4, 1, block[20:])),
+        "long_value": fed(long_value + call(3, "/p", right), 0xD0) + b"\xe0\x05",
+        "block_without_end": fed(call(1, "/p", right) + frame(1, 0, 3, block) + frame(9, 0, 3) * 130, 0xD0)
+        + b"\xe0\x05",
+        "block_half_there": fed(frame(1, 0, 1, block)) + b"\xe4",
         "padding": fed(
             frame(1, 12, 1, b"\x03" + block + bytes(3)) + frame(0, 9, 1, b"\x02" + grpc_message(b"x") + bytes(2))
         ),

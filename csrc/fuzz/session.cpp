@@ -23,8 +23,8 @@ Config config() {
   made.max_buffered = 5000;
   made.max_streams = 8;
   made.max_watchers = 2;
-  made.max_header_bytes = 600;
-  made.max_resets = 5;
+  made.max_metadata = 600;
+  made.max_resets_per_second = 1;
   const std::pair<const char*, Kind> methods[] = {{"/p", Kind::PREDICTOR},          {"/n", Kind::NARSIL},
                                                   {"/u.U/u", Kind::UNARY},          {"/s", Kind::STREAM},
                                                   {"/h/Check", Kind::HEALTH_CHECK}, {"/h/Watch", Kind::HEALTH_WATCH}};
@@ -65,7 +65,7 @@ struct Loop {
       call->charged -= size;
       call->custody = Custody::TAKEN;
       REQUIRE(request->size() <= shared.config.max_message);
-      REQUIRE(call->model.name.size() + call->model.version.size() <= shared.config.max_header_bytes);
+      REQUIRE(call->model.name.size() + call->model.version.size() <= shared.config.max_metadata);
       if (call->method->kind == Kind::PREDICTOR)
         decode_predictor(request->data(), request->size(), MODELS, call->model);
       if (call->method->kind == Kind::NARSIL) decode_narsil(request->data(), request->size(), MODELS, call->model);

@@ -188,16 +188,19 @@ std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limit
     const auto path = py::cast<std::string>(item.first);
     config.methods[path] = {path, kinds.at(py::cast<std::string>(item.second))};
   }
-  const std::unordered_map<std::string, size_t*> counts = {
-      {"max_message", &config.max_message},   {"max_buffered", &config.max_buffered},
-      {"max_streams", &config.max_streams},   {"max_connections", &config.max_connections},
-      {"max_watchers", &config.max_watchers}, {"max_header_bytes", &config.max_header_bytes},
-      {"max_resets", &config.max_resets}};
+  const std::unordered_map<std::string, size_t*> counts = {{"max_message", &config.max_message},
+                                                           {"max_buffered", &config.max_buffered},
+                                                           {"max_streams", &config.max_streams},
+                                                           {"max_connections", &config.max_connections},
+                                                           {"max_watchers", &config.max_watchers},
+                                                           {"max_metadata", &config.max_metadata},
+                                                           {"max_resets_per_second", &config.max_resets_per_second}};
   const std::unordered_map<std::string, double*> seconds = {{"handshake_s", &config.handshake_s},
                                                             {"stall_s", &config.stall_s},
                                                             {"idle_s", &config.idle_s},
                                                             {"keepalive_s", &config.keepalive_s},
                                                             {"keepalive_timeout_s", &config.keepalive_timeout_s},
+                                                            {"drain_s", &config.drain_s},
                                                             {"helper_s", &config.helper_s}};
   for (const auto& item : limits) {
     const auto name = py::cast<std::string>(item.first);
@@ -248,7 +251,8 @@ py::dict statistics_of(Plane& self) {
   return py::dict("connections"_a = found.connections, "connections_refused"_a = found.connections_refused,
                   "connections_timed_out"_a = found.connections_timed_out, "calls"_a = found.calls,
                   "answered"_a = found.answered, "refused"_a = found.refused, "cancelled"_a = found.cancelled,
-                  "reset_floods"_a = found.reset_floods, "messages"_a = found.messages, "bytes_in"_a = found.bytes_in,
+                  "reset_floods"_a = found.reset_floods, "header_floods"_a = found.header_floods,
+                  "messages"_a = found.messages, "decoded"_a = found.decoded, "bytes_in"_a = found.bytes_in,
                   "bytes_out"_a = found.bytes_out, "helper_polls"_a = found.helper_polls,
                   "open_connections"_a = found.open_connections, "open_calls"_a = found.open_calls,
                   "watchers"_a = found.watchers, "buffered"_a = found.buffered);

@@ -41,18 +41,17 @@ nghttp2_nv field(std::string_view name, std::string_view value) {
 
 }  // namespace
 
-int Session::header(Rpc& rpc, std::string_view name, std::string_view value) {
+void Session::header(Rpc& rpc, std::string_view name, std::string_view value) {
   rpc.header_bytes += name.size() + value.size() + 32;
-  if (rpc.header_bytes > 4 * shared_.config.max_header_bytes)
-    return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;  // resets it
-  if (rpc.header_bytes > shared_.config.max_header_bytes) return 0;
-  if (name == ":path") {
-    const auto found = shared_.config.methods.find(std::string(value));
-    if (found != shared_.config.methods.end()) rpc.method = &found->second;
-  } else if (name == ":method") {
+  if (name == ":method") {
     rpc.post = value == "POST";
   } else if (name == "content-type") {
     rpc.grpc = wire::is_grpc(value);
+  } else if (rpc.header_bytes > shared_.config.max_metadata) {
+    return;
+  } else if (name == ":path") {
+    const auto found = shared_.config.methods.find(std::string(value));
+    if (found != shared_.config.methods.end()) rpc.method = &found->second;
   } else if (name == "grpc-timeout") {
     const double seconds = wire::timeout_seconds(value);
     rpc.deadline = seconds < 0 ? NAN : rpc.arrived + seconds;
@@ -61,14 +60,23 @@ int Session::header(Rpc& rpc, std::string_view name, std::string_view value) {
   } else if (name == "narsil-model-version") {
     add_value(rpc.model.version, value);
   }
-  return 0;
 }
 
 void Session::headers_done(Rpc& rpc) {
-  if (rpc.header_bytes > shared_.config.max_header_bytes) return refuse_http(rpc, "431");
+  const Config& config = shared_.config;
+  const size_t bytes = rpc.header_bytes + guard_.cut();
+  const bool fits = bytes <= config.max_metadata;
   if (!rpc.post) return refuse_http(rpc, "405");
-  if (!rpc.grpc) return refuse_http(rpc, "415");
+  if (!rpc.grpc) return refuse_http(rpc, fits ? "415" : "431");
+  if (!fits)
+    return refuse(rpc, RESOURCE_EXHAUSTED,
+                  "the call's metadata has " + std::to_string(bytes) + " bytes; the limit is " +
+                      std::to_string(config.max_metadata) + " (--max-metadata-bytes)");
   if (!rpc.method) return refuse(rpc, UNIMPLEMENTED, "this server has no such method");
+  if (resets_left() <= 0 && !is_health(rpc.method->kind))
+    return refuse(rpc, RESOURCE_EXHAUSTED,
+                  "this connection has had more than " + std::to_string(config.max_resets_per_second) +
+                      " calls a second cancelled (--max-resets-per-second); retry with backoff and longer deadlines");
   if (std::isnan(rpc.deadline)) return refuse(rpc, INVALID_ARGUMENT, "grpc-timeout is no number of time units");
   rpc.intake = Intake::MESSAGES;
 }
@@ -199,6 +207,12 @@ void Session::tell_watchers() {
     if (rpc.watch == Watch::KNOWN) rpc.out += health_message(shared_.serving ? SERVING : NOT_SERVING);
     respond(rpc, shared_.serving ? Reply::OPEN : Reply::FINISHED);
   }
+}
+
+void Session::end_watchers() {
+  for (const auto& entry : calls_)
+    if (entry.second->watch != Watch::NONE && entry.second->reply != Reply::FINISHED)
+      refuse(*entry.second, UNAVAILABLE, "this connection ends; watch on another");
 }
 
 void Session::release(Rpc& rpc) {

@@ -24,8 +24,9 @@ constexpr double TEND_S = 0.25;  // between two looks at the connections' timeou
 // A descriptor that is kept for when there are no more; none where there are none even now.
 wire::Descriptor spare() { return wire::Descriptor(open("/dev/null", O_RDONLY | O_CLOEXEC)); }
 
-// Outside the mutex: what has been taken belongs to whoever took it.
-void decode(Arrivals& arrivals) {
+// Outside the mutex: what has been taken belongs to whoever took it. Returns how many were right.
+uint64_t decode(Arrivals& arrivals) {
+  uint64_t right = 0;
   for (Arrival& arrival : arrivals.calls) {
     const uint8_t* const data = arrival.message->data();
     const size_t size = arrival.message->size();
@@ -33,7 +34,9 @@ void decode(Arrivals& arrivals) {
     const Kind kind = arrival.rpc->method->kind;
     if (kind == Kind::PREDICTOR) arrival.decoded = decode_predictor(data, size, *arrivals.models, named);
     if (kind == Kind::NARSIL) arrival.decoded = decode_narsil(data, size, *arrivals.models, named);
+    if (arrival.decoded.model) ++right;
   }
+  return right;
 }
 
 }  // namespace
@@ -125,7 +128,7 @@ Arrivals Plane::poll(double timeout) {
     arrivals = take();
     if (!unread_.empty() && waiting_) poller_.wake();
   }
-  decode(arrivals);
+  decoded_ += decode(arrivals);
   return arrivals;
 }
 
@@ -347,7 +350,8 @@ void Plane::tend() {
     if (connection.out.empty() && now - connection.written_at > 1)
       std::string().swap(connection.out);  // see WRITE_BLOCK
     const bool unused = now - connection.used_at > config.idle_s;
-    if (late || stuck || gone || unused) {
+    const bool drained = now - connection.session.drained_at() > config.drain_s;
+    if (late || stuck || gone || unused || drained) {
       ++shared_.statistics.connections_timed_out;
       if (unused) {
         connection.session.go_away(true);
@@ -388,7 +392,7 @@ Arrivals Plane::attend() {
       arrivals = take();
     }
   }
-  decode(arrivals);
+  decoded_ += decode(arrivals);
   return arrivals;
 }
 
@@ -458,6 +462,7 @@ void Plane::stop(double grace) {
 Statistics Plane::statistics() {
   const std::lock_guard<std::mutex> lock(mutex_);
   Statistics found = shared_.statistics;
+  found.decoded = decoded_;
   found.open_connections = connections_.size();
   found.buffered = shared_.buffered;
   for (const auto& entry : connections_) {

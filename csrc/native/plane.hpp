@@ -7,6 +7,7 @@
 // cancellations, health checks and refusals do not wait.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 
@@ -107,6 +108,7 @@ class Plane {
   double tended_ = 0;
   bool stopped_ = false;
   std::vector<uint8_t> scratch_;
+  std::atomic<uint64_t> decoded_{0};
 
   std::mutex outbox_mutex_;
   std::vector<RpcPtr> outbox_;

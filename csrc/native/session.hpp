@@ -3,6 +3,7 @@
 
 #include <unordered_map>
 
+#include "native/header_guard.hpp"
 #include "native/shared.hpp"
 #include "wire/http2.hpp"
 
@@ -16,7 +17,7 @@ class Session {
   Session& operator=(const Session&) = delete;
 
   // Takes bytes from the peer. False when the connection is beyond help; what is pulled afterwards says why to the
-  // peer.
+  // peer. One that asks too much is told to go, and its calls go on.
   bool feed(const uint8_t* data, size_t size);
 
   // Appends frames until `out` holds `most` bytes or nothing is left to send. False on a failure of the library.
@@ -37,6 +38,8 @@ class Session {
   bool done() const {
     return !nghttp2_session_want_read(session_.get()) && !nghttp2_session_want_write(session_.get());
   }
+  bool draining() const { return drained_at_ < NEVER; }
+  double drained_at() const { return drained_at_; }  // when the peer was told to go
   bool established() const { return established_; }
   size_t calls() const { return calls_.size(); }
   size_t watchers() const { return watchers_; }
@@ -48,7 +51,10 @@ class Session {
 
   Rpc* find(int32_t stream);
   void begin(int32_t stream);
-  int header(Rpc& rpc, std::string_view name, std::string_view value);
+  bool pass(const uint8_t* data, size_t size);
+  void charge_held();
+  void give_up_block();
+  void header(Rpc& rpc, std::string_view name, std::string_view value);
   void headers_done(Rpc& rpc);
   void take(Rpc& rpc, const uint8_t* data, size_t size);
   bool prefix_done(Rpc& rpc);
@@ -59,22 +65,27 @@ class Session {
   void refuse(Rpc& rpc, int status, const std::string& message);
   void refuse_http(Rpc& rpc, const char* status);
   void release(Rpc& rpc);
+  void end_watchers();
   void answer_health(Rpc& rpc, const uint8_t* message, size_t size);
   void respond(Rpc& rpc, Reply reply);
   static ssize_t read_answer(nghttp2_session*, int32_t stream, uint8_t* to, size_t room, uint32_t* flags,
                              nghttp2_data_source* source, void* user);
   void submit_trailers(Rpc& rpc);
   void closed(int32_t stream);
-  bool reset_allowed();
-  bool continuation_allowed(const nghttp2_frame_hd& frame);
+  double resets_left() const;
+  void count_reset();
+  void drain();
 
   Shared& shared_;
   wire::SessionPtr session_;
   std::unordered_map<int32_t, RpcPtr> calls_;
   size_t watchers_ = 0;  // of health
-  double resets_ = 0, resets_at_ = 0;
-  int continuations_ = 0;
-  bool established_ = false, flooded_ = false;
+  HeaderGuard guard_;
+  double held_at_ = 0;         // when bytes last came while it held some
+  size_t held_ = 0;            // bytes of the guard's counted against the plane's budget
+  double resets_, resets_at_;  // that were left, and when
+  double drained_at_ = NEVER;
+  bool established_ = false, broken_ = false;
 };
 
 }  // namespace narsil::native

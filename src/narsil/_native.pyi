@@ -101,9 +101,13 @@ class Call:
 class Plane:
     """Listening sockets and their connections. Thread-safe; every method that may wait drops the GIL.
 
-    ``limits`` may hold max_message, max_buffered (bytes), max_streams and max_watchers (of one connection),
-    max_connections, max_header_bytes, max_resets, handshake_s, stall_s, idle_s, keepalive_s, keepalive_timeout_s,
-    helper_s (seconds).
+    ``limits`` may hold, in bytes: max_message, max_metadata (of one call), max_buffered (of all messages that have come
+    and wait, and of answers that are not let through). In numbers: max_connections, and of each connection
+    max_streams (calls at once), max_watchers (of health) and max_resets_per_second (calls cancelled, as a mean over
+    five seconds). In seconds: handshake_s (to a first frame), stall_s (without a byte of a call that comes or goes),
+    idle_s (without a call), keepalive_s (of silence before a ping), keepalive_timeout_s (for its answer), drain_s
+    (for the calls of a connection that is told to go), helper_s (the network's while nobody polls). Other names raise
+    ValueError.
     """
 
     def __init__(self, methods: Mapping[str, _Kind], limits: Mapping[str, float] = ...) -> None: ...
@@ -144,7 +148,16 @@ class Plane:
     def stop(self, grace: float) -> None:
         """Stops listening, lets calls end for ``grace`` seconds, closes. Polls return at once from then on."""
     def statistics(self) -> dict[str, int]:
-        """Counts since the start, and what is open now."""
+        """Counts since the start: ``connections`` taken, ``connections_refused`` (beyond max_connections, or out of
+        descriptors) and ``connections_timed_out``; ``reset_floods`` and ``header_floods``, connections told
+        to go for cancelling too much and for header blocks without end; ``calls`` begun, and of these
+        ``answered`` (each message of a stream for itself), ``refused`` here and ``cancelled`` by clients
+        before they had been answered; ``messages`` that came whole, ``decoded`` of them as scoring
+        requests, the others being left to Python; ``bytes_in``, ``bytes_out`` on sockets; ``helper_polls``,
+        looks at the network while nobody polled.
+
+        And now: ``open_connections``, ``open_calls``, ``watchers`` (of health), ``buffered`` (bytes, see max_buffered).
+        """
 
 def collate(
     calls: Sequence[Call],

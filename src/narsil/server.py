@@ -39,8 +39,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # for this long; a connection closed under its request would look like a cancellation to it.
 LINGER_S = 0.2
 
-RESETS_S = 5  # over which the plane allows resets on the mean
-
 # How long the last replies may take to leave once the engine has ended every request.
 CLOSE_S = 1.0
 
@@ -208,7 +206,7 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
             settings.max_message_bytes,
             settings.max_metadata_bytes,
             settings.max_queue_bytes,
-            {"max_resets": RESETS_S * settings.max_resets_per_second},
+            settings.max_resets_per_second,
         ),
         observer,
     )

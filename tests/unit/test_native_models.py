@@ -258,8 +258,10 @@ def test_a_call_is_answered_and_fused_as_its_own_model_says_after_a_swap(plane, 
 def test_calls_of_two_models_are_not_fused(plane, client):
     same = Served("a")
     plane.serve([native(same)])
+    assert plane.statistics()["decoded"] == 0
     _, one = take(plane, client, NARROW)
     _, other = take(plane, client, NARROW)
+    assert plane.statistics()["decoded"] == 2
     dense, values = np.empty(4, np.float32), np.empty(4, np.int32)
     collate([one, other], 4, dense, values, None)
     plane.serve([native(same)])  # an equal schema, and another model

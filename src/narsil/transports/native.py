@@ -42,6 +42,7 @@ class NativeOptions:
     max_metadata_bytes: int = 16 << 10
     # Of messages that are still arriving or wait for a lane to take them, and of answers that clients do not read.
     max_buffered_bytes: int = 1 << 29
+    max_resets_per_second: int = 200  # of one connection, as a mean over five seconds
     limits: Mapping[str, float] = field(default_factory=dict)  # others, by the names that _native.Plane gives them
 
 
@@ -103,7 +104,8 @@ class NativeTransport(Transport):
             {each.method: each.kind.value for each in ENDPOINTS},
             {
                 "max_message": options.max_message_bytes,
-                "max_header_bytes": options.max_metadata_bytes,
+                "max_metadata": options.max_metadata_bytes,
+                "max_resets_per_second": options.max_resets_per_second,
                 "max_buffered": options.max_buffered_bytes,
                 "max_streams": MAX_STREAMS,
                 "max_watchers": health.MAX_WATCHERS,
