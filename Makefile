@@ -18,17 +18,17 @@ demo: setup system-packages ## package a model, serve it in every way, print the
 	$(BIN)/python benchmarks/demo.py
 
 NATIVE_CODE := $(shell git ls-files '*.cpp' '*.hpp' 2>/dev/null)
-lint: setup ## ruff, mypy strict, import layers, the native code's format
+lint: setup ## ruff, mypy, import layers, the native code's format; .pre-commit-config.yaml calls it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 
-# CI adds --complete: a test that is skipped for want of anything but the machine fails the run.
+# CI adds --complete: a test that is skipped for want of anything but the machine fails the run. And a floor of coverage.
 TEST_OPTIONS ?=
-test: setup ## all tests
-	$(BIN)/pytest $(TEST_OPTIONS)
+test: setup ## all tests, and the share of the code's branches that they take
+	$(BIN)/pytest --cov --cov-report=term $(TEST_OPTIONS)
 
 # The native extensions with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package: the one that is in
 # use stays as it is. The interpreter's own leaks are not looked for; the replayed corpus's are. --sanitized has the tests

@@ -14,6 +14,7 @@ from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports.codec import predictor
+from narsil.wire import put_len
 from tests.messages import Message, predictor_pb2
 from tests.support import SCHEMA, jagged, one_hot
 
@@ -190,6 +191,35 @@ def test_the_last_of_a_repeated_field_counts_as_protobuf_has_it():
 def test_unknown_fields_are_ignored_as_protobuf_has_it():
     body = message_of(one_hot(3)).SerializeToString() + b"\xc2\x3e\x03abc"
     assert predictor.decode(body, SCHEMA, LIMITS).rows == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (b"\x0a\x00", "batch_size has protobuf wire type 2, expected 0"),
+        (b"\x10\x01", "float_features has protobuf wire type 0, expected 2"),
+        (b"\x18\x01", "id_list_features has protobuf wire type 0, expected 2"),
+        (b"\x20\x01", "id_score_list_features has protobuf wire type 0, expected 2"),
+        (b"\x12\x02\x0a\x00", "float_features.num_features has protobuf wire type 2, expected 0"),
+        (b"\x12\x02\x10\x01", "float_features field 2 has protobuf wire type 0, expected 2"),
+        (b"\x1a\x02\x0a\x00", "id_list_features.num_features has protobuf wire type 2, expected 0"),
+        (b"\x1a\x02\x18\x01", "id_list_features field 3 has protobuf wire type 0, expected 2"),
+        (b"\x1a\x02\x20\x01", "id_list_features field 4 has protobuf wire type 0, expected 2"),
+    ],
+)
+def test_a_field_of_another_wire_type_is_named(field, message):
+    body = message_of(one_hot(3)).SerializeToString()
+    with pytest.raises(InvalidRequest, match=message):
+        predictor.decode(body + field, SCHEMA, LIMITS)
+
+
+def test_what_a_group_does_not_know_is_ignored_and_an_unused_group_may_be_there_if_it_is_empty():
+    body = message_of(one_hot(3)).SerializeToString()
+    unknown = b"\x1a\x02\x28\x01"  # field 5 of id_list_features; the group's others were given before
+    empty = b"\x22\x06\x12\x00\x1a\x00\x22\x00" + b"\x2a\x00"
+    known = predictor_pb2.PredictionRequest.FromString(body).id_list_features.SerializeToString()
+    grown = put_len(3, known + unknown[2:])
+    assert predictor.decode(body + grown + empty, SCHEMA, LIMITS).rows == 3
 
 
 @settings(deadline=None, max_examples=300)

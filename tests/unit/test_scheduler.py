@@ -65,6 +65,11 @@ def test_a_batch_holds_at_most_max_rows_and_nobody_overtakes_the_one_that_did_no
     assert form(queue, AT_ONCE, now=0.0).take == (queue[0],)
 
 
+def test_what_fills_a_batch_to_the_row_is_taken():
+    queue = [request(60), request(40), request(1)]
+    assert form(queue, AT_ONCE, now=0.0).take == tuple(queue[:2])
+
+
 def test_a_request_larger_than_a_batch_is_taken_alone():
     queue = [request(1000), request(1)]
     assert form(queue, AT_ONCE, now=0.0).take == (queue[0],)
@@ -207,3 +212,11 @@ def test_of_two_models_that_always_have_work_each_gets_half_of_the_lanes_time():
         taken = slow if decision.take == tuple(slow.queue) else quick
         taken.used += cost[id(taken)]
     assert abs(slow.used - quick.used) <= LEAD_S + 0.010
+
+
+def test_the_cancelled_of_every_model_that_was_looked_at_are_sorted_out():
+    gone, alive = Claim([request(arrived=0.0)]), Claim([request(arrived=1.0)])
+    gone.queue[0].reply.cancelled = True  # type: ignore[misc]
+    decision = schedule([gone, alive], AT_ONCE, now=5.0)
+    assert decision.cancelled == tuple(gone.queue)
+    assert decision.take == tuple(alive.queue)

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from narsil.errors import InvalidRequest
-from narsil.wire import LEN, put_len, put_uint, put_varint, scan, signed32, text, varint
+from narsil.wire import FIXED32, FIXED64, LEN, VARINT, put_len, put_uint, put_varint, scan, signed32, text, varint
 from tests.messages import narsil_pb2
 
 
@@ -68,3 +68,18 @@ def test_a_string_that_is_not_utf8_is_named():
 def test_a_message_of_nothing_but_fields_is_refused_before_it_costs_anything():
     with pytest.raises(InvalidRequest, match="more than 10000 fields"):
         scan(b"\x7a\x00" * 1_000_000, 0, 2_000_000)
+
+
+def test_every_wire_type_is_stepped_over_to_the_field_after_it():
+    data = b"\x08\x96\x01" + b"\x15abcd" + b"\x19abcdefgh" + b"\x22\x03xyz" + b"\xf8\xff\xff\xff\x0f\x07"
+    assert scan(data, 0, len(data)) == [
+        (1, VARINT, 150, 0),
+        (2, FIXED32, 4, 8),
+        (3, FIXED64, 9, 17),
+        (4, LEN, 19, 22),
+        (2**29 - 1, VARINT, 7, 0),
+    ]
+    assert scan(data, 3, 8) == [(2, FIXED32, 4, 8)]
+    for stop in (7, 16, 21):  # inside a fixed32, a fixed64 and a payload
+        with pytest.raises(InvalidRequest):
+            scan(data, 0, stop)
