@@ -150,7 +150,7 @@ def test_a_status_s_text_is_cut_to_what_clients_take(kind, monkeypatch):
 
 def test_nothing_stays_of_requests_that_have_ended(kind):
     """What is lost with each request is lost in every round; what buffers and caches happen to hold is not."""
-    requests, lost = (20_000, 8) if kind == "native" else (6_000, 32)  # bytes a request; grpcio's own core wavers more
+    requests, lost = (20_000, 8) if kind == "native" else (3_000, 64)  # bytes a request; grpcio's own core wavers more
     bodies = [predictor_body(make(100, seed)) for seed in range(10) for make in (one_hot, jagged)]
     behaviour = FakeBehaviour()
     with serving_transport(kind, behaviour, lanes=2) as (address, _, transport):
@@ -168,9 +168,9 @@ def test_nothing_stays_of_requests_that_have_ended(kind):
             behaviour.forwards.clear()  # what the fake remembers
             return Held.now()
 
-        held = [after(3000), after(requests), after(requests)]
+        held = [after(2000), after(requests), after(requests)]
     stayed = [after - before for before, after in pairwise(held)]
-    assert min(one.native for one in stayed) < lost * requests, stayed  # no allocation counts less than 32
+    assert min(one.native for one in stayed) < lost * requests, stayed  # none of ours counts less than 32
     assert min(one.objects for one in stayed) < requests / 20, stayed
 
 

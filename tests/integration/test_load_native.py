@@ -103,12 +103,20 @@ def test_every_request_is_answered_once_with_the_bodies_in_turn(connections):
 
 def test_a_closed_loop_keeps_its_number_of_requests_in_flight_and_no_more():
     together = threading.Barrier(4)  # passes only when four requests are in the server at once
-    with (
-        grpc_server(lambda body, context: (together.wait(20), RIGHT)[1]) as target,
-        client_of(target) as client,
-    ):
+    inside: set[int] = set()
+    most = []
+
+    def answer(body: bytes, context: grpc.ServicerContext) -> bytes:
+        inside.add(id(context))
+        most.append(len(inside))
+        together.wait(20)
+        inside.remove(id(context))
+        return RIGHT
+
+    with grpc_server(answer) as target, client_of(target) as client:
         assert client.closed_loop(8, 4).errors == {}
         assert not together.broken
+    assert max(most) == 4
 
 
 def test_requests_are_spread_evenly_over_the_connections():
