@@ -22,13 +22,28 @@ SERVE = ("serve", "--port", "0", "--model")
 LAST_WORDS = "narsil: SIGTERM before the server was ready: ended; nothing was in flight\n"
 
 
+# The command line, with a manifest that never comes: it is a pipe, which Narsil itself would refuse at once.
+ENDLESS = """
+import sys
+from narsil.artifacts import artifact
+from narsil.cli import main
+
+def wait(file):
+    with open(sys.argv[-1] + "/manifest.json") as pipe:
+        pipe.read()
+
+artifact.check_readable = wait
+main()
+"""
+
+
 class Loading:
-    """A command that loads a model whose manifest never comes: its file is a pipe."""
+    """A command that loads a model and does not get to the end of it."""
 
     def __init__(self, folder: Path, command: Sequence[str], before: Sequence[str]) -> None:
         os.mkfifo(folder / "manifest.json")
         self._process = subprocess.Popen(
-            [*before, sys.executable, "-m", "narsil", *command, str(folder)],
+            [*before, sys.executable, "-c", ENDLESS, *command, str(folder)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": SOURCE},
         )  # fmt: skip
         self._manifest = os.open(folder / "manifest.json", os.O_WRONLY)  # waits until somebody reads it
