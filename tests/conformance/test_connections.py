@@ -53,8 +53,8 @@ def test_a_dead_server_s_unix_socket_is_replaced(kind, tmp_path):
 
 
 @pytest.mark.parametrize("size", [17_000, 63_000, 300_000])
-def test_metadata_beyond_the_limit_ends_its_call_alone_and_says_so(size):
-    with serving("grpcio") as (address, _), grpc.insecure_channel(address) as channel:
+def test_metadata_beyond_the_limit_ends_its_call_alone_and_says_so(kind, size):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/predictor.Predictor/Predict")
         with pytest.raises(grpc.RpcError) as caught:
             call(predictor_body(one_hot(1)), metadata=(("baggage", "x" * size),), timeout=PATIENCE_S)
