@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from narsil.client import AsyncClient, Client, Context, ModelInfo, Prediction, TransportError
-    from narsil.errors import NarsilError, RequestError
+    from narsil.errors import (
+        DeadlineExceeded,
+        InvalidRequest,
+        MessageTooLarge,
+        ModelNotFound,
+        NarsilError,
+        QueueFull,
+        RequestError,
+    )
 
 __version__ = "0.1.0"
 
@@ -18,15 +26,29 @@ __all__ = [
     "AsyncClient",
     "Client",
     "Context",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "MessageTooLarge",
     "ModelInfo",
+    "ModelNotFound",
     "NarsilError",
     "Prediction",
+    "QueueFull",
     "RequestError",
     "TransportError",
     "__version__",
 ]
 
-_HOME = {"NarsilError": "narsil.errors", "RequestError": "narsil.errors"}
+_ERRORS = (
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "MessageTooLarge",
+    "ModelNotFound",
+    "NarsilError",
+    "QueueFull",
+    "RequestError",
+)
+_HOME = dict.fromkeys(_ERRORS, "narsil.errors")
 
 
 def __getattr__(name: str) -> Any:

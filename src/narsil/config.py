@@ -17,10 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from narsil.cgroups import usable_cores
 from narsil.errors import ConfigError
+from narsil.names import is_name
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ _SERVICE_LINK = re.compile(
     r"NARSIL(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")  # the value of NARSIL_PORT, NARSIL_CANARY_PORT..
+
+_MOST_SOCKET_PATH = 107  # bytes, by unix(7)
 
 # Settings that do nothing with these values, and so are not given in vain.
 _IDLE_VALUES: dict[str, Any] = {
@@ -124,6 +127,24 @@ class ServeSettings(BaseModel):
         if values.get("execution_mode") == "worker":
             return {"batch_size": 1, "batch_timeout_ms": 0.0, **values}
         return values
+
+    @field_validator("model_name")
+    @classmethod
+    def _clients_can_ask_for_it(cls, name: str) -> str:
+        if name and not is_name(name):
+            raise ValueError(f"{name[:80]!r} is no name: use 1 to 256 of letters, digits and _ . - / :")
+        return name
+
+    @field_validator("host")
+    @classmethod
+    def _a_socket_takes_the_path(cls, host: str) -> str:
+        length = len(os.fsencode(host.removeprefix("unix:")))
+        if host.startswith("unix:") and not 1 <= length <= _MOST_SOCKET_PATH:
+            raise ValueError(
+                f"{host} cannot be listened on: a socket's path has 1 to {_MOST_SOCKET_PATH} bytes, and this one "
+                f"{length}; give another, or a relative one"
+            )
+        return host
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> ServeSettings:
@@ -287,6 +308,8 @@ def _explain(detail: Any) -> str:
         return f"unknown setting {name!r}" + (f": did you mean {meant}?" if meant else "; see `narsil serve --help`")
     if detail["type"] == "missing":
         return f"{name} is not set: give --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()} or {name} in --config"
+    if name and detail["type"] == "value_error":
+        return f"{name}: {detail['ctx']['error']}"
     return f"{name}: {detail['msg']} (got {detail['input']!r})" if name else str(detail["ctx"]["error"])
 
 

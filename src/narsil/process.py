@@ -69,13 +69,15 @@ def end_on_signals() -> None:
     Where it was built, native code does it: loading a model can hold the interpreter's lock for minutes, in which no
     Python handler runs. Process 1 of a container needs some handler, since its kernel spares it the default action.
     """
-    try:
+    end_on_signal = None
+    with suppress(ImportError):
         end_on_signal = import_module("narsil._native").end_on_signal
-    except ImportError:
-        end_on_signal = _end_on_signal
     for number in _STOPPING:
         name = signal.Signals(number).name
-        end_on_signal(number, f"narsil: {name} before the server was ready: ended; nothing was in flight\n".encode())
+        words = f"narsil: {name} before the server was ready: ended; nothing was in flight\n".encode()
+        _end_on_signal(number, words)  # also beside the native one: asyncio.run replaces a SIGINT of Python's default
+        if end_on_signal is not None:
+            end_on_signal(number, words)
 
 
 def _end_on_signal(number: int, last_words: bytes) -> None:

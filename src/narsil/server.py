@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import ssl
 import sys
 from contextlib import suppress
 from functools import partial
@@ -20,7 +21,7 @@ from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ArtifactError, ConfigError, NarsilError, last_line
+from narsil.errors import ArtifactError, ConfigError, NarsilError, first_line, last_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
 from narsil.telemetry.observer import CountingObserver, Observer
@@ -66,6 +67,7 @@ class Server:
         """Loads the model, warms every lane, then listens. Returns the bound address."""
         prepare_process()
         settings = self.settings
+        grpc_options(settings)  # what is wrong with the TLS files is told before minutes of loading
         self._observer = CountingObserver()
         self._engine = make_engine(settings, self._observer)
         self._engine.start()
@@ -213,7 +215,8 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:
-    """The transport's part of the settings, key files read."""
+    """The transport's part of the settings, key files read. Raises ConfigError where these cannot be used."""
+    _check_tls(settings)
 
     def read(path: Path | None) -> bytes | None:
         if path is None:
@@ -232,6 +235,33 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
         read(settings.tls_key),
         read(settings.tls_client_ca),
     )
+
+
+def _check_tls(settings: ServeSettings) -> None:
+    """Raises ConfigError where the TLS files are not what gRPC can use; gRPC itself does not say what is wrong."""
+    certificate, key, authority = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("DEFAULT@SECLEVEL=0")  # how strong keys must be is for gRPC to say
+    try:
+        if certificate is not None:
+            context.load_cert_chain(certificate, key, password=lambda: b"")  # None would ask the terminal for one
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls_certificate {certificate} and tls_key {key} are no PEM chain and its unencrypted key "
+            f"({error.reason or first_line(error)}); give files that belong together"
+        ) from None
+    except OSError:
+        return  # who reads them says which
+    try:
+        if authority is not None:
+            context.load_verify_locations(authority)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls_client_ca {authority} holds no PEM certificate ({error.reason or first_line(error)}); give the "
+            "authority's certificate"
+        ) from None
+    except OSError:
+        return
 
 
 def run(settings: ServeSettings) -> int:

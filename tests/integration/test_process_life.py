@@ -19,7 +19,7 @@ from tests.support import PATIENCE_S
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 SERVE = ("serve", "--port", "0", "--model")
-LAST_WORDS = "narsil: SIGTERM before the server was ready: ended; nothing was in flight\n"
+LAST_WORDS = "narsil: {} before the server was ready: ended; nothing was in flight\n"
 
 
 # The command line, with a manifest that never comes: it is a pipe, which Narsil itself would refuse at once.
@@ -87,17 +87,19 @@ def as_process_1() -> Sequence[str]:
     return unshare
 
 
-def test_sigterm_while_it_loads_ends_it_at_once_with_a_line(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it_at_once_with_a_line(tmp_path, number):
     with loading(tmp_path) as server:
-        os.kill(server.pid, signal.SIGTERM)
-        assert server.outcome() == (-signal.SIGTERM, "", LAST_WORDS)
+        os.kill(server.pid, number)
+        assert server.outcome() == (-number, "", LAST_WORDS.format(number.name))
 
 
-def test_sigterm_while_it_loads_ends_it_also_as_process_1(tmp_path, as_process_1):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it_also_as_process_1(tmp_path, as_process_1, number):
     """Whom the kernel spares what no handler asks for."""
     with loading(tmp_path, before=as_process_1) as server:
-        os.kill(server.pid, signal.SIGTERM)
-        assert server.outcome() == (128 + signal.SIGTERM, "", LAST_WORDS)
+        os.kill(server.pid, number)
+        assert server.outcome() == (128 + number, "", LAST_WORDS.format(number.name))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -119,7 +121,7 @@ def test_sighup_while_it_loads_changes_nothing(tmp_path):
         os.kill(server.pid, signal.SIGHUP)
         assert server.line().startswith("narsil: SIGHUP is passed over: ")
         os.kill(server.pid, signal.SIGTERM)
-        assert server.outcome() == (-signal.SIGTERM, "", LAST_WORDS)
+        assert server.outcome() == (-signal.SIGTERM, "", LAST_WORDS.format("SIGTERM"))
 
 
 def test_sighup_does_not_end_a_server_and_too_little_memory_is_told_at_start(small_artifact):

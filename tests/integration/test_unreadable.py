@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_a_file_of_an_artifact_that_may_not_be_read_stops_who_needs_it(
     assert artifact.problem("onnx") is None
     with pytest.raises(ArtifactError, match=r"cannot be read: Permission denied; check its owner and mode"):
         artifact.files_for("torch")
+
+
+def test_what_is_no_file_of_arrays_is_no_calibration(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.npz"
+    rows.write_text("a text\n")
+    with pytest.raises(ArtifactError, match=r"is no \.npz file, .*; write it with numpy\.savez$"):
+        load_calibration(rows, small().schema)
+    with zipfile.ZipFile(rows, "w") as file:
+        file.writestr("dense", "a text")
+    with pytest.raises(ArtifactError, match=r"dense is no array in numpy's format; write it with numpy\.savez$"):
+        load_calibration(rows, small().schema)
 
 
 def test_numbers_that_no_calibration_has(tmp_path: Path) -> None:

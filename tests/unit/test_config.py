@@ -17,6 +17,7 @@ from narsil.cgroups import usable_cores
 from narsil.cli.serve import command
 from narsil.config import ServeSettings, load_settings
 from narsil.errors import ConfigError
+from narsil.names import as_name
 
 GIVEN: dict[str, Any] = {"model": Path("m")}
 
@@ -57,7 +58,7 @@ def test_whatever_the_settings_what_is_printed_gives_them_again(
     settings = load_settings(
         {
             "model": Path(text),
-            "model_name": text,
+            "model_name": as_name(text),
             "execution_mode": "worker" if worker else "batch",
             "backend": backend,
             "device": device,
@@ -102,6 +103,9 @@ def test_worker_mode_from_anywhere_is_a_batch_limit_of_one(source, tmp_path, mon
         ({**GIVEN, "device": "gpu"}, "", "device: "),
         ({**GIVEN, "backend": "tf"}, "", "backend: "),
         ({**GIVEN, "tls_key": Path("k")}, "", "tls_certificate and tls_key go together"),
+        ({**GIVEN, "model_name": "a b"}, "", "model_name: 'a b' is no name: use"),
+        ({**GIVEN, "host": "unix:/" + "x" * 107}, "", "x cannot be listened on: a socket's path has 1 to 107 bytes"),
+        ({**GIVEN, "host": "unix:"}, "", "host: unix: cannot be listened on"),
         ({**GIVEN, "tls_client_ca": Path("k")}, "", "tls_client_ca needs"),
     ],
 )

@@ -63,6 +63,12 @@ def test_every_public_name_can_be_had_and_no_other():
         _ = narsil.nothing
 
 
+def test_the_errors_that_callers_tell_apart_are_public():
+    for name in ("DeadlineExceeded", "InvalidRequest", "MessageTooLarge", "ModelNotFound", "QueueFull"):
+        assert name in narsil.__all__
+        assert getattr(narsil, name) is getattr(errors, name)
+
+
 def test_importing_narsil_loads_neither_torch_nor_grpc():
     program = "import sys, narsil; print({'torch', 'grpc', 'onnxruntime', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -39,6 +39,9 @@ class Caller:
         self.plane = plane
         self.client = RawClient(f"unix:{path}")
         self.encoder = Encoder()
+        plane.poll(0)
+        while not self.client.settings:  # until they are acknowledged, no frame may be larger than 16 KiB
+            self.client.read()
 
     def call(self, block: bytes, piece: int = 1 << 20, sent_in: int = 50_000) -> tuple[int, Call]:
         """The stream, and the call as the plane hands it out."""

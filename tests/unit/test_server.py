@@ -23,7 +23,7 @@ from narsil.backends.fake import FakeBackend
 from narsil.config import ServeSettings
 from narsil.dataflow import Batch, Scores
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ArtifactError, DeviceUnavailable
+from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.extension import AVAILABLE
 from narsil.server import Server
 from narsil.transports.grpc_aio import GrpcAioTransport
@@ -224,3 +224,20 @@ def test_a_file_that_is_merely_replaced_is_told_and_the_model_is_served_on(monke
         signal.raise_signal(signal.SIGTERM)
 
     assert live(monkeypatch, meanwhile, watch=watch) == 0
+
+
+@pytest.mark.parametrize(
+    ("held", "sentence"),
+    [
+        (None, r"cannot read .*: No such file"),
+        ("no PEM", r"tls_certificate .* and tls_key .* are no PEM chain and its unencrypted key \("),
+    ],
+)
+def test_what_is_wrong_with_the_tls_files_is_told_before_the_model_is_loaded(monkeypatch, tmp_path, held, sentence):
+    monkeypatch.setattr(server, "load_model", lambda settings: pytest.fail("loaded"))
+    certificate = tmp_path / "certificate.pem"
+    if held is not None:
+        certificate.write_text(held)
+    given: dict[str, Any] = {"model": tmp_path, "lanes": 1, "tls_certificate": certificate, "tls_key": certificate}
+    with pytest.raises(ConfigError, match=sentence):
+        asyncio.run(Server(ServeSettings(**given)).startup())

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from narsil.artifacts.files import check_readable, unreadable
-from narsil.artifacts.schema import ModelSchema, as_name, is_name
+from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError, first_line
+from narsil.names import as_name, is_name
 
 __all__ = [
     "BACKEND_ROLES",

@@ -6,7 +6,6 @@ nor onnx, so that clients can use it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,21 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil.errors import ArtifactError, first_line
+from narsil.names import is_name
 
 Pooling = Literal["sum", "mean"]
 
-_NAME = re.compile(r"[A-Za-z0-9_.\-/:]{1,256}")
 _MOST = 2**63 - 1  # rows and dims are int64
-
-
-def is_name(value: object) -> bool:
-    """Whether a value may name a model, a version, a feature, a table or a task: it goes to logs and terminals."""
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
-
-
-def as_name(text: str) -> str:
-    """The name nearest to a text, such as a file's."""
-    return re.sub(r"[^A-Za-z0-9_.\-/:]", "_", text)[:256] or "_"
 
 
 def _shown(value: object) -> str:

@@ -9,15 +9,14 @@ import click
 
 from narsil.bench.load import CLIENT_CHOICES, Arrivals, ClientChoice, Load
 from narsil.bench.workload import Protocol, Workload
+from narsil.cli.options import SECONDS, SEED, FiniteRange, GivenPath
 from narsil.cli.targets import schema_for, target_option
 
 
 @click.command()
 @target_option
 @click.option("--protocol", type=click.Choice(["predictor", "narsil"]), default="predictor", show_default=True)
-@click.option(
-    "--schema", type=click.Path(path_type=Path), help="Artifact to take the schema from; default: ask the server."
-)
+@click.option("--schema", type=GivenPath(), help="Artifact to take the schema from; default: ask the server.")
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 10_000),
@@ -37,7 +36,7 @@ from narsil.cli.targets import schema_for, target_option
 @click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True, help="Rows a request.")
 @click.option(
     "--rate",
-    type=click.FloatRange(0, 1e6, min_open=True),
+    type=FiniteRange(0, 1e6, min_open=True),
     help="Requests per second: an open loop instead of a closed one.",
 )
 @click.option(
@@ -47,10 +46,10 @@ from narsil.cli.targets import schema_for, target_option
 )
 @click.option("--max-ids", type=click.IntRange(1), default=1, show_default=True, help="1: one id a bag; N: 0 to N ids.")
 @click.option("--bodies", type=click.IntRange(1), default=2000, show_default=True, help="Distinct requests.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, 86_400, min_open=True),
+    type=SECONDS,
     default=30.0,
     show_default=True,
     help="Seconds until a request counts as failed.",
@@ -62,9 +61,9 @@ from narsil.cli.targets import schema_for, target_option
     show_default=True,
     help="What makes the load; auto: the native client where it is built.",
 )
-@click.option("--verify", type=click.Path(path_type=Path), help="Artifact to hold the scores against (a direct call).")
+@click.option("--verify", type=GivenPath(), help="Artifact to hold the scores against (a direct call).")
 @click.option("--server-pid", type=int, help="Process id of the server, to report its CPU and memory.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the measurement here.")
+@click.option("--json", "json_path", type=GivenPath(), help="Write the measurement here.")
 def command(
     target: str,
     protocol: Protocol,

@@ -8,6 +8,7 @@ import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.replacing import check_out
+from narsil.cli.options import FiniteRange, GivenPath
 from narsil.cli.package import check_torch, show_progress
 from narsil.compile.options import DEFAULT_LIMITS, ENGINE_CHOICES
 
@@ -15,8 +16,8 @@ __all__ = ["command"]
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
+@click.argument("model", type=GivenPath())
+@click.option("--out", required=True, type=GivenPath(), help="Folder to write the artifact to.")
 @click.option(
     "--precision",
     type=click.Choice(list(DEFAULT_LIMITS)),
@@ -34,12 +35,12 @@ __all__ = ["command"]
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=GivenPath(exists=True, dir_okay=False),
     help="Rows to choose precision and judge the result by: .npz with dense, ids and, for the AUC, labels.",
 )
 @click.option(
     "--max-deviation",
-    type=float,
+    type=FiniteRange(0),
     help="Largest absolute deviation of a score that is let pass.  [default: 1e-5 for fp32, else 2e-3]",
 )
 def command(

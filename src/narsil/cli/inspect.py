@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.cli.options import GivenPath
 from narsil.errors import ArtifactError
 
 __all__ = ["command", "quantization_of"]
@@ -18,7 +19,7 @@ _SHOWN_FEATURES = 40
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
 def command(path: Path, as_json: bool, no_verify: bool) -> None:

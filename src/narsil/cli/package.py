@@ -12,6 +12,7 @@ import click
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import Pooling
 from narsil.cli.inspect import quantization_of
+from narsil.cli.options import SEED, GivenPath
 from narsil.errors import ConfigError, first_line
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, random_weights
 
@@ -48,7 +49,7 @@ def command() -> None:
 
 
 @command.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the artifact to.")
+@click.option("--out", required=True, type=GivenPath(), help="Folder to write the artifact to.")
 @click.option(
     "--rows", callback=_sizes, metavar="N,N,..", help=f"Rows of every table, or of each.  [default: {_DEFAULT.rows}]"
 )
@@ -67,7 +68,7 @@ def command() -> None:
     metavar="N,N,..",
     help=f"Layers; ends in 1.  [default: {_shown(_DEFAULT.over_arch)}]",
 )
-@click.option("--seed", type=int, help=f"Seed of the random weights.  [default: {_DEFAULT.seed}]")
+@click.option("--seed", type=SEED, help=f"Seed of the random weights.  [default: {_DEFAULT.seed}]")
 @click.option(
     "--features",
     callback=_names,
@@ -77,7 +78,7 @@ def command() -> None:
 @click.option("--pooling", type=click.Choice(["sum", "mean"]), default=_DEFAULT.pooling, show_default=True)
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=GivenPath(exists=True, dir_okay=False),
     help="Trained weights (.safetensors, or a torch state_dict); the architecture is read from their shapes.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N; baked into model_default.pt.")

@@ -8,25 +8,24 @@ from typing import Any
 
 import click
 
+from narsil.cli.options import SECONDS, SEED, GivenPath
 from narsil.cli.targets import refuse_beside, schema_for, target_option
 from narsil.errors import ConfigError
 
 
 @click.command()
 @target_option
-@click.option(
-    "--schema", type=click.Path(path_type=Path), help="Artifact to take the schema from; default: ask the server."
-)
+@click.option("--schema", type=GivenPath(), help="Artifact to take the schema from; default: ask the server.")
 @click.option("--rows", type=click.IntRange(1), default=5, show_default=True, help="Random rows to send.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random rows.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random rows.")
 @click.option(
     "--file",
     "rows_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=GivenPath(exists=True, dir_okay=False),
     help='Rows to send, one JSON object a line: {"dense": [...], "sparse": {"cat_0": [17], ...}}.',
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait.")
+@click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait.")
 def command(
     target: str, schema: Path | None, rows: int, seed: int, rows_file: Path | None, as_json: bool, timeout: float
 ) -> None:

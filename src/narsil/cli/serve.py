@@ -10,6 +10,7 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from narsil.cli.options import GivenPath
 from narsil.config import ENV_PREFIX, ServeSettings, load_settings
 from narsil.process import end_on_signals, pass_over_hangups
 
@@ -23,7 +24,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
     elif field.annotation in (int, float, bool):
         kind = field.annotation
     elif field.annotation is Path or Path in get_args(field.annotation):
-        kind = click.Path(path_type=Path)
+        kind = GivenPath()
     text = field.description or ""
     if field.default not in (PydanticUndefined, None, ""):
         text += f"  [default: {field.default}]"
@@ -53,7 +54,7 @@ command = click.Command(
         *_OPTIONS,
         click.Option(
             ["--config"],
-            type=click.Path(path_type=Path),
+            type=GivenPath(),
             envvar=f"{ENV_PREFIX}CONFIG",
             help=f"TOML file with any of these settings.  [env: {ENV_PREFIX}CONFIG]",
         ),

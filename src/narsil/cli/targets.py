@@ -10,9 +10,10 @@ import click
 from click.core import ParameterSource
 
 from narsil.artifacts.schema import ModelSchema
+from narsil.cli.options import GivenText
 
 target_option: Callable[[Any], Any] = click.option(
-    "--target", default="127.0.0.1:50051", show_default=True, help="HOST:PORT of the server."
+    "--target", type=GivenText(), default="127.0.0.1:50051", show_default=True, help="HOST:PORT of the server."
 )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from narsil.artifacts.artifact import open_artifact
+from narsil.cli.options import SECONDS, FiniteRange, GivenPath
 from narsil.cli.targets import target_option
 from narsil.errors import ArtifactError, ConfigError
 
@@ -25,17 +26,17 @@ __all__ = ["command"]
 
 @click.command()
 @target_option
-@click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="Artifact whose own scores are the measure."
-)
+@click.option("--model", required=True, type=GivenPath(), help="Artifact whose own scores are the measure.")
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=GivenPath(exists=True, dir_okay=False),
     help="Rows to send too: .npz with dense, ids and, for the AUC, labels.",
 )
-@click.option("--max-deviation", type=float, default=2e-3, show_default=True, help="Largest absolute deviation.")
+@click.option(
+    "--max-deviation", type=FiniteRange(0), default=2e-3, show_default=True, help="Largest absolute deviation."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds to wait for one request.")
+@click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for one request.")
 def command(
     target: str, model: Path, calibration: Path | None, max_deviation: float, as_json: bool, timeout: float
 ) -> None:

@@ -35,12 +35,7 @@ class Calibration:
 
 def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
     """The rows in a file. Raises ArtifactError, naming the array, where they are unreadable or do not fit."""
-    check_readable(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ("dense", "ids", "labels") if name in file}
-    except Exception as error:  # numpy's, and those of zipfile and zlib that it lets through
-        raise ArtifactError(f"{path} cannot be read as .npz: {first_line(error)}") from None
+    arrays = _arrays(path)
     for name, array in arrays.items():
         if array.dtype.kind not in "fiub":
             raise ArtifactError(f"{path}: {name} holds {array.dtype}, which are no numbers")
@@ -67,6 +62,24 @@ def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
         np.ascontiguousarray(ids, schema.id_dtype),
         None if labels is None else labels.astype(np.float32),
     )
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of a calibration that the file has. Raises ArtifactError where it cannot be read."""
+    check_readable(path)
+    made = "write it with numpy.savez"
+    with path.open("rb") as start:
+        if start.read(2) != b"PK":  # numpy would advise to unpickle it
+            raise ArtifactError(f"{path} is no .npz file, which is a zip of arrays; {made}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in ("dense", "ids", "labels") if name in file}
+    except Exception as error:  # numpy's, and those of zipfile and zlib that it lets through
+        raise ArtifactError(f"{path} cannot be read as .npz: {first_line(error)}; {made}") from None
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # numpy hands out a member of another format as it is
+            raise ArtifactError(f"{path}: {name} is no array in numpy's format; {made}")
+    return found
 
 
 def _by_task(labels: NDArray[Any], tasks: int, path: Path) -> NDArray[Any]:

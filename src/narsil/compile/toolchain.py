@@ -26,8 +26,14 @@ _ASK_SECONDS = 30
 
 
 def require_compiler() -> str:
-    """The path of the C++ compiler. Raises ConfigError where there is none."""
-    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    """The path of the C++ compiler. Raises ConfigError where there is none, or not the one that CXX names."""
+    named = os.environ.get("CXX")
+    found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+    if named and found is None:
+        raise ConfigError(
+            f"CXX is {named!r}, which is no program here: give the name or the path of a compiler, without options, or "
+            "unset CXX"
+        )
     if found is None:
         raise ConfigError("compiling needs a C++ compiler: install g++, or name one with CXX (serving needs none)")
     return found

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from narsil.artifacts.files import check_readable
-from narsil.artifacts.schema import Pooling, is_name
+from narsil.artifacts.schema import Pooling
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, first_line
+from narsil.names import is_name
 from narsil.packaging.dlrm import DlrmConfig, check_weights, table_key
 
 __all__ = ["load_checkpoint"]

@@ -19,9 +19,9 @@ from narsil.artifacts import artifact as artifacts
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.finite import FP16_MOST, first_bad_scale
 from narsil.artifacts.replacing import Progress, check_out, replacing
-from narsil.artifacts.schema import is_name
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
+from narsil.names import is_name
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, check_weights, table_key
 
 if TYPE_CHECKING:
