@@ -28,7 +28,13 @@ from narsil.errors import ArtifactError
 __all__ = ["ROOMS", "cached", "gpu_flags_of", "key_of", "sources"]
 
 PACKAGE = Path(__file__).parent.parent  # narsil
-ROOMS = ("artifacts", "backends", "compile", "dataflow.py")  # of the package: all that compiling imports, but errors.py
+ROOMS = (
+    "artifacts",
+    "backends",
+    "compile",
+    "dataflow.py",
+    "names.py",
+)  # of the package: all that compiling imports, but errors.py
 _SUFFIXES = frozenset({".py", ".hpp", ".cpp"})
 
 
