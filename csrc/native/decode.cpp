@@ -152,6 +152,31 @@ bool is_empty_group(Span group) {
   return read_group(group, count, spans) && count == 0 && !spans[0].size && !spans[1].size && !spans[2].size;
 }
 
+// Narsil's own SparseFeatures. Without num_features the portable decoder knows what is meant; it is no common form.
+struct Ids {
+  uint64_t features = 0;
+  bool wide = false;
+  Span values, lengths;
+};
+
+bool read_ids(Span sparse, Ids& ids) {
+  bool counted = false, typed = false;
+  Reader reader(sparse.data, sparse.size);
+  while (reader.next()) {
+    if (reader.field == 1 && reader.type == FieldType::VARINT && !counted) {
+      counted = true;
+      ids.features = reader.number;
+    } else if (reader.field == 3 && reader.type == FieldType::VARINT && !typed && reader.number <= 1) {
+      typed = true;
+      ids.wide = reader.number == 1;
+    } else if (reader.type != FieldType::LEN || (reader.field != 4 && reader.field != 5) ||
+               !once(reader.field == 4 ? ids.values : ids.lengths, reader)) {
+      return false;
+    }
+  }
+  return counted && !reader.broken();
+}
+
 }  // namespace
 
 Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named) {
@@ -213,26 +238,10 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, 
   for (size_t i = 0; i < id.size; ++i)
     if (id.data[i] >= 0x80) return found;  // whether it is UTF-8 is for the portable decoder to say
   if (id.size) found.request_id.assign(reinterpret_cast<const char*>(id.data), id.size);
-
-  Span values, lengths;
-  uint64_t features = 0;
-  bool features_given = false, type_given = false;
-  Reader inner(sparse.data, sparse.size);
-  while (inner.next()) {
-    if (inner.field == 1 && inner.type == FieldType::VARINT && !features_given) {
-      features_given = true;
-      features = inner.number;
-    } else if (inner.field == 3 && inner.type == FieldType::VARINT && !type_given && inner.number <= 1) {
-      type_given = true;
-      found.wide = inner.number == 1;
-    } else if (inner.type != FieldType::LEN || (inner.field != 4 && inner.field != 5) ||
-               !once(inner.field == 4 ? values : lengths, inner)) {
-      return found;
-    }
-  }
-  // Without num_features the portable decoder knows what is meant; it is no common form.
-  if (inner.broken() || !features_given || features != model->schema.rows.size()) return found;
-  if (right(found, dense, values, lengths, model->schema)) found.model = model;
+  Ids ids;
+  if (!read_ids(sparse, ids) || ids.features != model->schema.rows.size()) return found;
+  found.wide = ids.wide;
+  if (right(found, dense, ids.values, ids.lengths, model->schema)) found.model = model;
   return found;
 }
 

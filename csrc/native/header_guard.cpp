@@ -45,40 +45,54 @@ void put_length(std::string& out, size_t length, bool huffman) {
 }  // namespace
 
 HeaderGuard::Verdict HeaderGuard::feed(const uint8_t* data, size_t size) {
-  const uint8_t *at = data, *passed = data;  // what is before `passed` has been dealt with
   const uint8_t* const end = data + size;
   verdict_ = Verdict::FINE;
-  while (at < end) {
-    if (left_) {
-      const size_t count = std::min(left_, static_cast<size_t>(end - at));
-      if (payload_ == Payload::COLLECTED) collect(at, count);
-      at += count;
-      left_ -= count;
-      if (payload_ != Payload::PASSED) passed = at;
-    } else {
-      // A head that is whole stays where it is, and passes with what is around it.
-      const bool whole = !head_have_ && static_cast<size_t>(end - at) >= HEAD;
-      if (!whole) {
-        if (!pass(passed, static_cast<size_t>(at - passed))) return Verdict::FINE;
-        const size_t count = std::min(HEAD - head_have_, static_cast<size_t>(end - at));
-        std::memcpy(head_.data() + head_have_, at, count);
-        head_have_ += count;
-        passed = at += count;
-        if (head_have_ < HEAD) return verdict_;
-        head_have_ = 0;
-      }
-      const uint8_t* const head = whole ? at : head_.data();
-      if (!head_done(head)) return Verdict::BROKEN;
-      if (whole && payload_ != Payload::PASSED && !pass(passed, static_cast<size_t>(at - passed))) return Verdict::FINE;
-      if (!whole && payload_ == Payload::PASSED && !pass(head, HEAD)) return Verdict::FINE;
-      if (whole) at += HEAD;
-      if (payload_ != Payload::PASSED) passed = at;
-    }
-    if (verdict_ == Verdict::BROKEN) return verdict_;
-    if (!left_ && payload_ == Payload::COLLECTED && !payload_done()) return verdict_;
+  more_ = true;
+  unpassed_ = data;
+  for (const uint8_t* at = data; at < end && more_ && verdict_ != Verdict::BROKEN;) {
+    at = left_ ? take_payload(at, end) : take_head(at, end);
+    if (!left_ && payload_ == Payload::COLLECTED && verdict_ != Verdict::BROKEN) payload_done();
   }
-  pass(passed, static_cast<size_t>(at - passed));
+  if (verdict_ != Verdict::BROKEN) pass_until(end);
   return verdict_;
+}
+
+const uint8_t* HeaderGuard::take_payload(const uint8_t* at, const uint8_t* end) {
+  const size_t count = std::min(left_, static_cast<size_t>(end - at));
+  if (payload_ == Payload::COLLECTED) collect(at, count);
+  left_ -= count;
+  at += count;
+  if (payload_ != Payload::PASSED) unpassed_ = at;
+  return at;
+}
+
+const uint8_t* HeaderGuard::take_head(const uint8_t* at, const uint8_t* end) {
+  if (!head_have_ && static_cast<size_t>(end - at) >= HEAD) {
+    head_done(at);
+    if (payload_ == Payload::PASSED) return at + HEAD;  // with what is around it
+    pass_until(at);
+    return unpassed_ = at + HEAD;
+  }
+  pass_until(at);
+  const size_t count = std::min(HEAD - head_have_, static_cast<size_t>(end - at));
+  std::memcpy(head_.data() + head_have_, at, count);
+  head_have_ += count;
+  unpassed_ = at + count;
+  if (head_have_ == HEAD) {
+    head_have_ = 0;
+    head_done(head_.data());
+    if (payload_ == Payload::PASSED) pass(head_.data(), HEAD);
+  }
+  return at + count;
+}
+
+void HeaderGuard::pass(const uint8_t* data, size_t size) {
+  if (size && more_) more_ = sink_(data, size);
+}
+
+void HeaderGuard::pass_until(const uint8_t* at) {
+  pass(unpassed_, static_cast<size_t>(at - unpassed_));
+  unpassed_ = at;
 }
 
 void HeaderGuard::give_up() {
@@ -87,33 +101,37 @@ void HeaderGuard::give_up() {
   if (payload_ == Payload::COLLECTED) payload_ = Payload::DROPPED;
 }
 
-// What is to become of the frame with this head. False where no such frame may come.
-bool HeaderGuard::head_done(const uint8_t* head) {
+// Decides what is to become of the frame with this head.
+void HeaderGuard::head_done(const uint8_t* head) {
   const uint8_t type = head[3], flags = head[4];
   const uint32_t stream = stream_of(head);
   left_ = size_of(head);
   if (open_) {
-    if (type != CONTINUATION || stream != stream_) return false;
+    if (type != CONTINUATION || stream != stream_) return break_off();
   } else if (type == HEADERS && (lost_ || !(flags & END_HEADERS) || left_ > LONGEST)) {
     begin_block(flags, stream);
   } else {
     // Of streams whose blocks were thrown away the library has never heard.
     payload_ = lost_ && stream > newest_ ? Payload::DROPPED : Payload::PASSED;
     if (type == HEADERS) newest_ = std::max(newest_, stream);
-    return true;
+    return;
   }
   last_ = flags & END_HEADERS;
   padded_ = type == HEADERS && flags & PADDED;
   prelude_ = (padded_ ? 1 : 0) + (type == HEADERS && flags & WITH_PRIORITY ? 5 : 0);
   padding_ = 0;
-  if (left_ < prelude_) return false;
+  if (left_ < prelude_) return break_off();
   if (++frames_ > MAX_FRAMES && !lost_) {
     give_up();
     verdict_ = Verdict::ENDLESS;
   }
   payload_ = lost_ ? Payload::DROPPED : Payload::COLLECTED;
   if (lost_ && last_) open_ = false;
-  return true;
+}
+
+void HeaderGuard::break_off() {
+  payload_ = Payload::DROPPED;
+  verdict_ = Verdict::BROKEN;
 }
 
 void HeaderGuard::begin_block(uint8_t flags, uint32_t stream) {
@@ -135,8 +153,7 @@ void HeaderGuard::collect(const uint8_t* data, size_t size) {
       if (padded_) padding_ = *data;
       padded_ = false;
       --prelude_, --left, ++data;
-      if (left < prelude_ + padding_) verdict_ = Verdict::BROKEN;
-      if (verdict_ == Verdict::BROKEN) return;
+      if (left < prelude_ + padding_) return break_off();
     } else if (left <= padding_) {
       return;
     } else if (part_ == Part::STRING) {
@@ -188,7 +205,7 @@ void HeaderGuard::read_byte(uint8_t byte) {
     case Part::LONGER_LENGTH:
       length_ += size_t{byte & 0x7Fu} << shift_;
       shift_ += 7;
-      if (shift_ > 28) verdict_ = Verdict::BROKEN;  // libnghttp2 takes no such length either
+      if (shift_ > 28) return break_off();  // libnghttp2 takes no such length either
       if (!(byte & 0x80)) begin_string();
       return;
     case Part::STRING:
@@ -212,32 +229,29 @@ void HeaderGuard::begin_string() {
 
 void HeaderGuard::part_done() { part_ = --strings_ ? Part::LENGTH : Part::REPRESENTATION; }
 
-// Passes the block on, if this was its last frame. False where the sink takes no more, and where the block is broken.
-bool HeaderGuard::payload_done() {
-  if (!last_) return true;
+// Passes the block on, if this was its last frame.
+void HeaderGuard::payload_done() {
+  if (!last_) return;
   open_ = false;
   payload_ = Payload::DROPPED;  // there is nothing left of it
-  if (part_ != Part::REPRESENTATION) {
-    verdict_ = Verdict::BROKEN;
-    return false;
-  }
+  if (part_ != Part::REPRESENTATION) return break_off();
   newest_ = std::max(newest_, stream_);
   const std::string block = std::move(block_);
   block_.clear();
-  const bool more = pass_block(reinterpret_cast<const uint8_t*>(block.data()), block.size());
+  pass_block(reinterpret_cast<const uint8_t*>(block.data()), block.size());
   cut_ = 0;
-  return more;
 }
 
 // In frames of a size that is right even before the peer has heard of a larger one.
-bool HeaderGuard::pass_block(const uint8_t* data, size_t size) {
+void HeaderGuard::pass_block(const uint8_t* data, size_t size) {
   for (bool first = true;; first = false) {
     const size_t count = std::min(size, FRAME);
     const bool last = count == size;
     const uint8_t flags = (first ? flags_ & END_STREAM : 0) | (last ? END_HEADERS : 0);
     const auto head = head_of(count, first ? HEADERS : CONTINUATION, flags, stream_);
-    if (!pass(head.data(), head.size()) || !pass(data, count)) return false;
-    if (last) return true;
+    pass(head.data(), head.size());
+    pass(data, count);
+    if (last) return;
     data += count;
     size -= count;
   }

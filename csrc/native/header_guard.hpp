@@ -46,19 +46,27 @@ class HeaderGuard {
   // Of a block: what the next byte is. A representation is an index, and a name and a value as far as they are given.
   enum class Part : uint8_t { REPRESENTATION, INDEX, LENGTH, LONGER_LENGTH, STRING };
 
-  bool head_done(const uint8_t* head);
+  const uint8_t* take_payload(const uint8_t* at, const uint8_t* end);
+  const uint8_t* take_head(const uint8_t* at, const uint8_t* end);
+  void head_done(const uint8_t* head);
   void begin_block(uint8_t flags, uint32_t stream);
   void collect(const uint8_t* data, size_t size);
   void read_byte(uint8_t byte);
   void begin_string();
   void part_done();
-  bool payload_done();
-  bool pass_block(const uint8_t* data, size_t size);
-  bool pass(const uint8_t* data, size_t size) { return !size || sink_(data, size); }
+  void payload_done();
+  void break_off();
+  void pass_block(const uint8_t* data, size_t size);
+  void pass(const uint8_t* data, size_t size);
+  void pass_until(const uint8_t* at);
 
   const Sink sink_;
   const size_t most_;
+  // While bytes are fed.
   Verdict verdict_ = Verdict::FINE;
+  bool more_ = true;                   // the sink takes more
+  const uint8_t* unpassed_ = nullptr;  // bytes from here on have not been dealt with yet
+
   bool lost_ = false;    // blocks are thrown away
   uint32_t newest_ = 0;  // the last stream whose block has passed
 

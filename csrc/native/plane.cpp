@@ -414,6 +414,23 @@ void Plane::refuse(const std::string& why) {
   shared_.refusal = why;
 }
 
+// Tells every peer to open no more streams or, as the last word, that this is the end.
+void Plane::send_away(bool last_word) {
+  for (const auto& entry : connections_) {
+    Connection& connection = *entry.second;
+    if (connection.doomed) continue;
+    connection.session.go_away(last_word);
+    if (!write(connection)) doom(connection);
+  }
+  bury();
+}
+
+// Whether a call has not ended, or its end has not left.
+bool Plane::busy() const {
+  return std::any_of(connections_.begin(), connections_.end(),
+                     [](const auto& entry) { return entry.second->session.calls() || !entry.second->out.empty(); });
+}
+
 void Plane::stop(double grace) {
   {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -425,20 +442,7 @@ void Plane::stop(double grace) {
     listeners_.clear();
     shared_.serving = false;
     for (const auto& entry : connections_) entry.second->session.tell_watchers();  // they have nothing to wait for
-    const auto all = [this](bool last_word) {
-      for (const auto& entry : connections_) {
-        Connection& connection = *entry.second;
-        if (connection.doomed) continue;
-        connection.session.go_away(last_word);
-        if (!write(connection)) doom(connection);
-      }
-      bury();
-    };
-    const auto busy = [this] {
-      return std::any_of(connections_.begin(), connections_.end(),
-                         [](const auto& entry) { return entry.second->session.calls() || !entry.second->out.empty(); });
-    };
-    all(false);
+    send_away(false);
     const double until = shared_.now + grace;
     while (busy() && shared_.now < until) {
       epoll_event events[64];
@@ -451,7 +455,7 @@ void Plane::stop(double grace) {
       send_posted();
       handle(events, count, woken);
     }
-    all(true);
+    send_away(true);
     stopped_ = true;
     connections_.clear();
     attendant_.notify_all();

@@ -88,6 +88,8 @@ class Plane {
   void bury();
   void send_posted();
   void tend();
+  void send_away(bool last_word);
+  bool busy() const;
   bool arrived() const;
   Arrivals take();
   void handle(const epoll_event* events, int count, bool& woken);

@@ -48,7 +48,7 @@ struct Session::Callbacks {
   static int frame(nghttp2_session*, const nghttp2_frame* frame, void* user) {
     Session& session = self(user);
     session.established_ = true;
-    if (frame->hd.type == NGHTTP2_RST_STREAM) session.count_reset();
+    if (frame->hd.type == NGHTTP2_RST_STREAM) session.count_reset(session.shared_.config.max_streams);
     if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA) return 0;
     Rpc* const rpc = session.find(frame->hd.stream_id);
     if (!rpc) return 0;
@@ -79,7 +79,7 @@ struct Session::Callbacks {
   static int sent(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
     if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR &&
         frame->rst_stream.error_code != NGHTTP2_CANCEL && self(user).find(frame->hd.stream_id))
-      self(user).count_reset();
+      self(user).count_reset(0);
     if (frame->hd.type == NGHTTP2_HEADERS && frame->hd.flags & NGHTTP2_FLAG_END_STREAM &&
         nghttp2_session_get_stream_remote_close(session, frame->hd.stream_id) == 0)
       nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_NO_ERROR);
@@ -229,12 +229,12 @@ double Session::resets_left() const {
 }
 
 // A client that opens streams only to reset them costs more than it pays. One whose deadlines pass under overload looks
-// the same: while it has had its share its new calls are refused, which tells it to send fewer. It may yet reset as
-// many as it has in flight; one that goes on beyond that has to go.
-void Session::count_reset() {
+// the same: while it has had its share its new calls are refused, which tells it to send fewer. It may yet reset
+// `more`, as many as it has in flight; one that goes on beyond that has to go.
+void Session::count_reset(size_t more) {
   resets_ = resets_left() - 1;
   resets_at_ = shared_.now;
-  if (draining() || resets_ >= -static_cast<double>(shared_.config.max_streams)) return;
+  if (draining() || resets_ >= -static_cast<double>(more)) return;
   ++shared_.statistics.reset_floods;
   drain();
 }

@@ -73,7 +73,7 @@ class Session {
   void submit_trailers(Rpc& rpc);
   void closed(int32_t stream);
   double resets_left() const;
-  void count_reset();
+  void count_reset(size_t more);
   void drain();
 
   Shared& shared_;
