@@ -128,8 +128,12 @@ def _try_a_row(backend: Backend) -> None:
 
 
 def _choose(artifact: Artifact, device: str | None) -> str:
-    """torch or onnx: what auto takes where there is nothing compiled."""
-    fits = artifact.torchscript is not None and (device is None or _same(artifact.device, device))
+    """torch or onnx: what auto takes where there is nothing compiled.
+
+    A TorchScript file that is damaged or gone is told by whoever loads it, and not replaced by the ONNX graph, whose
+    FP32 tables score otherwise: that is for ``--backend onnx`` to ask for.
+    """
+    fits = artifact.offers("torch") and (device is None or _same(artifact.device, device))
     if fits and _torch_problem() is None:
         return "torch"
     if artifact.onnx is not None and device in (None, "cpu") and find_spec("onnxruntime") is not None:
@@ -139,7 +143,7 @@ def _choose(artifact: Artifact, device: str | None) -> str:
             f"{artifact.path} needs torch and fbgemm ({_torch_problem()}), or onnxruntime for its ONNX graph: "
             "install narsil[cpu], narsil[cuda] or narsil[onnx]"
         )
-    return "torch" if artifact.torchscript is not None or artifact.onnx is None else "onnx"
+    return "torch" if artifact.offers("torch") or artifact.onnx is None else "onnx"
 
 
 def _load_portable(artifact: Artifact, name: str, options: _Options) -> Backend:
