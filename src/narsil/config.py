@@ -115,7 +115,9 @@ class ServeSettings(BaseModel):
     tls_certificate: Path | None = Field(None, description="PEM certificate chain; turns TLS on.")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate.")
     tls_client_ca: Path | None = Field(None, description="PEM authority; clients must show a certificate it signed.")
-    verify_checksums: bool = Field(True, description="Hold the artifact's files against its manifest at start.")
+    verify_checksums: bool = Field(
+        True, description="Hold the artifact's files against its manifest at start, and compiled tables for NaN."
+    )
     copy_tables: bool = Field(
         False, description="Serve from sealed copies of the model's files in memory, not from the files themselves."
     )
