@@ -150,7 +150,8 @@ def _relu(given: Rounded) -> Rounded:
 
 def _tables(config: DlrmConfig, script: Path) -> list[Doubles]:
     """(rows, dim) of each feature's table, out of the bytes that the artifact holds."""
-    from narsil.artifacts.torchrec import load_torchscript, table_operators
+    from narsil.artifacts.tbe import table_operators
+    from narsil.artifacts.torchscript import load_torchscript
 
     (operator,) = table_operators(load_torchscript(script, "cpu"))
     data, found = operator.weights_host.numpy(), []

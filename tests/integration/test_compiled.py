@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from narsil.artifacts import compiled_info as compiled_module
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import CompiledInfo
-from narsil.artifacts.torchrec import table_operators
+from narsil.artifacts.tbe import table_operators
 from narsil.backends.base import Backend
 from narsil.backends.compiled import load_compiled
 from narsil.backends.fused import FusedBackend

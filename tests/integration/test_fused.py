@@ -15,7 +15,7 @@ pytest.importorskip("fbgemm_gpu")
 
 from narsil.artifacts.compiled_info import SCALE_BIAS_BYTES, processor_flags
 from narsil.artifacts.packed import kinds_here
-from narsil.artifacts.torchrec import load_torchscript
+from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import PARTS, ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.compile.core import read_parts, realigned

@@ -41,7 +41,7 @@ def test_rewritten_layers_score_as_the_module_that_was_saved(rewritten, as_saved
 
 def test_every_hidden_layer_is_rewritten_and_the_weights_stay_where_they_are(small_artifact, monkeypatch):
     monkeypatch.setattr(kernels, "GAIN", 0.0)
-    from narsil.artifacts.torchrec import load_torchscript
+    from narsil.artifacts.torchscript import load_torchscript
 
     module = load_torchscript(small_artifact.torchscript, "cpu")
     before = {name: tensor.data_ptr() for name, tensor in module.named_parameters()}
@@ -59,7 +59,7 @@ def test_kernels_that_are_not_faster_leave_the_module_alone(small_artifact, monk
 def test_kernels_whose_results_differ_are_never_taken(small_artifact, monkeypatch):
     monkeypatch.setattr(kernels, "GAIN", 0.0)
     monkeypatch.setattr(kernels, "TOLERANCE", -1.0)
-    from narsil.artifacts.torchrec import load_torchscript
+    from narsil.artifacts.torchscript import load_torchscript
 
     layers = [
         (m.weight, m.bias)

@@ -21,7 +21,8 @@ pytest.importorskip("onnxruntime")
 from click.testing import CliRunner  # noqa: E402
 
 from narsil.artifacts.artifact import MANIFEST, Artifact, open_artifact  # noqa: E402
-from narsil.artifacts.torchrec import _check_table_values, derive_schema  # noqa: E402
+from narsil.artifacts.tbe import check_table_values  # noqa: E402
+from narsil.artifacts.torchrec import derive_schema  # noqa: E402
 from narsil.backends.onnx import OnnxBackend  # noqa: E402
 from narsil.backends.registry import load_backend  # noqa: E402
 from narsil.cli import cli  # noqa: E402
@@ -268,7 +269,7 @@ def test_a_manifest_that_promises_more_rows_than_the_tables_have_is_refused(
     ("make", "message"),
     [
         (lambda path: torch.save({"a": torch.zeros(1)}, path), "is a torch.save pickle, not TorchScript"),
-        (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "holds no quantized embedding"),
+        (lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path), "does not take one Dict"),
     ],
 )
 def test_foreign_files_are_told_apart(tmp_path: Path, make: Any, message: str) -> None:
@@ -341,6 +342,7 @@ def test_tables_of_plain_floats_are_looked_at_too(kind: Any, value: float) -> No
     size = stored.element_size()
     tbe = SimpleNamespace(
         rows_per_table=torch.tensor([3]),
+        feature_table_map=[0],
         D_offsets=torch.tensor([0, 8]),
         weights_offsets=torch.tensor([0]),
         weights_tys=torch.tensor([0 if size == 4 else 1]),
@@ -350,7 +352,7 @@ def test_tables_of_plain_floats_are_looked_at_too(kind: Any, value: float) -> No
         row_alignment=1,
     )
     with pytest.raises(ArtifactError, match="m: row 2 of table number 0 is NaN or infinite"):
-        _check_table_values(tbe, "m")
+        check_table_values(tbe, "m")
 
 
 def test_a_truncated_archive_is_refused(small_artifact: Artifact, tmp_path: Path) -> None:

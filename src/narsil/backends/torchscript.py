@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import ModelSchema
-from narsil.artifacts.torchrec import DENSE, LENGTHS, VALUES, load_torchscript, schema_of
+from narsil.artifacts.torchrec import Binding, read_module
+from narsil.artifacts.torchscript import LENGTHS, VALUES, interface_of, load_torchscript
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.dataflow import Batch, Floats, Scores
@@ -26,6 +27,8 @@ __all__ = ["TorchScriptBackend"]
 
 log = logging.getLogger(__name__)
 
+_TORCHREC = Binding()  # the names that TorchRec's own predictors use
+
 
 class TorchScriptBackend(Backend):
     """A ScriptModule that takes and returns named tensors."""
@@ -33,13 +36,21 @@ class TorchScriptBackend(Backend):
     name = "torch"
 
     def __init__(
-        self, module: Any, schema: ModelSchema, device: str, intra_op_threads: int = 1, *, tuned: bool = False
+        self,
+        module: Any,
+        schema: ModelSchema,
+        device: str,
+        intra_op_threads: int = 1,
+        *,
+        tuned: bool = False,
+        binding: Binding = _TORCHREC,
     ) -> None:
         self.schema = schema
         self.device = device
         self._module = module
         self._threads = intra_op_threads
         self._tuned = tuned
+        self._binding = binding
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
@@ -54,21 +65,23 @@ class TorchScriptBackend(Backend):
         """
         script = artifact.files_for("torch")["torchscript"]
         module = load_torchscript(script, device)
-        # The manifest's row counts bound the ids that are let in: they must be the tables' own.
-        schema, _ = schema_of(module, script.name)
-        if schema != artifact.schema:
-            raise ArtifactError(
-                f"{script} and its manifest describe different models: "
-                f"{_difference(schema, artifact.schema)}; package the model again"
-            )
+        interface = interface_of(module, script.name)
         tuned = False
+        # Before the first run: the executor keeps the graph that it saw then.
         if tune and torch.device(device).type == "cpu":
             try:
                 tuned = tune_linear_layers(module, intra_op_threads)
             except Exception as error:  # of oneDNN or the executor; a speed-up that fails must not end the start
                 log.warning("linear layers stay with torch's own kernels: oneDNN's failed (%s)", first_line(error))
                 module = load_torchscript(script, device)  # without what the rewriting had begun
-        return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned)
+        # The manifest's row counts bound the ids that are let in: they must be the tables' own.
+        reading = read_module(module, script.name, artifact.schema.dense_dim, interface)
+        if reading.schema != artifact.schema:
+            raise ArtifactError(
+                f"{script} and its manifest describe different models: "
+                f"{_difference(reading.schema, artifact.schema)}; package the model again"
+            )
+        return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned, binding=reading.binding)
 
     def bucket(self, rows: int) -> int:
         """See Backend.bucket."""
@@ -76,14 +89,20 @@ class TorchScriptBackend(Backend):
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; the inputs' memory is lent to torch, not copied."""
-        inputs = {
-            DENSE: _tensor(batch.dense),
-            LENGTHS: _tensor(batch.lengths),
-            VALUES: _tensor(batch.values),
-        }
+        inputs = self._inputs(batch)
         with torch.inference_mode():
             outputs = self._module(inputs) if self._stream is None else self._run_on_stream(inputs, self._stream)
         return {task: self._checked(task, outputs, batch.rows) for task in self.schema.tasks}
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        binding = self._binding
+        lengths, values = _tensor(batch.lengths), _tensor(batch.values)
+        if binding.wide_ids:
+            lengths, values = lengths.long(), values.long()
+        inputs = {binding.sparse + LENGTHS: lengths, binding.sparse + VALUES: values}
+        if binding.dense is not None:
+            inputs[binding.dense] = _tensor(batch.dense)
+        return inputs
 
     def _run_on_stream(self, inputs: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> Any:
         with torch.cuda.stream(stream):
@@ -106,7 +125,9 @@ class TorchScriptBackend(Backend):
 
     def share(self) -> TorchScriptBackend:
         """Another instance over the same module."""
-        return TorchScriptBackend(self._module, self.schema, self.device, self._threads, tuned=self._tuned)
+        return TorchScriptBackend(
+            self._module, self.schema, self.device, self._threads, tuned=self._tuned, binding=self._binding
+        )
 
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""

@@ -26,7 +26,7 @@ from narsil.artifacts.compiled_info import CompiledInfo, processor_flags
 from narsil.artifacts.copying import copy_file
 from narsil.artifacts.packed import kinds_here, write_packed
 from narsil.artifacts.replacing import Progress, replacing
-from narsil.artifacts.torchrec import load_torchscript
+from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import ForwardLibrary, Geometry
 from narsil.backends.registry import load_backend
 from narsil.compile.cache import cached, gpu_flags_of, key_of

@@ -4,36 +4,35 @@ Receives a loaded ScriptModule (TorchRec's own packager's included) and its sche
 layers and the INT8 tables as they lie in memory. ``Core`` is those layers as a module: dense features and pooled
 embeddings in, scores out. The lookup stays FBGEMM's operator, called before it.
 
-The pooled embeddings come in the schema's order of features. Where the artifact's tables stand in another, the
-columns of the over arch's first layer are moved instead, so that nothing has to be permuted when a request is served.
+What the module computes is read from its operations (see compile/dlrm.py), never from the names of its weights. The
+pooled embeddings come in the schema's order of features. Where the artifact's tables stand in another, the columns of
+the over arch's first layer are moved instead, so that nothing has to be permuted when a request is served.
 """
 
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from narsil.artifacts.compiled_info import HOST, INT8, SCALE_BIAS_BYTES
 from narsil.artifacts.schema import ModelSchema
-from narsil.artifacts.torchrec import schema_of, table_operators
+from narsil.artifacts.tbe import table_operators
+from narsil.artifacts.torchrec import read_module
+from narsil.compile.dlrm import Dlrm, recognised
 from narsil.errors import ArtifactError
+from narsil.program import steps
 
 __all__ = ["Core", "DlrmParts", "Int8Tables", "Linear", "Precision", "read_parts", "realigned"]
 
 Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
-_LAYER = re.compile(
-    r"(?:.*\.)?(?:(dense_arch)\.model\._mlp\.(\d+)\._linear|(over_arch)\.model\.0\._mlp\.(\d+)\._linear"
-    r"|(over_arch)\.model\.(1))\.(weight|bias)"
-)
 _LEADING_BITS = -(1 << 16)  # of a float32: those that a bfloat16 has
-_LAST = 1 << 30  # the number under which over_arch.model.1 sorts: after every layer of its MLP
 
 
 @dataclass(frozen=True)
@@ -119,30 +118,35 @@ class Core(nn.Module):
 
 
 def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
-    """The parts of a loaded ScriptModule. Raises ArtifactError on what is no DLRM with INT8 tables of one dim."""
-    actual, _ = schema_of(module, name)  # also holds every table's rows against the bytes that there are
-    if actual != schema:
+    """The parts of a loaded ScriptModule, whose every operation is accounted for. Raises ArtifactError on what is no
+    DLRM with INT8 tables of one dim."""
+    reading = read_module(
+        module, name, schema.dense_dim
+    )  # also holds every table's rows against the bytes that there are
+    if reading.schema != schema:
         raise ArtifactError(f"{name} and its manifest describe different models; package the model again")
-    dims, poolings = {feature.dim for feature in schema.features}, {feature.pooling for feature in schema.features}
-    if len(dims) != 1:
-        raise ArtifactError(f"{name} has tables of {len(dims)} dims; a DLRM that can be compiled has one")
     if len(schema.tasks) != 1:
         raise ArtifactError(f"{name} scores {len(schema.tasks)} tasks; a DLRM that can be compiled scores one")
-    tbes = table_operators(module)
-    order = _interaction_order(module, tbes, schema, name)
-    layers = _layers(module.state_dict(), name)
-    over = layers["over_arch"]
-    over[0] = Linear(_reordered(over[0].weight, order, dims.copy().pop(), name), over[0].bias)
-    parts = DlrmParts(
-        tuple(layers["dense_arch"]),
-        tuple(over),
-        _int8_tables(tbes, schema, name),
+    program = None if reading.readings is None else reading.readings.program
+    if program is None:
+        problem = "its device is not here" if reading.readings is None else reading.readings.problem
+        raise ArtifactError(f"{name} cannot be compiled ({problem}); serve it with the torch backend")
+    dlrm = recognised(program, schema.tasks[0], name)
+    dims, poolings = {feature.dim for feature in schema.features}, {feature.pooling for feature in schema.features}
+    return DlrmParts(
+        tuple(map(_linear, dlrm.dense)),
+        tuple(map(_linear, dlrm.over)),
+        _int8_tables(table_operators(module), dlrm, name),
         schema.num_features,
         dims.pop(),
         poolings.pop() if len(poolings) == 1 else "mixed",
     )
-    _check_chain(parts, name)
-    return parts
+
+
+def _linear(step: steps.Linear) -> Linear:
+    """A layer without a bias has one of zeros."""
+    bias = np.zeros(len(step.weight), np.float32) if step.bias is None else step.bias
+    return Linear(torch.from_numpy(np.array(step.weight, np.float32)), torch.from_numpy(np.array(bias, np.float32)))
 
 
 def realigned(tables: Int8Tables, rows: Sequence[int], dim: int, alignment: int) -> Int8Tables:
@@ -159,83 +163,9 @@ def realigned(tables: Int8Tables, rows: Sequence[int], dim: int, alignment: int)
     return Int8Tables(data, tuple(offsets), alignment)
 
 
-def _layers(state: Mapping[str, Tensor], name: str) -> dict[str, list[Linear]]:
-    """The linear layers of each arch, in the order in which they run."""
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _LAYER.fullmatch(key)
-        if match is None:
-            if tensor.is_floating_point() and tensor.numel() and not re.search(r"\btbes\.|embedding_bag", key):
-                raise ArtifactError(f"{name} holds {key}, which a DLRM with dot interaction has no place for")
-            continue
-        arch, number = match[1] or match[3] or match[5], _LAST if match[6] else int(match[2] or match[4])
-        found.setdefault((arch, number), {})[match[7]] = tensor.detach().float().contiguous()
-    layers: dict[str, list[Linear]] = {"dense_arch": [], "over_arch": []}
-    for (arch, _), pair in sorted(found.items()):
-        if set(pair) != {"weight", "bias"}:
-            raise ArtifactError(f"{name}: a linear layer of {arch} has no {'bias' if 'weight' in pair else 'weight'}")
-        layers[arch].append(Linear(pair["weight"], pair["bias"]))
-    if not layers["dense_arch"] or len(layers["over_arch"]) < 2:
-        raise ArtifactError(f"{name} lacks the dense or the over arch of a DLRM; only DLRM artifacts can be compiled")
-    return layers
-
-
-def _reordered(weight: Tensor, order: Sequence[int], dim: int, name: str) -> Tensor:
-    """The over arch's first weight for embeddings in the schema's order, where the module has them in ``order``."""
-    vectors = len(order) + 1
-    pairs = vectors * (vectors - 1) // 2
-    if weight.shape[1] != dim + pairs:
-        raise ArtifactError(
-            f"{name}: the over arch takes {weight.shape[1]} columns where dot interaction of {vectors} vectors of "
-            f"{dim} gives {dim + pairs}; only a DLRM with dot interaction can be compiled"
-        )
-    if list(order) == sorted(order):
-        return weight
-    place = torch.tensor([0, *(position + 1 for position in order)])
-    upper, right = torch.triu_indices(vectors, vectors, offset=1)
-    column = torch.zeros(vectors, vectors, dtype=torch.int64)
-    column[upper, right] = torch.arange(pairs)
-    low, high = torch.minimum(place[upper], place[right]), torch.maximum(place[upper], place[right])
-    moved = weight.clone()
-    moved[:, dim + column[low, high]] = weight[:, dim:]
-    return moved
-
-
-def _interaction_order(module: Any, tbes: Sequence[Any], schema: ModelSchema, name: str) -> list[int]:
-    """The features, as positions in the schema, in the order in which forward multiplies them.
-
-    Where tables differ in pooling, TorchRec looks them up in groups and then picks them by name.
-    """
-    picked = [
-        [value.node().inputsAt(1).toIValue() for value in joined.inputs()]
-        for node in module.graph.nodes()
-        if node.kind() == "prim::CallMethod" and node.s("name") == "to_dict"
-        for joined in _lists_of_items(node.output())
-    ]
-    if not picked and len(tbes) == 1:
-        picked = [[feature for table in tbes[0].feature_names_per_table for feature in table]]
-    if len(picked) != 1 or sorted(picked[0]) != sorted(schema.index):
-        raise ArtifactError(f"{name} joins its embeddings in an order that is not plain to see; it cannot be compiled")
-    return [schema.index[feature] for feature in picked[0]]
-
-
-def _lists_of_items(named: Any) -> list[Any]:
-    """The lists that are made of a dict's items alone."""
-    lists = [use.user for item in named.uses() for use in item.user.output().uses()]
-    return [
-        node
-        for position, node in enumerate(lists)
-        if node.kind() == "prim::ListConstruct"
-        and node not in lists[:position]
-        and all(value.node().kind() == "aten::__getitem__" for value in node.inputs())
-    ]
-
-
-def _int8_tables(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Int8Tables:
+def _int8_tables(tbes: Sequence[Any], dlrm: Dlrm, name: str) -> Int8Tables:
     """The tables of all groups, their offsets in the schema's order."""
-    offsets: dict[int, int] = {}
-    alignments = {max(int(tbe.row_alignment), 1) for tbe in tbes}
-    start = 0
+    bases, start = {}, 0
     for tbe in tbes:
         if set(tbe.weights_tys.tolist()) != {INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
             raise ArtifactError(
@@ -243,22 +173,23 @@ def _int8_tables(tbes: Sequence[Any], schema: ModelSchema, name: str) -> Int8Tab
             )
         if set(tbe.weights_placements.tolist()) != {HOST}:
             raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
-        features = [schema.index[feature] for table in tbe.feature_names_per_table for feature in table]
-        offsets |= {position: start + at for position, at in zip(features, tbe.weights_offsets.tolist(), strict=True)}
+        bases[tbe.weights_host.data_ptr()] = start
         start += tbe.weights_host.numel()
+    if not tbes:
+        raise ArtifactError(f"{name}: its tables are floats; package the model with INT8 tables")
+    alignments = {max(int(tbe.row_alignment), 1) for tbe in tbes}
     if len(alignments) != 1:
         raise ArtifactError(f"{name}: its groups of tables differ in alignment; package the model again")
+    offsets = []
+    for feature in sorted(dlrm.tables):
+        lookup, position = dlrm.tables[feature]
+        table = lookup.tables[position]
+        base = bases.get(table.data.ctypes.data)
+        if base is None:
+            raise ArtifactError(f"{name}: tables are not INT8; package the model with INT8 tables")
+        offsets.append(base + table.start)
     data = tbes[0].weights_host if len(tbes) == 1 else torch.cat([tbe.weights_host for tbe in tbes])
-    return Int8Tables(data, tuple(offsets[position] for position in range(len(offsets))), alignments.pop())
-
-
-def _check_chain(parts: DlrmParts, name: str) -> None:
-    """Raises ArtifactError unless each layer takes what the one before it gives."""
-    for layers, end in ((parts.dense, parts.dim), (parts.over, 1)):
-        widths = [int(linear.weight.shape[0]) for linear in layers]
-        takes = [int(linear.weight.shape[1]) for linear in layers[1:]]
-        if widths[:-1] != takes or widths[-1] != end:
-            raise ArtifactError(f"{name}: layers of {widths} outputs and {takes} inputs, ending in {end}, do not chain")
+    return Int8Tables(data, tuple(offsets), alignments.pop())
 
 
 def _layer(linear: Linear, kind: torch.dtype) -> nn.Linear:

@@ -1,0 +1,246 @@
+"""Reads the operations over ids and their bags, and the lookups.
+
+Where an id stands is not followed by rules but by example: an operation that moves ids is run again on their positions.
+At a lookup every bag of every feature must then hold exactly the ids of one bag of the request, in their order, in both
+recordings. That is proof only as long as nothing on the way looks at what it moves: lengths and offsets may therefore
+pass through operations that are known not to (``Structure``), and what is done to an id's value is kept as an
+expression.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from narsil.program.reader import Reader, fixed_array, reads
+from narsil.program.recording import Constant, Op, Ref, Varying
+from narsil.program.steps import ELEMENTWISE, IdExpression, Lookup, Pooling, Table
+from narsil.program.values import Fixed, Known, Opaque, PerId, Structure, Unread
+
+__all__ = ["IDS", "WEIGHTS", "per_id", "rearranged"]
+
+IDS, WEIGHTS = IdExpression("ids"), IdExpression("weights")
+_POOLING: dict[int, Pooling] = {0: "sum", 1: "mean"}
+
+
+def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tuple[Any, ...]) -> PerId:
+    """A function of what belongs to each id: the same ids, and numbers."""
+    sources = [item for item in known if isinstance(item, PerId)]
+    for source in sources:
+        if source.group != sources[0].group or not all(map(torch.equal, source.positions, sources[0].positions)):
+            raise Unread("it takes the ids of different bags")
+    arguments: list[Any] = []
+    for item in known:
+        if isinstance(item, PerId):
+            arguments.append(item.expression)
+        elif isinstance(item, Fixed) and item.tensor.numel() == 1:
+            arguments.append(item.tensor.item())
+        elif isinstance(item, int | float):
+            arguments.append(item)
+        else:
+            raise Unread("it takes ids together with something else")
+    if function not in ELEMENTWISE:
+        raise Unread("no step for it over ids")
+    return PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
+
+
+def rearranged(reader: Reader, op: Op) -> Any:
+    """What an operation makes that moves ids, or lengths, and looks at neither."""
+    sources = [known for leaf in _tensors(op) if isinstance(known := reader.of(leaf), PerId)]
+    if not sources:
+        return _structure(reader, op)
+    for source in sources:
+        if (source.group, source.expression) != (sources[0].group, sources[0].expression):
+            raise Unread("it mixes ids of different groups, or to which different things were done")
+    made = [_moved(reader, op, which) for which in (0, 1)]
+    results = [
+        PerId(sources[0].group, sources[0].expression, (first, second)) for first, second in zip(*made, strict=True)
+    ]
+    return tuple(results) if len(op.outputs) > 1 else results[0]
+
+
+def _structure(reader: Reader, op: Op) -> Any:
+    groups = {known.group for leaf in _tensors(op) if isinstance(known := reader.of(leaf), Structure)}
+    if len(groups) != 1:
+        raise Unread("it mixes the lengths of different groups")
+    return (Structure(groups.pop()),) * len(op.outputs) if len(op.outputs) > 1 else Structure(groups.pop())
+
+
+def _moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
+    """The operation's results, run over the positions of the ids in one of the recordings."""
+
+    def given(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [given(item) for item in value]
+        if isinstance(value, Constant):
+            return value.tensor
+        if isinstance(value, Varying):
+            return (value.first, value.second)[which]
+        if not isinstance(value, Ref):
+            return value
+        known = reader.known.get(value.number)
+        return known.positions[which] if isinstance(known, PerId) else reader.pair(value)[which]
+
+    kwargs = {key: given(value) for key, value in op.kwargs.items() if key != "dtype"}
+    made = op.call(*map(given, op.args), **kwargs)
+    return tuple(made) if isinstance(made, tuple | list) else (made,)
+
+
+def _tensors(op: Op) -> list[Any]:
+    def leaves(value: Any) -> list[Any]:
+        if isinstance(value, tuple):
+            return [leaf for item in value for leaf in leaves(item)]
+        return [value] if isinstance(value, Ref) else []
+
+    return leaves((*op.args, *op.kwargs.values()))
+
+
+@reads("fbgemm.asynchronous_complete_cumsum", "aten.cumsum")
+def read_offsets(reader: Reader, op: Op) -> Known:
+    """Lengths become offsets."""
+    if not isinstance(known := reader.of(op.args[0]), Structure):
+        raise Unread("it sums up what are no lengths")
+    return known
+
+
+@reads("aten.new_zeros", "aten.zeros_like")
+def read_zeros(reader: Reader, op: Op) -> Known:
+    """Zeros beside lengths are the first offset."""
+    if isinstance(known := reader.of(op.args[0]), Structure):
+        return known
+    raise Unread("its size follows from how many rows there are")
+
+
+@reads("fbgemm.permute_2D_sparse_data", "fbgemm.permute_1D_sparse_data")
+def read_permute(reader: Reader, op: Op) -> Any:
+    """Features in another order: lengths, ids and weights."""
+    reader.fixed(op.args[0])
+    lengths, ids = reader.of(op.args[1]), reader.of(op.args[2])
+    if not isinstance(lengths, Structure) or not isinstance(ids, PerId):
+        raise Unread("it does not move ids by their lengths")
+    made = [_moved(reader, op, which) for which in (0, 1)]
+    moved = PerId(ids.group, ids.expression, (made[0][1], made[1][1]))
+    weights = None
+    if op.args[3] is not None:
+        given = reader.of(op.args[3])
+        if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, ids.positions)):
+            raise Unread("its weights are not the ids' own")
+        weights = PerId(given.group, given.expression, moved.positions)
+    return lengths, moved, weights
+
+
+@reads("fbgemm.block_bucketize_sparse_features_inference", "fbgemm.block_bucketize_sparse_features")
+def read_bucketize(reader: Reader, op: Op) -> Any:
+    """Ids divided among devices: of one device, nothing changes."""
+    if op.args[5] != 1 or op.args[2]:
+        raise Unread("it divides ids among several devices; package the model for one")
+    lengths, ids = reader.of(op.args[0]), reader.of(op.args[1])
+    if not isinstance(lengths, Structure) or not isinstance(ids, PerId):
+        raise Unread("it does not divide ids by their lengths")
+    if not all(
+        torch.equal(a, b) for a, b in zip(reader.pair(op.args[1]), reader.pair(Ref(op.outputs[1] or 0)), strict=True)
+    ):
+        raise Unread("it changes ids")
+    places: list[Known | None] = [None] * len(op.outputs)
+    places[0], places[1] = lengths, ids
+    for output, number in enumerate(op.outputs[2:], 2):
+        if number is not None:
+            places[output] = Opaque("fbgemm.block_bucketize_sparse_features: places of ids")
+    return tuple(places)
+
+
+@reads("fbgemm.bounds_check_indices")
+def read_bounds_check(reader: Reader, op: Op) -> Any:
+    """Ids inside their tables stay what they are; others are never let in."""
+    return (None,) * len(op.outputs)
+
+
+@reads("fbgemm.int_nbit_split_embedding_codegen_lookup_function")
+def read_lookup(reader: Reader, op: Op) -> Known:
+    """FBGEMM's lookup over quantized tables."""
+    weights, uvm = (reader.fixed(argument) for argument in op.args[:2])
+    dims = np.diff(fixed_array(reader.fixed(op.args[5]))).tolist()
+    pooling, given_weights = op.args[14], op.args[15]
+    data = weights if weights.numel() else uvm
+    tables = tuple(reader.table_of(data, position) for position in range(len(dims)))
+    if [table.dim for table in tables] != dims:
+        raise Unread("its tables have other dims than it says")
+    return _lookup(reader, op, op.args[12], op.args[13], given_weights, tables, pooling)
+
+
+@reads("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def read_embedding_bag(reader: Reader, op: Op) -> Any:
+    """torch's own lookup over a table of floats."""
+    table = fixed_array(reader.fixed(op.args[0]))
+    arguments = dict(zip(("scale", "mode", "sparse", "weights", "last", "padding"), op.args[3:], strict=False))
+    if arguments.get("scale") or arguments.get("padding", -1) not in (-1, None) or not arguments.get("last", False):
+        raise Unread("it scales gradients, has a padding row, or no last offset")
+    found = Table(
+        "embedding", table.view(np.uint8).reshape(-1), 0, len(table), table.shape[1], 0, table.shape[1] * 4, 0
+    )
+    made = _lookup(reader, op, op.args[1], op.args[2], arguments.get("weights"), (found,), arguments.get("mode", 0))
+    return made, None, None, None
+
+
+def _lookup(
+    reader: Reader, op: Op, ids: Any, offsets: Any, weights: Any, tables: tuple[Table, ...], pooling: Any
+) -> Known:
+    try:
+        known, bags = reader.of(ids), reader.of(offsets)
+        if not isinstance(known, PerId) or not isinstance(bags, Structure) or bags.group != known.group:
+            raise Unread("its ids or its offsets are not the request's")
+        features = _features(reader, known, offsets, len(tables))
+        weighing = None
+        if weights is not None:
+            given = reader.of(weights)
+            if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, known.positions)):
+                raise Unread("its weights are not the ids' own")
+            weighing = given.expression
+    except Unread as problem:
+        reader.unknown_ids = reader.unknown_ids or f"{op.name}: {problem}"
+        raise
+    number = op.outputs[0]
+    if number is None:
+        raise Unread("it makes no tensor")
+    step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), known.expression, weighing)
+    reader.lookups.append(step)
+    if pooling not in _POOLING:
+        return Opaque(f"{op.name}: sequences of vectors, one for each id, are not read")
+    return reader.add(op, step, (sum(table.dim for table in tables),))
+
+
+def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int, ...]:
+    """The request's feature whose bags each of a lookup's features has. Raises Unread where one has no such."""
+    found = [
+        _matched(*recorded, count)
+        for recorded in zip(ids.positions, reader.pair(offsets), reader.groups[ids.group], reader.rows, strict=True)
+    ]
+    if found[0] != found[1]:
+        raise Unread("which feature is looked up where follows from the rows")
+    return found[0]
+
+
+def _matched(
+    positions: torch.Tensor, offsets: torch.Tensor, lengths: NDArray[np.int64], rows: int, count: int
+) -> tuple[int, ...]:
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    places, bounds = positions.numpy(), offsets.numpy()
+    if len(bounds) != count * rows + 1:
+        raise Unread(f"it has {len(bounds)} offsets for {count} features of {rows} rows")
+    features = []
+    for number in range(count):
+        bags = [places[bounds[number * rows + row] : bounds[number * rows + row + 1]] for row in range(rows)]
+        feature = next(
+            (int(np.searchsorted(starts, bag[0], side="right") - 1) // rows for bag in bags if len(bag)), None
+        )
+        if feature is None:
+            raise Unread("it looks up bags that hold nothing")
+        for row, bag in enumerate(bags):
+            own = feature * rows + row
+            if not np.array_equal(bag, np.arange(starts[own], starts[own + 1])):
+                raise Unread("its bags are not the request's bags")
+        features.append(feature)
+    return tuple(features)

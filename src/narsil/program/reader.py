@@ -1,0 +1,260 @@
+"""Reads a program from a merged recording: every operation between inputs and outputs becomes a step, or the reader
+stops at the first one that it does not know.
+
+What each operation means is in ``dense.py`` (columns) and ``ragged.py`` (ids, lengths, lookups), one function for each
+kind, registered with ``reads``. An operation nobody knows gives an Opaque value, which is no fault as long as nothing
+that matters comes of it: an output that does is refused with the operation's name, and so is a lookup whose ids do.
+
+Sizes are never taken from one recording alone: a value's shape must have the rows of either where they belong and be
+the same elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from narsil.program.recording import Constant, Op, Recording, Ref, Varying
+from narsil.program.steps import Arrange, Concat, Elementwise, Lookup, Program, Step, Table
+from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Unread
+
+__all__ = ["Reader", "Readings", "TableOf", "fixed_array", "reads"]
+
+ROUNDED = {torch.float16: "to_float16", torch.bfloat16: "to_bfloat16"}
+
+_READERS: dict[str, Callable[[Reader, Op], Any]] = {}
+
+# (the lookup's weights, position of the feature) -> its table.
+TableOf = Callable[[torch.Tensor, int], Table]
+
+
+def reads(*names: str) -> Callable[[Callable[[Reader, Op], Any]], Callable[[Reader, Op], Any]]:
+    """Registers what reads the operations of these names. It returns the outputs' Known, one or a tuple, or raises
+    Unread."""
+
+    def register(function: Callable[[Reader, Op], Any]) -> Callable[[Reader, Op], Any]:
+        for name in names:
+            if name in _READERS:
+                raise ValueError(f"two readers for {name}")
+            _READERS[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What came of a recording."""
+
+    program: Program | None  # None where an output is not known
+    problem: str  # why, else empty
+    lookups: tuple[Lookup, ...]  # all of them, those that no output needs included
+    unknown_ids: str  # why the ids of some lookup are not known, else empty
+
+
+class Reader:
+    """One reading. ``rows`` and ``groups`` say what the two recordings were given: B of each; group -> (T, B)
+    lengths."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        rows: tuple[int, int],
+        groups: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]],
+        table_of: TableOf,
+    ) -> None:
+        self.recording = recording
+        self.rows = rows
+        self.groups = groups
+        self.table_of = table_of
+        self.steps: list[Step] = []
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.known: dict[int, Known] = {}
+        self.lookups: list[Lookup] = []
+        self.unknown_ids = ""
+
+    def read(self, dense: Mapping[str, int], inputs: Mapping[int, Known]) -> Readings:
+        """The program. ``dense``: input name -> number of the recording's tensor; ``inputs``: what the others are."""
+        for number in dense.values():
+            self.known[number] = Column(number, tuple(self.recording.tensors[number].shape[1:]))
+            self.shapes[number] = tuple(self.recording.tensors[number].shape[1:])
+        self.known.update(inputs)
+        for op in self.recording.ops:
+            self._read_op(op)
+        outputs, problem = self._outputs()
+        program = None
+        if not problem:
+            groups = {name: len(lengths[0]) for name, lengths in self.groups.items()}
+            program = Program(dense, groups, self._needed(outputs), outputs, self.shapes)
+        return Readings(program, problem, tuple(self.lookups), self.unknown_ids)
+
+    def of(self, argument: Any) -> Known:
+        """What is known of an argument that is a tensor. Raises Unread where it is none, or opaque."""
+        if isinstance(argument, Constant):
+            return Fixed(argument.tensor)
+        if not isinstance(argument, Ref):
+            raise Unread(f"an argument is {argument!r:.64}, not a tensor")
+        found = self.known.get(argument.number, Opaque("comes from nowhere"))
+        if isinstance(found, Opaque):
+            raise Unread(found.reason)
+        return found
+
+    def column(self, argument: Any) -> Column:
+        """An argument that must be a value of the program, unfolded."""
+        found = self.of(argument)
+        if not isinstance(found, Column):
+            raise Unread(f"it takes {_told(found)} where a value for each row is expected")
+        if found.folded:
+            raise Unread("it takes rows that are laid out as more than one")
+        return found
+
+    def fixed(self, argument: Any) -> torch.Tensor:
+        """An argument that must be the model's own."""
+        found = self.of(argument)
+        if not isinstance(found, Fixed):
+            raise Unread(f"it takes {_told(found)} where a weight is expected")
+        return found.tensor
+
+    def add(self, op: Op, step: Step, shape: Sequence[int], folded: int = 0, output: int = 0) -> Column:
+        """The value that a step makes, once the recorded tensor has that shape in both recordings."""
+        number = op.outputs[output]
+        if number is None:
+            raise Unread("it makes no tensor")
+        shape = tuple(int(size) for size in shape)
+        self.check_shape(number, shape, folded)
+        self.shapes[number] = shape
+        rounds = ROUNDED.get(self.recording.tensors[number].dtype)
+        if (
+            rounds is None
+            or isinstance(step, Arrange | Concat)
+            or (isinstance(step, Elementwise) and step.function == rounds)
+        ):
+            self.steps.append(step)
+            return Column(number, shape, folded)
+        # What is computed in 16 bits is rounded to them: the step's own result has a number that no tensor has.
+        hidden = self.hidden(shape)
+        self.steps += [replace(step, out=hidden), Elementwise(number, rounds, (hidden,))]
+        return Column(number, shape, folded)
+
+    def hidden(self, shape: tuple[int, ...]) -> int:
+        """A number for a value between two steps that are one operation in the recording."""
+        number = -1 - len(self.shapes)
+        self.shapes[number] = shape
+        return number
+
+    def check_shape(self, number: int, shape: tuple[int, ...], folded: int = 0) -> None:
+        """Raises Unread unless a tensor has the rows of either recording, and this shape for each of them."""
+        per_row = int(np.prod(shape[:folded], dtype=np.int64))
+        for tensor, rows in zip(
+            (self.recording.tensors[number], self.recording.second[number]), self.rows, strict=True
+        ):
+            if tuple(tensor.shape) != (rows * per_row, *shape[folded:]):
+                raise Unread(f"it makes {tuple(tensor.shape)} of {rows} rows, which are not laid out row by row")
+
+    def pair(self, argument: Ref) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors of both recordings."""
+        return self.recording.tensors[argument.number], self.recording.second[argument.number]
+
+    def tail(self, number: int) -> tuple[int, tuple[int, ...]]:
+        """(how many rows of the tensor belong to one row, the other axes) of a tensor. Raises Unread where its first
+        axis does not go with the rows, or another one does."""
+        first, second = self.recording.tensors[number].shape, self.recording.second[number].shape
+        if not first or first[1:] != second[1:]:
+            raise Unread(f"it makes {tuple(first)} of {self.rows[0]} rows, which are not laid out row by row")
+        per_row = first[0] // self.rows[0]
+        if (first[0], second[0]) != (per_row * self.rows[0], per_row * self.rows[1]) or not per_row:
+            raise Unread(f"it makes {tuple(first)} of {self.rows[0]} rows, which are not laid out row by row")
+        return per_row, tuple(first[1:])
+
+    def _read_op(self, op: Op) -> None:
+        made: Any
+        try:
+            if op.name not in _READERS:
+                raise Unread("no step for it")
+            made = _READERS[op.name](self, op)
+        except Unread as problem:
+            inherited = self._inherited(op)
+            made = Opaque(inherited or f"{op.name}: {problem}")
+        results = made if isinstance(made, tuple) else (made,) * len(op.outputs)
+        for number, result in zip(op.outputs, results, strict=True):
+            if number is not None and result is not None:
+                self.known[number] = self._settled(op, number, result)
+        if op.name.endswith("_"):
+            self._forget_aliases(op)
+
+    def _settled(self, op: Op, number: int, result: Known) -> Known:
+        """A constant must have one shape, whatever the rows."""
+        shapes = self.recording.tensors[number].shape, self.recording.second[number].shape
+        if isinstance(result, Fixed) and shapes[0] != shapes[1]:
+            return Opaque(f"{op.name}: it makes a constant for each row")
+        return result
+
+    def _inherited(self, op: Op) -> str:
+        """Why an argument is opaque already: the first unknown operation is the one to name."""
+        for argument in _flat((*op.args, *op.kwargs.values())):
+            if isinstance(argument, Ref) and isinstance(found := self.known.get(argument.number), Opaque):
+                return found.reason
+        return ""
+
+    def _forget_aliases(self, op: Op) -> None:
+        """What shares memory with a tensor that an operation changed in place is no longer what it was."""
+        changed = {self.recording.tensors[n].untyped_storage().data_ptr() for n in op.outputs if n is not None}
+        for number, tensor in enumerate(self.recording.tensors):
+            if number in self.known and number not in op.outputs and tensor.untyped_storage().data_ptr() in changed:
+                self.known[number] = Opaque(f"{op.name}: it changes a tensor in place")
+
+    def _outputs(self) -> tuple[dict[str, int], str]:
+        outputs = {}
+        for task, argument in self.recording.outputs.items():
+            try:
+                column = self.of(argument)
+                if not isinstance(column, Column) or column.folded:
+                    raise Unread(f"it is {_told(column)} and not one for each row")
+            except Unread as problem:
+                return {}, f"output {task}: {problem}"
+            outputs[task] = column.number
+        return outputs, ""
+
+    def _needed(self, outputs: Mapping[str, int]) -> tuple[Step, ...]:
+        """The steps that an output comes of, in order."""
+        wanted, kept = set(outputs.values()), []
+        for step in reversed(self.steps):
+            if step.out in wanted:
+                wanted.update(step.reads())
+                kept.append(step)
+        return tuple(reversed(kept))
+
+
+def fixed_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A weight as numpy has it, 16-bit floats as float32. Raises Unread on kinds that numpy has not."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        raise Unread("a weight is quantized or sparse")
+    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _told(known: Known) -> str:
+    return {
+        Column: "rows laid out as more than one",
+        Fixed: "a constant of the model",
+        PerId: "a number for each id",
+        Structure: "lengths of bags",
+    }.get(type(known), "an unknown tensor")
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, tuple):
+        return [leaf for item in value for leaf in _flat(item)]
+    return [value]
+
+
+def has_varying(op: Op) -> bool:
+    """Whether a number among the arguments follows from the rows."""
+    return any(isinstance(leaf, Varying) for leaf in _flat((*op.args, *op.kwargs.values())))

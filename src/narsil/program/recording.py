@@ -1,0 +1,186 @@
+"""Runs a model on probe rows and writes down every operation that it does, with the tensors that flow between them.
+
+Receives a callable and its named inputs; produces a Recording. ``merged`` holds two recordings of one model, of
+different rows, against each other: what differs between them follows from the rows (``Varying``), what does not is the
+model's own. An operation of which only one of them knows means that the model branches on what it is given.
+
+The lookups' ids are held against their tables before they run: FBGEMM's CPU operators trust them.
+"""
+
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narsil.errors import ArtifactError
+
+__all__ = ["Constant", "Op", "Recording", "Ref", "Varying", "merged", "record"]
+
+_FEW = 64  # numbers of a constant that forward makes each time it runs
+
+Guard = Callable[[str, Sequence[Any]], None]  # an operation and its arguments, before it runs
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor that was given, or that an operation before made."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A tensor of the model's own."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Varying:
+    """A number that was one thing in the first recording and another in the second."""
+
+    first: int
+    second: int
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation: ``aten.addmm`` and its like (overloads are told by their arguments), arguments by position and by
+    name, and the numbers of what it made; None where that is no tensor."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int | None, ...]
+    call: Any  # the operation itself
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All operations of one forward, in order."""
+
+    inputs: Mapping[str, int]  # name -> number of the tensor
+    ops: tuple[Op, ...]
+    outputs: Mapping[str, Any]  # task -> Ref or Constant
+    tensors: Sequence[Tensor]  # by number
+    second: Sequence[Tensor] = field(default=())  # of a merged recording: the other's
+
+
+def record(
+    forward: Callable[[Any], Any], inputs: Mapping[str, Tensor], guard: Guard = lambda name, args: None
+) -> Recording:
+    """One forward over ``inputs``, written down. Raises whatever the model or the ``guard`` raises."""
+    recorder = _Recorder(guard)
+    numbers = {name: recorder.given(tensor) for name, tensor in inputs.items()}
+    with torch.no_grad(), torch.jit.optimized_execution(False), recorder:
+        result = forward(dict(inputs))
+    outputs = {name: recorder.described(tensor) for name, tensor in named_outputs(result).items()}
+    return Recording(numbers, tuple(recorder.ops), outputs, recorder.tensors)
+
+
+def named_outputs(result: Any) -> dict[str, Tensor]:
+    """A forward's result by task: a lone tensor is ``default``, those of a tuple are 0, 1, ... Raises ArtifactError on
+    what holds no tensors."""
+    if isinstance(result, Tensor):
+        return {"default": result}
+    if isinstance(result, tuple | list):
+        result = {str(number): item for number, item in enumerate(result)}
+    if not isinstance(result, Mapping) or not result or not all(isinstance(item, Tensor) for item in result.values()):
+        raise ArtifactError(
+            f"forward returns a {type(result).__name__}, where a dict of named scores, a tuple or a tensor is "
+            f"expected; "
+            "return the scores alone"
+        )
+    return {str(name): tensor for name, tensor in result.items()}
+
+
+class _Recorder(TorchDispatchMode):
+    """Tensors are known by their identity, so all of them are kept until the recording ends."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+        self._constants: dict[int, Constant] = {}
+        self._guard = guard
+
+    def given(self, tensor: Tensor) -> int:
+        """The number of a tensor that is an input or an operation's result."""
+        self._numbers[id(tensor)] = number = len(self.tensors)
+        self.tensors.append(tensor)
+        return number
+
+    def described(self, value: Any) -> Any:
+        """An argument, with every tensor in it by its number; an unseen one is the model's own."""
+        if isinstance(value, Tensor):
+            number = self._numbers.get(id(value))
+            return self._constants.setdefault(id(value), Constant(value)) if number is None else Ref(number)
+        if isinstance(value, tuple | list):
+            return tuple(self.described(item) for item in value)
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and writes it down."""
+        name = str(func.overloadpacket)
+        described = self.described(args), {key: self.described(value) for key, value in (kwargs or {}).items()}
+        self._guard(name, args)
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else (result,)
+        outputs = tuple(self.given(item) if isinstance(item, Tensor) else None for item in made)
+        self.ops.append(Op(name, *described, outputs, func))
+        return result
+
+
+def merged(first: Recording, second: Recording) -> Recording:
+    """Two recordings of one model as one, its numbers that differ as Varying. Raises ArtifactError where the operations
+    themselves differ."""
+    if len(first.ops) != len(second.ops) or first.outputs.keys() != second.outputs.keys():
+        raise ArtifactError(
+            "forward does other operations for other rows, so that what it computes cannot be read from one of them; "
+            "take the branch on data or on sizes out of the model"
+        )
+    ops = tuple(_merged_op(one, other) for one, other in zip(first.ops, second.ops, strict=True))
+    return Recording(first.inputs, ops, first.outputs, first.tensors, second.tensors)
+
+
+def _merged_op(one: Op, other: Op) -> Op:
+    if one.name != other.name or one.outputs != other.outputs or one.kwargs.keys() != other.kwargs.keys():
+        raise ArtifactError(
+            f"forward does {one.name} for some rows and {other.name} for others; take the branch on data or on sizes "
+            f"out "
+            "of the model"
+        )
+    args = _merged_value(one.args, other.args, one.name)
+    kwargs = {key: _merged_value(value, other.kwargs[key], one.name) for key, value in one.kwargs.items()}
+    return Op(one.name, args, kwargs, one.outputs, one.call)
+
+
+def _merged_value(one: Any, other: Any, name: str) -> Any:
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return tuple(_merged_value(a, b, name) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Constant) and isinstance(other, Constant) and _same(one.tensor, other.tensor):
+        return one
+    if one == other and type(one) is type(other):
+        return one
+    if type(one) is int and type(other) is int:
+        return Varying(one, other)
+    raise ArtifactError(
+        f"an argument of {name} is {one!r:.64} for some rows and {other!r:.64} for others; only sizes may follow "
+        f"from rows"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether it is one tensor of the model's: the same memory, or the same few numbers made anew."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return one.numel() <= _FEW and bool(torch.equal(one, other))

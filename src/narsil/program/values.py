@@ -1,0 +1,58 @@
+"""What a reader knows of a tensor in a recording."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from narsil.program.steps import IdExpression
+
+__all__ = ["Column", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread"]
+
+
+class Unread(Exception):
+    """An operation, or a way to use it, that a reader does not know: its message says which and why."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """(B, *shape): a value of the program. The first ``folded`` axes of the shape lie within the tensor's first axis,
+    as ``view(-1, dim)`` leaves them."""
+
+    number: int
+    shape: tuple[int, ...]
+    folded: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """The same tensor whatever the rows."""
+
+    tensor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PerId:
+    """A number for each of some ids. ``positions``: where in the group's ids each stands, in either recording."""
+
+    group: str
+    expression: IdExpression
+    positions: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Lengths, offsets and sums of them, made of the request's lengths by nothing that looks at their values."""
+
+    group: str
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Nothing but why it is not known."""
+
+    reason: str
+
+
+Known = Column | Fixed | PerId | Structure | Opaque
