@@ -34,6 +34,7 @@ ROOMS = (
     "compile",
     "dataflow.py",
     "names.py",
+    "program",
 )  # of the package: all that compiling imports, but errors.py
 _SUFFIXES = frozenset({".py", ".hpp", ".cpp"})
 
