@@ -19,7 +19,7 @@ from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import PARTS, ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.backends.torchscript import TorchScriptBackend
 from narsil.compile.core import read_parts, realigned
-from narsil.compile.planner import LADDERS, Workbench, choose, climb
+from narsil.compile.planner import LADDERS, Workbench, climb, plans
 from narsil.compile.toolchain import STRICT, build_forward
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError, ForwardFailed
@@ -263,14 +263,14 @@ def test_layers_climb_until_the_limit_is_kept(small):
     assert set(loose) == {"int8"}
     exact, deviation = climb(small.bench, "int8", HERE, 1e-7)
     assert set(exact) == {"fp32"}
-    worst = small.bench.errors(loose)[0]
+    worst = small.bench.errors(loose).largest
     between, found = climb(small.bench, "int8", HERE, worst * 0.7)
     assert set(between) > {"int8"}
-    assert deviation <= found <= 0.75 * 0.7 * worst
+    assert deviation <= found <= 0.85 * 0.7 * worst
 
 
 def test_the_choice_says_what_it_is(small):
-    plan = choose(small.bench, "fp32", HERE, 1e-5)
+    (plan,) = plans(small.bench, "fp32", HERE, 1e-5)
     assert (plan.precision, plan.note) == ("fp32", "dense arch fp32 fp32, over arch fp32 fp32 fp32")
     assert {kind for ladder in LADDERS.values() for kind in ladder} == {"fp32", "bf16", "int16", "int8"}
 

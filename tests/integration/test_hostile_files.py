@@ -253,16 +253,24 @@ def test_a_calibration_file_may_be_any_bytes(tmp_path: Path, data: st.DataObject
     refused(lambda: load_calibration(file, SCHEMA))
 
 
+NAMES = ("ids", "lengths", "values", "weights", "labels")
 dtypes = st.sampled_from(["f4", "f8", "f2", "i4", "i8", "u8", "?", "c8", "U3", "S2", "M8[s]", "m8[s]", "V3", "i4,f4"])
 arrays = st.tuples(st.lists(st.integers(0, 5), max_size=3).map(tuple), dtypes)
 
 
 @fuzzed
-@given(changes=st.dictionaries(st.sampled_from(["dense", "ids", "labels", "more"]), arrays, min_size=1, max_size=3))
+@given(
+    changes=st.dictionaries(st.sampled_from(["dense", *NAMES, "more"]), arrays, min_size=1, max_size=3),
+    bags=st.booleans(),
+)
 def test_a_calibration_file_may_hold_any_arrays(
-    tmp_path: Path, changes: dict[str, tuple[tuple[int, ...], str]]
+    tmp_path: Path, changes: dict[str, tuple[tuple[int, ...], str]], bags: bool
 ) -> None:
-    held: dict[str, Any] = {"dense": np.zeros((2, 5), np.float32), "ids": np.zeros((2, 4), np.int32)}
+    held: dict[str, Any] = {"dense": np.zeros((2, 5), np.float32)}
+    if bags:
+        held |= {"lengths": np.full((2, 4), 2), "values": np.zeros(16, np.int32)}
+    else:
+        held |= {"ids": np.zeros((2, 4), np.int32)}
     held |= {name: np.zeros(shape, dtype) for name, (shape, dtype) in changes.items()}
     np.savez(tmp_path / "rows.npz", **held)
     refused(lambda: load_calibration(tmp_path / "rows.npz", SCHEMA))

@@ -23,7 +23,7 @@ from tests.support import SCHEMA
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the key names the compiler")
 
 OPTIONS = CompileOptions("fp32", "fused", "cpu", 1e-5, ("fp32",))
-ROWS = Calibration(np.zeros((1, 3), np.float32), np.zeros((1, 4), np.int32))
+ROWS = Calibration(np.zeros((1, 3), np.float32), np.ones((1, 4), np.int32), np.zeros(4, np.int32))
 # Of the modules that compiling imports, those that no compiled byte follows from.
 WITHOUT_CONSEQUENCE = {"narsil", "narsil.errors"}
 

@@ -30,7 +30,7 @@ class Reference:
     """The artifact's own scores, different for each task."""
 
     def run(self, batch: Batch) -> Scores:
-        scores = fake_scores(batch)
+        scores = (np.sin(fake_scores(batch)) / 4 + 0.5).astype(np.float32)
         return {"click": scores, "buy": scores * np.float32(0.5)}
 
 
@@ -52,7 +52,9 @@ class Server:
     def model(self, *, timeout: float) -> ModelInfo:
         return ModelInfo("dlrm", "3", "compiled", self.schema)
 
-    def predict(self, dense: np.ndarray, ids: np.ndarray, lengths: np.ndarray, *, timeout: float) -> Server:
+    def predict(
+        self, dense: np.ndarray, ids: np.ndarray, lengths: np.ndarray, *, weights: None, timeout: float
+    ) -> Server:
         batch = Batch(len(lengths), dense, *key_major(ids, lengths), one_hot=False)
         own = Reference().run(batch)
         self.scores = {
@@ -90,7 +92,7 @@ def run(tmp_path, monkeypatch):
 def test_a_task_that_deviates_is_named_whichever_it_is(run, deviating):
     result = run(deviating)
     assert isinstance(result.exception, ArtifactError)
-    assert f"served scores of {deviating[0]} deviate by up to {DEVIATION:.2e}" in str(result.exception)
+    assert f"served, of {deviating[0]}, scores deviate by up to {DEVIATION:.2e}" in str(result.exception)
 
 
 def test_every_task_is_told(run):
@@ -98,14 +100,19 @@ def test_every_task_is_told(run):
     assert result.exit_code == 0, result.output
     first, *tasks = result.output.splitlines()
     assert first == "dlrm version 3 on 127.0.0.1:1 (compiled backend), 10,020 rows, 2 tasks:"
-    assert [line.split(":")[0].strip() for line in tasks] == ["click", "buy"]
-    assert all("max deviation 0.00e+00" in line for line in tasks)
+    assert [line.split(":")[0].strip() for line in tasks] == ["click"] * 3 + ["buy"] * 3
+    for told in (
+        "max deviation 0.00e+00, mean 0.0e+00",
+        "log-odds: max deviation 0.00e+00",
+        "repeated ids or large val",
+    ):
+        assert sum(told in line for line in tasks) == 2
     told = json.loads(run(("buy",), "--json", "--max-deviation", "1").output)["tasks"]
     assert {task: one["max_abs"] for task, one in told.items()} == {"click": 0, "buy": pytest.approx(DEVIATION, 1e-3)}
 
 
 def test_the_rows_that_are_sent_are_those_that_are_scored():
     lengths = np.array([2, 0, 1, 1, 3, 0], np.int32)  # two features, three rows
-    ids, sent = sample_major(Batch(3, np.zeros((3, 1), np.float32), lengths, np.arange(7), one_hot=False), 2)
+    place, sent = sample_major(Batch(3, np.zeros((3, 1), np.float32), lengths, np.arange(7) + 10, one_hot=False), 2)
     assert sent.tolist() == [[2, 1], [0, 3], [1, 0]]
-    assert ids.tolist() == [0, 1, 3, 4, 5, 6, 2]
+    assert place.tolist() == [0, 1, 3, 4, 5, 6, 2]

@@ -16,6 +16,7 @@ and, by the engine that runs it:
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,26 +42,40 @@ SCALE_BIAS_BYTES = 4  # FP16 scale and FP16 bias before a row's bytes
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far compiled scores lie from the artifact's own, over rows that both have scored."""
+    """How far compiled scores lie from the artifact's, in float64 where its operations are all known, over rows that
+    both have scored. compile/gate.py says what is measured."""
 
-    rows: int
+    rows: int  # usual ones, and those of a file
     max_abs: float
     mean_abs: float
     rank_correlation: float  # Spearman's
     labelled_rows: int = 0
     auc: float | None = None  # of the artifact, on the labelled rows
     auc_change: float | None = None  # compiled less artifact
+    # The following were not told by earlier versions.
+    log_odds: float | None = None  # largest deviation of probabilities' log-odds; None of other scores
+    bias: float | None = None  # mean of the compiled by mean of the artifact's, less 1; of probabilities
+    extreme_rows: int = 0  # long bags, repeated ids, large values
+    extreme_max_abs: float = 0.0
+    extreme_mean_abs: float = 0.0
+    left_out: int = 0  # rows that the artifact itself scores as no number
+    own_max_abs: float | None = None  # of the artifact's own scores from those in float64
+    own_log_odds: float | None = None
+    own_extreme: float | None = None  # on average
 
     @property
     def is_sound(self) -> bool:
         """Whether these are numbers that a comparison gives: a manifest may say anything."""
-        counts = (self.rows, self.labelled_rows)
+        counts = (self.rows, self.labelled_rows, self.extreme_rows, self.left_out)
         reals = (self.max_abs, self.mean_abs, self.rank_correlation)
         auc = (self.auc, self.auc_change)
+        any_size = (self.extreme_max_abs, self.extreme_mean_abs)
+        optional = (self.log_odds, self.bias, self.own_max_abs, self.own_log_odds, self.own_extreme)
         return (
             all(type(count) is int and count >= 0 for count in counts)
             and all(map(_is_share, reals))
             and (auc == (None, None) or all(map(_is_share, auc)))
+            and all(_is_finite(value) for value in (*any_size, *(one for one in optional if one is not None)))
         )
 
 
@@ -97,9 +112,9 @@ class CompiledInfo:
         """What model.pt2 itself repeats of this, so that a foreign one is told by it."""
         return f"dlrm {self.precision} dense={self.dense_dim} tables={self.tables} dim={self.dim}"
 
-    def with_deviation(self, deviation: Deviation) -> CompiledInfo:
+    def passed(self, deviation: Deviation, limit: float) -> CompiledInfo:
         """The same, judged."""
-        return replace(self, deviation=deviation)
+        return replace(self, deviation=deviation, limit=limit)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
@@ -178,6 +193,10 @@ class CompiledInfo:
 def _is_share(value: object) -> bool:
     """Whether it is a number from -1 to 1 or a rounding beyond: no NaN, no integer that is too large for a float."""
     return type(value) in (int, float) and -1.001 <= value <= 1.001  # type: ignore[operator]
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def processor_flags() -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.compiled_info import Deviation
 from narsil.artifacts.replacing import check_out
+from narsil.cli.deviations import deviation_lines
 from narsil.cli.options import FiniteRange, GivenPath
 from narsil.cli.package import check_torch, show_progress
-from narsil.compile.options import DEFAULT_LIMITS, ENGINE_CHOICES
+from narsil.compile.options import ENGINE_CHOICES, PRECISIONS
 
 __all__ = ["command"]
 
@@ -20,10 +22,11 @@ __all__ = ["command"]
 @click.option("--out", required=True, type=GivenPath(), help="Folder to write the artifact to.")
 @click.option(
     "--precision",
-    type=click.Choice(list(DEFAULT_LIMITS)),
-    default="fp32",
+    type=click.Choice(PRECISIONS),
+    default="auto",
     show_default=True,
-    help="Lowest precision of a layer; layers that would deviate too far are kept higher. auto: what is fastest here.",
+    help="Lowest precision of a layer; layers that would deviate too far are kept higher. auto: what is fastest here "
+    "and deviates little enough, fp32 at worst.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
@@ -36,12 +39,14 @@ __all__ = ["command"]
 @click.option(
     "--calibration",
     type=GivenPath(exists=True, dir_okay=False),
-    help="Rows to choose precision and judge the result by: .npz with dense, ids and, for the AUC, labels.",
+    help="Rows to choose precision and judge the result by: .npz with dense, ids (or lengths and values) and, for the "
+    "AUC, labels.",
 )
 @click.option(
     "--max-deviation",
     type=FiniteRange(0),
-    help="Largest absolute deviation of a score that is let pass.  [default: 1e-5 for fp32, else 2e-3]",
+    help="Largest deviation of a score that is let pass; 10 times as much in log-odds.  [default: 2e-3; for fp32, "
+    "twice what the artifact itself deviates from float64]",
 )
 def command(
     model: Path,
@@ -89,14 +94,12 @@ def _summary(artifact: Artifact, cached: bool) -> None:
         f"{compiled['machine'] if compiled['device'] == 'cpu' else compiled['device']} ({compiled['engine']} engine)"
     )
     click.echo(f"  {compiled['note']}")
+    source = "artifact" if deviation["own_max_abs"] is None else "artifact in float64"
     click.echo(
-        f"  deviation from the artifact over {deviation['rows']:,} rows: max {deviation['max_abs']:.2e} "
-        f"(limit {compiled['limit']:.0e}), mean {deviation['mean_abs']:.1e}, "
+        f"  deviation from the {source} over {deviation['rows']:,} rows: max {deviation['max_abs']:.2e} "
+        f"(limit {compiled['limit']:.1e}), mean {deviation['mean_abs']:.1e}, "
         f"rank correlation {deviation['rank_correlation']:.6f}"
     )
-    if deviation["auc"] is not None:
-        click.echo(
-            f"  AUC on {deviation['labelled_rows']:,} labelled rows: {deviation['auc']:.5f}, "
-            f"changed by {deviation['auc_change']:+.1e}"
-        )
+    for line in deviation_lines(Deviation(**deviation)):
+        click.echo(f"  {line}")
     click.echo(f"Next: narsil serve --model {artifact.path}")

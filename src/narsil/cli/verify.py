@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from narsil.artifacts.artifact import open_artifact
+from narsil.cli.deviations import deviation_lines
 from narsil.cli.options import SECONDS, FiniteRange, GivenPath
 from narsil.cli.targets import target_option
 from narsil.errors import ArtifactError, ConfigError
@@ -30,25 +31,31 @@ __all__ = ["command"]
 @click.option(
     "--calibration",
     type=GivenPath(exists=True, dir_okay=False),
-    help="Rows to send too: .npz with dense, ids and, for the AUC, labels.",
+    help="Rows to send too: .npz with dense, ids (or lengths and values) and, for the AUC, labels.",
 )
 @click.option(
-    "--max-deviation", type=FiniteRange(0), default=2e-3, show_default=True, help="Largest absolute deviation."
+    "--max-deviation",
+    type=FiniteRange(0),
+    default=2e-3,
+    show_default=True,
+    help="Largest deviation of a score; 10 times as much in log-odds.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--timeout", type=SECONDS, default=30.0, show_default=True, help="Seconds to wait for one request.")
 def command(
     target: str, model: Path, calibration: Path | None, max_deviation: float, as_json: bool, timeout: float
 ) -> None:
-    """Send 10,000 random rows to a running server and hold its scores against the artifact's, task by task.
+    """Send 10,000 usual rows and some thousand extreme ones to a running server and hold its scores against the
+    artifact's, task by task.
 
-    The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where a
-    score of any task deviates by more than --max-deviation.
+    The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where, of
+    any task, a score or its log-odds, the mean score, or the scores of extreme rows on average deviate by more than
+    --max-deviation allows.
     """
     from narsil.backends.registry import load_backend
     from narsil.client import Client
     from narsil.compile.calibration import load_calibration
-    from narsil.compile.gate import compare
+    from narsil.compile.gate import compare, limits_of, problem_of
 
     artifact = open_artifact(model)
     schema = artifact.schema
@@ -63,16 +70,16 @@ def command(
             )
 
         def ask(batch: Batch) -> Scores:
-            ids, lengths = sample_major(batch, schema.num_features)
-            return client.predict(batch.dense, ids, lengths, timeout=timeout).scores
+            place, lengths = sample_major(batch, schema.num_features)
+            weights = None if batch.weights is None else batch.weights[place]
+            return client.predict(batch.dense, batch.values[place], lengths, weights=weights, timeout=timeout).scores
 
         found = compare(schema, reference.run, ask, rows)
     _tell(target, served, found, as_json)
     for task, deviation in found.items():
-        if not deviation.max_abs <= max_deviation:
+        if (problem := problem_of(deviation, limits_of(max_deviation))) is not None:
             raise ArtifactError(
-                f"served scores of {task} deviate by up to {deviation.max_abs:.2e}, where at most {max_deviation:.0e} "
-                "is allowed: serve a higher precision, or allow more with --max-deviation"
+                f"served, of {task}, {problem}: serve a higher precision, or allow more with --max-deviation"
             )
 
 
@@ -91,19 +98,15 @@ def _tell(target: str, served: ModelInfo, found: Mapping[str, Deviation], as_jso
             f"  {task}: max deviation {one.max_abs:.2e}, mean {one.mean_abs:.1e}, "
             f"rank correlation {one.rank_correlation:.6f}"
         )
-        if one.auc is not None:
-            click.echo(
-                f"  {task}: AUC on {one.labelled_rows:,} labelled rows: {one.auc:.5f}, changed by {one.auc_change:+.1e}"
-            )
+        for line in deviation_lines(one):
+            click.echo(f"  {task}: {line}")
 
 
 def sample_major(batch: Batch, features: int) -> tuple[Any, Any]:
-    """((N,) ids, (B, T) lengths) with all bags of row 0 first, of a key-major batch."""
+    """((N,) positions of ids, (B, T) lengths) with all bags of row 0 first, of a key-major batch."""
     import numpy as np
 
+    from narsil.artifacts.rows import of_bags
+
     order = np.arange(features * batch.rows).reshape(features, batch.rows).T.ravel()
-    starts = np.cumsum(batch.lengths, dtype=np.int64) - batch.lengths
-    lengths = batch.lengths[order]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    source = np.repeat(starts[order] - (ends - lengths), lengths) + np.arange(len(batch.values))
-    return batch.values[source], lengths.reshape(batch.rows, features)
+    return of_bags(batch.lengths, order), batch.lengths[order].reshape(batch.rows, features)

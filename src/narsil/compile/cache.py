@@ -55,7 +55,8 @@ def key_of(source: Artifact, script: Path, options: CompileOptions, calibration:
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     if calibration is not None:
-        for array in (calibration.dense, calibration.ids, calibration.labels):
+        given = (calibration.dense, calibration.lengths, calibration.values, calibration.weights, calibration.labels)
+        for array in given:
             digest.update(b"none" if array is None else array.tobytes())
     return digest.hexdigest()
 

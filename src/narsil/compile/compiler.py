@@ -14,6 +14,7 @@ and artifacts/packed.py's, the engines backends/fused.py and backends/inductor.p
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,9 +34,9 @@ from narsil.compile.cache import cached, gpu_flags_of, key_of
 from narsil.compile.calibration import Calibration
 from narsil.compile.core import DlrmParts, read_parts, realigned
 from narsil.compile.export import export_core
-from narsil.compile.gate import replay, require
+from narsil.compile.gate import DEFAULT_LIMIT, Measure, judged, limits_for, measure_of, problem_of, require
 from narsil.compile.options import CompileOptions, resolved
-from narsil.compile.planner import Workbench, choose
+from narsil.compile.planner import Workbench, plans
 from narsil.compile.toolchain import build_forward
 from narsil.errors import ArtifactError
 
@@ -49,7 +50,7 @@ def compile_artifact(
     source: Artifact,
     out: str | Path,
     *,
-    precision: str = "fp32",
+    precision: str = "auto",
     engine: str = "auto",
     device: str = "cpu",
     limit: float | None = None,
@@ -58,9 +59,10 @@ def compile_artifact(
 ) -> tuple[Artifact, bool]:
     """Compiles ``source`` to the folder ``out``; returns the new artifact and whether it was there already.
 
-    ``limit`` bounds the largest deviation of a score (None: options.DEFAULT_LIMITS). ``calibration`` has rows to choose
-    and to judge by, beside random ones. Raises ArtifactError where the model is no DLRM that can be compiled, deviates
-    too far, or ``out`` holds other files; ConfigError where the precision, the engine or the C++ compiler is missing
+    ``limit`` bounds the largest deviation of a score, and with it what gate.limits_of says (None: gate.limits_for).
+    ``calibration`` has rows to choose and to judge by, beside drawn ones. Raises ArtifactError where the model is no
+    DLRM that can be compiled, deviates too far in every form that was asked for, or ``out`` holds other files;
+    ConfigError where the precision, the engine or the C++ compiler is missing
     here; DeviceUnavailable where the device is. After an error ``out`` is what it was.
     """
     report = progress or (lambda stage, done, total: None)
@@ -79,10 +81,8 @@ def compile_artifact(
         copy_file(script, staging / artifacts.TORCHSCRIPT_FILE)
         report("tables", 1, 1)
         info = _described(parts, options, key)
-        job = _Job(source, staging, parts, calibration, report)
-        *first, last = options.precisions
-        if not any(_attempt(job, replace(info, precision=name)) for name in first):
-            _attempt(job, replace(info, precision=last), must=True)
+        job = _Job(source, staging, parts, options, report, calibration, measure_of(source, calibration))
+        _first_that_passes(job, info)
     return artifacts.open_artifact(out, verify=False), False
 
 
@@ -93,8 +93,10 @@ class _Job:
     source: Artifact
     staging: Path
     parts: DlrmParts
-    calibration: Calibration | None
+    options: CompileOptions
     report: Progress
+    calibration: Calibration | None
+    measure: Measure
 
 
 def _script_of(source: Artifact) -> Path:
@@ -143,32 +145,34 @@ def _described(parts: DlrmParts, options: CompileOptions, key: str) -> CompiledI
         offsets=parts.int8.offsets,
         row_alignment=parts.int8.row_alignment,
         pooling=parts.pooling,
-        limit=options.limit,
+        limit=DEFAULT_LIMIT,
         note="",
         dense_layers=len(parts.dense),
         layers=(),
     )
 
 
-def _attempt(job: _Job, info: CompiledInfo, *, must: bool = False) -> bool:
-    """Makes and judges one precision. Where it deviates too far: ArtifactError if it ``must`` not, else False."""
+def _first_that_passes(job: _Job, info: CompiledInfo) -> None:
+    """Makes one form after the other until the gate lets one pass. Raises ArtifactError where it lets none: the last is
+    the most precise of what was asked for."""
     job.report("compile", 0, 1)
-    info = _fused(job, info) if info.engine == "fused" else _inductor(job, info)
-    job.report("compile", 1, 1)
-    _write_manifest(job, info)
-    job.report("replay", 0, 1)
-    # A DLRM that can be compiled scores one task: core.read_parts has looked.
-    (deviation,) = replay(job.source, artifacts.open_artifact(job.staging, verify=False), job.calibration).values()
-    job.report("replay", 1, 1)
-    if not must and not deviation.max_abs <= info.limit:
-        return False
-    require(deviation, info.limit, info.precision)
-    _write_manifest(job, info.with_deviation(deviation))
-    return True
+    for made in _fused(job, info) if info.engine == "fused" else _inductor(job, info):
+        job.report("compile", 1, 1)
+        _write_manifest(job, made)
+        job.report("replay", 0, 1)
+        # A DLRM that can be compiled scores one task: core.read_parts has looked.
+        (found,) = judged(job.measure, artifacts.open_artifact(job.staging, verify=False)).values()
+        job.report("replay", 1, 1)
+        limits = limits_for(made.precision, job.options.limit, found)
+        if problem_of(found, limits) is None:
+            _write_manifest(job, made.passed(found, limits.score))
+            return
+        job.report("compile", 0, 1)
+    require(found, limits, made.precision)
 
 
-def _fused(job: _Job, info: CompiledInfo) -> CompiledInfo:
-    """Writes forward.so and weights.bin."""
+def _fused(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
+    """Writes forward.so, and for each of the planner's choices weights.bin."""
     library = job.staging / artifacts.FUSED_FILE
     build_forward(library)
     job.report("precision", 0, 1)
@@ -182,18 +186,23 @@ def _fused(job: _Job, info: CompiledInfo) -> CompiledInfo:
         lambda batch: reference.run(batch)[task],
         job.calibration,
     )
-    plan = choose(bench, info.precision, kinds_here(processor_flags()), info.limit)
-    job.report("precision", 1, 1)
-    with (job.staging / artifacts.WEIGHTS_FILE).open("wb") as file:
-        write_packed(plan.layers, file)
-    shapes = tuple(layer.shape for layer in plan.layers)
-    return replace(info, precision=plan.precision, note=plan.note, layers=shapes)
+    limit = DEFAULT_LIMIT if job.options.limit is None else job.options.limit
+    for plan in plans(bench, job.options.precision, kinds_here(processor_flags()), limit):
+        job.report("precision", 1, 1)
+        weights = job.staging / artifacts.WEIGHTS_FILE
+        weights.unlink(missing_ok=True)  # an earlier plan's may still be mapped, and must not shrink
+        with weights.open("wb") as file:
+            write_packed(plan.layers, file)
+        shapes = tuple(layer.shape for layer in plan.layers)
+        yield replace(info, precision=plan.precision, note=plan.note, layers=shapes)
 
 
-def _inductor(job: _Job, info: CompiledInfo) -> CompiledInfo:
-    """Writes model.pt2."""
-    export_core(job.parts, info, job.staging / artifacts.COMPILED_FILE)
-    return replace(info, note=f"AOTInductor, {info.precision}")
+def _inductor(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
+    """Writes model.pt2, for each precision in turn."""
+    for precision in job.options.precisions:
+        made = replace(info, precision=precision, note=f"AOTInductor, {precision}")
+        export_core(job.parts, made, job.staging / artifacts.COMPILED_FILE)
+        yield made
 
 
 def _write_manifest(job: _Job, info: CompiledInfo) -> None:

@@ -12,10 +12,9 @@ from narsil.artifacts.packed import kinds_here
 from narsil.compile.toolchain import require_compiler
 from narsil.errors import ConfigError, DeviceUnavailable
 
-__all__ = ["DEFAULT_LIMITS", "ENGINE_CHOICES", "CompileOptions", "resolved"]
+__all__ = ["ENGINE_CHOICES", "PRECISIONS", "CompileOptions", "resolved"]
 
-# Largest absolute deviation of a score that a compile may show, by precision.
-DEFAULT_LIMITS = {"fp32": 1e-5, "bf16": 2e-3, "int8": 2e-3, "auto": 2e-3}
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 ENGINE_CHOICES = ("auto", "fused", "inductor")
 
 
@@ -26,8 +25,8 @@ class CompileOptions:
     precision: str  # as it was asked for
     engine: str  # fused or inductor
     device: str  # cpu or cuda
-    limit: float  # of the largest deviation of a score
-    precisions: tuple[str, ...]  # to try in turn; auto among them is the fused engine's planner's to choose
+    limit: float | None  # of the largest deviation of a score; None: each precision's own, see gate.limits_for
+    precisions: tuple[str, ...]  # to try in turn; of the fused engine, auto is the planner's to choose
 
 
 def resolved(precision: str, engine: str, device: str, limit: float | None) -> CompileOptions:
@@ -36,21 +35,18 @@ def resolved(precision: str, engine: str, device: str, limit: float | None) -> C
     Raises ConfigError on what does not exist, or where this processor, torch or the C++ compiler lacks what is asked
     for, and DeviceUnavailable where the device is missing.
     """
-    limit = _limit(precision, limit)
+    _check_asked(precision, limit)
     _check_device(device)
     engine = _engine(engine, device)
     require_compiler()
     return CompileOptions(precision, engine, device, limit, _precisions(precision, engine, device))
 
 
-def _limit(precision: str, limit: float | None) -> float:
-    if precision not in DEFAULT_LIMITS:
-        raise ConfigError(f"precision must be one of {', '.join(DEFAULT_LIMITS)}, not {precision!r}")
-    if limit is None:
-        return DEFAULT_LIMITS[precision]
-    if not 0 <= limit <= 1:
+def _check_asked(precision: str, limit: float | None) -> None:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if limit is not None and not 0 <= limit <= 1:
         raise ConfigError(f"the largest deviation of a score must lie between 0 and 1, not {limit}")
-    return limit
 
 
 def _check_device(device: str) -> None:

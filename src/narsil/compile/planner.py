@@ -1,30 +1,32 @@
 """Chooses the kind of number of each layer (see packing.py): the fastest choice whose scores stay within the limit.
 
-Receives a DLRM's parts and the library that runs them; produces a LayerPlan. Each layer's own error is measured alone
-first. Then layers climb, the one with the most error for what climbing costs first, until no score deviates by more
-than the limit allows. Rows are drawn as for the gate but with another seed, so that the gate judges on rows of its own.
+Receives a DLRM's parts and the library that runs them; produces LayerPlans, to be judged in turn until one passes. Each
+layer's own error is measured alone first. Then layers climb, the one with the most error for what climbing costs first,
+until no usual row's score or log-odds deviate by more than the limit allows. Rows are drawn as for the gate but with
+another seed, so that the gate judges on rows of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from narsil.artifacts.packed import Packed, fits
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.fused import ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.compile.calibration import Calibration
 from narsil.compile.core import DlrmParts
-from narsil.compile.gate import calibration_batches, random_batches
+from narsil.compile.gate import limits_of, log_odds_deviation, usual_batches
 from narsil.compile.packing import pack, pack_logit
 from narsil.dataflow import Batch, Floats
 
-__all__ = ["LayerPlan", "Workbench", "choose", "climb"]
+__all__ = ["Errors", "LayerPlan", "Workbench", "choose", "climb", "plans"]
 
 LADDERS = {"fp32": ("fp32",), "bf16": ("bf16", "int16", "fp32"), "int8": ("int8", "int16", "fp32")}
 COSTS = {
@@ -34,7 +36,8 @@ COSTS = {
     "int8": 1.0,
 }  # of a multiplication; int16 has to find each row's largest
 
-_MARGIN = 0.75  # of the limit that a plan may use up on its own rows
+_MARGINS = (0.85, 0.5)  # of the limits that a plan may use up on its own rows, by turns: then layers climb farther
+_PRECISIONS = ("int8", "bf16", "fp32")
 _SEED = 1
 _MOST_GIVEN = 100  # batches of the calibration file's rows; the gate judges by all of them
 _TIMED_ROWS = 400
@@ -54,6 +57,20 @@ class LayerPlan:
     deviation: float  # largest, on the plan's own rows
 
 
+@dataclass(frozen=True)
+class Errors:
+    """How far scores deviate."""
+
+    largest: float
+    log_odds: float  # largest, see gate.log_odds_deviation
+    mean_square: float
+
+    def within(self, limit: float, margin: float) -> bool:
+        """Whether they use up no more than a share of what a limit allows."""
+        allowed = limits_of(limit)
+        return self.largest <= margin * allowed.score and self.log_odds <= margin * allowed.log_odds
+
+
 @dataclass
 class Workbench:
     """A DLRM's layers, in any kinds, run over rows whose true scores are known."""
@@ -68,8 +85,8 @@ class Workbench:
     _packed: dict[tuple[int, str], Packed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = islice(calibration_batches(self.calibration), _MOST_GIVEN)
-        self._batches = [*random_batches(self.schema, self.calibration, _SEED), *given]
+        given = () if self.calibration is None else islice(self.calibration.batches(), _MOST_GIVEN)
+        self._batches = [*usual_batches(self.schema, self.calibration, _SEED), *given]
         self._expected = [np.array(self.reference(batch)) for batch in self._batches]
         self.linears = (*self.parts.dense, *self.parts.over[:-1])
         self._logit = pack_logit(self.parts.over[-1])
@@ -89,16 +106,18 @@ class Workbench:
             Network(self.library, self.geometry, layers, len(self.parts.dense), self.tables), self.schema
         )
 
-    def errors(self, kinds: Kinds) -> tuple[float, float]:
-        """(largest, mean square) deviation of a score."""
+    def errors(self, kinds: Kinds) -> Errors:
+        """Of the scores of the one task, over all rows."""
         backend = self.backend(kinds)
-        largest, squares, count = 0.0, 0.0, 0
+        largest, log_odds, squares, count = 0.0, 0.0, 0.0, 0
         for batch, expected in zip(self._batches, self._expected, strict=True):
-            difference = backend.score(batch) - expected
-            largest = max(largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
+            found = backend.score(batch)
+            difference = found - expected
+            largest = max(largest, _largest(np.abs(difference)))
+            log_odds = max(log_odds, _largest(log_odds_deviation(expected, found)))
             squares += float((difference * difference).sum())
             count += batch.rows
-        return largest, squares / count
+        return Errors(largest, log_odds, squares / count)
 
     def speed(self, kinds: Kinds) -> float:
         """Rows a second of one lane, forwards of 400 rows, every one with ids of its own."""
@@ -115,13 +134,34 @@ class Workbench:
         return _TIMED_ROWS / float(np.median(times))
 
 
-def choose(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> LayerPlan:
-    """The plan for a precision; ``auto``: of all precisions that the processor has, the one that measures fastest."""
+def plans(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> Iterator[LayerPlan]:
+    """Plans for a precision, the fastest first: what rows of its own let through may fail on the gate's. Then layers
+    climb farther; of ``auto``, what follows is the next higher precision, fp32 last."""
+    tried = set()
+    for plan in _by_turns(bench, precision, available, limit):
+        made = (plan.precision == "fp32", *(layer.shape.kind for layer in plan.layers))
+        if made not in tried:
+            tried.add(made)
+            yield plan
+
+
+def _by_turns(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> Iterator[LayerPlan]:
     if precision != "auto":
-        kinds, largest = climb(bench, precision, available, limit)
-        return LayerPlan(precision, bench.layers(kinds), _told(bench, kinds), largest)
+        for margin in _MARGINS:
+            kinds, largest = climb(bench, precision, available, limit, margin)
+            yield LayerPlan(precision, bench.layers(kinds), _told(bench, kinds), largest)
+        return
+    best = choose(bench, available, limit)
+    yield best
+    for name in _PRECISIONS[_PRECISIONS.index(best.precision) :]:
+        if name in available:
+            yield from _by_turns(bench, name, available, limit)
+
+
+def choose(bench: Workbench, available: Sequence[str], limit: float) -> LayerPlan:
+    """Of all precisions that the processor has, the one that measures fastest."""
     found = []
-    for name in ("int8", "bf16", "fp32"):
+    for name in _PRECISIONS:
         if name in available:
             kinds, largest = climb(bench, name, available, limit)
             found.append((name, kinds, largest, bench.speed(kinds)))
@@ -135,8 +175,10 @@ def choose(bench: Workbench, precision: str, available: Sequence[str], limit: fl
     return LayerPlan(name, bench.layers(kinds), note, largest)
 
 
-def climb(bench: Workbench, precision: str, available: Sequence[str], limit: float) -> tuple[Kinds, float]:
-    """(kinds, largest deviation): from the precision's cheapest kinds up, as far as the limit asks."""
+def climb(
+    bench: Workbench, precision: str, available: Sequence[str], limit: float, margin: float = _MARGINS[0]
+) -> tuple[Kinds, float]:
+    """(kinds, largest deviation): from the precision's cheapest kinds up, until ``margin`` of the limits holds."""
     ladder = tuple(kind for kind in LADDERS[precision] if kind in available)
     ladders = [tuple(kind for kind in ladder if fits(kind, linear.weight.shape[1])) for linear in bench.linears]
     steps = [0] * len(ladders)
@@ -144,11 +186,11 @@ def climb(bench: Workbench, precision: str, available: Sequence[str], limit: flo
     def kinds() -> Kinds:
         return tuple(rungs[step] for rungs, step in zip(ladders, steps, strict=True))
 
-    largest, _ = bench.errors(kinds())
-    if largest <= _MARGIN * limit or all(len(rungs) == 1 for rungs in ladders):
-        return kinds(), largest
+    errors = bench.errors(kinds())
+    if errors.within(limit, margin) or all(len(rungs) == 1 for rungs in ladders):
+        return kinds(), errors.largest
     alone = _errors_alone(bench, ladders)
-    while largest > _MARGIN * limit:
+    while not errors.within(limit, margin):
         open_layers = [number for number, rungs in enumerate(ladders) if steps[number] + 1 < len(rungs)]
         if not open_layers:
             break
@@ -159,8 +201,13 @@ def climb(bench: Workbench, precision: str, available: Sequence[str], limit: flo
             return (alone[number, here] - alone[number, above]) / (size * (COSTS[above] - COSTS[here]))
 
         steps[max(open_layers, key=worth)] += 1
-        largest, _ = bench.errors(kinds())
-    return kinds(), largest
+        errors = bench.errors(kinds())
+    return kinds(), errors.largest
+
+
+def _largest(deviations: NDArray[Any]) -> float:
+    """Infinite where one is no number."""
+    return float(np.nan_to_num(deviations, nan=np.inf).max())
 
 
 def _errors_alone(bench: Workbench, ladders: Sequence[Kinds]) -> Mapping[tuple[int, str], float]:
@@ -170,7 +217,7 @@ def _errors_alone(bench: Workbench, ladders: Sequence[Kinds]) -> Mapping[tuple[i
     for number, rungs in enumerate(ladders):
         for kind in rungs:
             kinds = (*exact[:number], kind, *exact[number + 1 :])
-            errors[number, kind] = bench.errors(kinds)[1] if kind != "fp32" else 0.0
+            errors[number, kind] = bench.errors(kinds).mean_square if kind != "fp32" else 0.0
     return errors
 
 
