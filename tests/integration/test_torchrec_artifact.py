@@ -34,8 +34,14 @@ with warnings.catch_warnings():
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.torchrec import derive_schema
 from narsil.backends.registry import load_backend
-from narsil.errors import ArtifactError
+from narsil.catalog.loading import load_model
+from narsil.config import ServeSettings
+from narsil.dataflow import Features, Jagged
+from narsil.engine.scheduler import BatchPolicy
+from narsil.errors import ArtifactError, ConfigError
 from tests.fixtures_models import batch_of
+from tests.support import engine_with
+from tests.support import request as asked_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -138,12 +144,19 @@ class WidePredict(PredictModule):
         return {"default": logits.sigmoid().reshape([logits.size()[0]]).to(torch.device("cpu")).float()}
 
 
+class Listwise(WidePredict):
+    """Shares of a request's candidates: a row's score depends on the others."""
+
+    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"default": torch.softmax(super().predict_forward(batch)["default"] * 10, dim=0)}
+
+
 ROWS = (11, 300, 7, 64)
 NAMES = ("shop", "user", "ad", "hour")
 WIDE = {"c": (17, 16, "sum"), "a": (11, 8, "sum"), "d": (11, 8, "sum"), "b": (13, 16, "mean")}  # in KJT order
 
 
-def wide(path: Path) -> Any:
+def wide(path: Path, predict: type[WidePredict] = WidePredict) -> Any:
     tables = [
         EmbeddingBagConfig(name="t_ad", embedding_dim=8, num_embeddings=11, feature_names=["a", "d"]),
         EmbeddingBagConfig(
@@ -152,7 +165,7 @@ def wide(path: Path) -> Any:
         EmbeddingBagConfig(name="t_c", embedding_dim=16, num_embeddings=17, feature_names=["c"]),
     ]
     torch.manual_seed(3)
-    return package(WidePredict(Wide(tables), list(WIDE)), len(WIDE), path)
+    return package(predict(Wide(tables), list(WIDE)), len(WIDE), path)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +234,23 @@ def test_the_tables_rows_differ_so_that_the_order_of_ids_shows(which: str, reque
     expected = direct(path, batch)
     batch.values[:] = batch.values.reshape(4, 20).T.reshape(-1).copy()
     assert np.abs(direct(path, batch) - expected).max() > 0.01
+
+
+def test_a_model_that_ranks_a_request_is_served_whole_and_in_worker_mode_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    wide(path, Listwise)
+    with pytest.raises(ConfigError, match=r"rows depend on each other: it scores default of a row .*-mode worker"):
+        load_model(ServeSettings.model_validate({"model": path}))
+    model, _ = load_model(ServeSettings.model_validate({"model": path, "execution_mode": "worker", "lanes": 1}))
+    assert model.whole
+    batch = batch_of(model.schema.rows.tolist(), DENSE, 37, longest=3)
+    features = Features(
+        37, batch.dense, Jagged.laid_out(batch.values, batch.lengths.reshape(model.schema.num_features, 37))
+    )
+    with engine_with(model=model, policy=BatchPolicy(max_requests=1, max_rows=8)) as engine:
+        asked = asked_for(model=model, features=features)
+        engine.submit(asked)
+        np.testing.assert_allclose(asked.reply.wait().scores["default"], direct(path, batch), rtol=1e-5)
 
 
 def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: Path) -> None:

@@ -49,15 +49,16 @@ T = TypeVar("T")
 class Server:
     """Answers as a server with these limits would. A row's score is its first dense value; every call is kept."""
 
-    def __init__(self, limits: RequestLimits, version: str = "3") -> None:
+    def __init__(self, limits: RequestLimits, version: str = "3", *, whole: bool = False) -> None:
         self.limits = limits
+        self.whole = whole
         self.version = version
         self.asked: list[Ask] = []
 
     def __call__(self, ask: Ask) -> bytes | NarsilError:
         self.asked.append(ask)
         if ask.method == GET_MODEL:
-            return narsil_v1.encode_model("dlrm", self.version, "fake", SCHEMA, self.limits)
+            return narsil_v1.encode_model("dlrm", self.version, "fake", SCHEMA, self.limits, whole=self.whole)
         if len(ask.body) > self.limits.max_bytes:
             return MessageTooLarge("too large", self.limits.max_bytes)
         request = narsil_v1.read(ask.body)
@@ -271,6 +272,13 @@ def test_rows_whose_parts_disagree_are_not_cut_and_the_server_says_why(broken):
     with pytest.raises(InvalidRequest, match=r"(bytes for 4 rows|lengths add up|is negative|weights given)"):
         converse(predicting(broken, {}), server)
     assert len(server.requests) == 1
+
+
+def test_a_request_whose_rows_depend_on_each_other_is_not_cut():
+    server = Server(RequestLimits(4, 1 << 20, 1 << 20), whole=True)
+    with pytest.raises(InvalidRequest, match="batch_size is 9; it must be 1 to 4 rows"):
+        converse(predicting(rows(9), {}), server)
+    assert server.methods == [PREDICT, GET_MODEL]
 
 
 def test_a_single_row_that_is_too_large_is_asked_once():

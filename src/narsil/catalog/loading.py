@@ -13,7 +13,9 @@ from narsil.artifacts.watching import Watch
 from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
+from narsil.engine.independence import WORKER, dependence
 from narsil.engine.served_model import RequestLimits, ServedModel
+from narsil.errors import ConfigError
 from narsil.process import memory_remarks, warn_of
 
 __all__ = ["load_model", "warmup_payloads"]
@@ -35,6 +37,12 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         copy_tables=settings.copy_tables,
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
+    problem = dependence(backend)
+    if problem is not None:
+        if settings.execution_mode == "batch":
+            backend.close()
+            raise ConfigError(f"{settings.model}: rows depend on each other: {problem}. {WORKER}")
+        log.warning("%s: rows depend on each other: %s. Every request is scored whole", settings.model, problem)
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
@@ -43,6 +51,7 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         artifact.version,
         [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
         RequestLimits(settings.max_request_rows, settings.max_request_ids, settings.max_message_bytes),
+        whole=problem is not None,
     )
     return model, Watch(artifact, backend.name, copied=settings.copy_tables)
 

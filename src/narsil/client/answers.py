@@ -40,6 +40,7 @@ class ModelInfo:
     backend: str
     schema: ModelSchema
     limits: RequestLimits | None = None  # None: the server does not say
+    whole_requests: bool = False  # a row's score depends on its request's others: a request must not be cut in several
 
 
 def read_response(body: bytes) -> Prediction:
@@ -89,7 +90,7 @@ def read_model(body: bytes) -> ModelInfo:
     """A serialized narsil.v1.Model as a ModelInfo. Raises InvalidRequest where it is none, ArtifactError where no
     model can be as it says."""
     strings = {1: "", 2: "", 3: ""}
-    numbers = {4: 0, 7: 0, 8: 0, 9: 0}
+    numbers = {4: 0, 7: 0, 8: 0, 9: 0, 11: 0}
     features: list[Feature] = []
     tasks: list[str] = []
     for found in scan(body, 0, len(body)):
@@ -107,7 +108,7 @@ def read_model(body: bytes) -> ModelInfo:
     schema = ModelSchema(numbers[4], tuple(features), tuple(tasks))
     limits = RequestLimits(numbers[7], numbers[8], numbers[9])
     told = all((limits.max_rows, limits.max_ids, limits.max_bytes))
-    return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None)
+    return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None, bool(numbers[11]))
 
 
 def _feature(body: bytes, message: Field) -> Feature:

@@ -91,6 +91,8 @@ def _bounds(rows: Rows, refusal: RequestError) -> Conversation[Bounds]:
     except NarsilError:  # the refusal itself tells more
         pass
     else:
+        if model.whole_requests:
+            raise refusal
         if model.limits is not None:
             columns = model.schema.dense_dim + model.schema.num_features
             bounds = Bounds(model.limits.max_rows, model.limits.max_ids, model.limits.max_bytes, columns)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from narsil.clock import Clock, MonotonicClock
 from narsil.dataflow import Features, Request, Result, StageTimes
 from narsil.engine.backlog import Backlog, Backlogs
+from narsil.engine.independence import WORKER
 from narsil.engine.lane import Job, Lane, Work
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy, Decision, schedule
@@ -122,6 +123,10 @@ class Engine:
         """
         if len(model.backends) != len(self._lanes):
             raise ConfigError(f"model {model.name} has {len(model.backends)} backends for {len(self._lanes)} lanes")
+        if model.whole and self._policy.max_requests > 1:
+            raise ConfigError(
+                f"model {model.name} scores a row by its company, and this engine fuses requests; {WORKER}"
+            )
         ready: list[Future[None]] = []
         with self._lock:
             if self._draining:

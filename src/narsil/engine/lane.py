@@ -101,7 +101,7 @@ class Lane(threading.Thread):
 
         def open_here() -> None:
             backend.thread_setup()
-            model.runners[self._number] = Runner(model.name, backend)
+            model.runners[self._number] = Runner(model.name, backend, whole=model.whole)
 
         return Job(open_here)
 
@@ -144,10 +144,11 @@ class Lane(threading.Thread):
         started = self._now()
         parts = [request.features for request in requests]
         rows = [part.rows for part in parts]
-        if len(parts) == 1 and rows[0] > self._max_batch_rows:
+        runner = self._runner(requests[0].model)
+        if len(parts) == 1 and rows[0] > self._max_batch_rows and not runner.whole:
             scores, collate, execute = self._run_in_pieces(requests[0])
         else:
-            scores, collate, execute = self._runner(requests[0].model).run(parts)
+            scores, collate, execute = runner.run(parts)
         total = sum(rows)
         self._dispatcher.settle(
             self._number,

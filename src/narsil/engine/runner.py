@@ -24,10 +24,12 @@ log = logging.getLogger(__name__)
 class Runner:
     """Belongs to a model, and refers to its backend and not to it: else neither would be freed without a collection."""
 
-    def __init__(self, name: str, backend: Backend) -> None:
+    def __init__(self, name: str, backend: Backend, *, whole: bool = False) -> None:
+        """``whole``: rows depend on each other, and on padding too."""
         self.name = name
         self.backend = backend
-        self.collator = Collator(backend.schema, backend.bucket)
+        self.whole = whole
+        self.collator = Collator(backend.schema) if whole else Collator(backend.schema, backend.bucket)
 
     def run(self, parts: Sequence[Payload]) -> tuple[Scores, float, float]:
         """One forward: (the parts' scores, collate seconds, execute seconds); what padding scored is cut off here.

@@ -39,9 +39,11 @@ class ServedModel:
         limits: RequestLimits | None = None,
         *,
         share: float = 1.0,
+        whole: bool = False,
     ) -> None:
         """``backends`` holds one instance per lane, of one model. ``share`` is its part of the lanes' time beside that
-        of others, where all of them have work."""
+        of others, where all of them have work. ``whole``: its rows depend on each other, so that every request is a
+        forward of its own, neither fused, nor padded, nor cut in pieces."""
         if not backends:
             raise ConfigError(f"model {name}: an engine needs at least one lane, and a backend for each")
         if not share > 0:
@@ -54,6 +56,7 @@ class ServedModel:
         self.backends = tuple(backends)
         self.runners: list[Runner | None] = [None] * len(backends)  # each lane's own, from when it has opened the model
         self.share = share
+        self.whole = whole
         self.state = ModelState.LOADING
         closing = weakref.finalize(self, _close, self.backends)
         closing.atexit = False  # a process that ends frees everything anyway

@@ -114,7 +114,9 @@ def _get_model(body: bytes, metadata: Metadata, catalog: Catalog) -> bytes:
     """narsil.v1.Inference/GetModel: a serialized GetModelRequest in, a serialized Model out."""
     name = _one("model", narsil_v1.decode_get_model(body), metadata.model_name, MODEL_KEY)
     model = catalog.find(name, metadata.model_version)
-    return narsil_v1.encode_model(model.name, model.version, model.backend, model.schema, model.limits)
+    return narsil_v1.encode_model(
+        model.name, model.version, model.backend, model.schema, model.limits, whole=model.whole
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,9 @@ def decode_get_model(body: bytes) -> str:
     return name
 
 
-def encode_model(name: str, version: str, backend: str, schema: ModelSchema, limits: RequestLimits) -> bytes:
+def encode_model(
+    name: str, version: str, backend: str, schema: ModelSchema, limits: RequestLimits, *, whole: bool = False
+) -> bytes:
     """A serialized Model: the answer to GetModel."""
     out = put_len(1, name.encode()) + put_len(2, version.encode()) + put_len(3, backend.encode())
     out += put_uint(4, schema.dense_dim)
@@ -140,7 +142,8 @@ def encode_model(name: str, version: str, backend: str, schema: ModelSchema, lim
         )
     for task in schema.tasks:
         out += put_len(6, task.encode())
-    return out + put_uint(7, limits.max_rows) + put_uint(8, limits.max_ids) + put_uint(9, limits.max_bytes)
+    out += put_uint(7, limits.max_rows) + put_uint(8, limits.max_ids) + put_uint(9, limits.max_bytes)
+    return out + put_uint(11, int(whole))
 
 
 _NO_BYTES = (0, 0)
