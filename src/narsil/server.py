@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from narsil.catalog.guard import FileGuard
-from narsil.catalog.loading import load_model, warmup_payloads
+from narsil.catalog.loading import failed_forward, load_model, warmup_of
 from narsil.catalog.manager import ModelManager
 from narsil.config import ServeSettings
 from narsil.engine.engine import Engine
@@ -21,7 +21,7 @@ from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ArtifactError, ConfigError, NarsilError, first_line, last_line
+from narsil.errors import ConfigError, NarsilError, first_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
 from narsil.telemetry.observer import CountingObserver, Observer
@@ -91,14 +91,11 @@ class Server:
         model, watch = load_model(settings)
         self._guard.watch(model, watch)
         try:
-            self.models.add(model, list(warmup_payloads(model.schema, settings.max_batch_rows)))
+            self.models.add(model, warmup_of(model, settings.max_batch_rows))
         except NarsilError:
             raise
-        except Exception as error:  # a model's forward raises what it likes
-            raise ArtifactError(
-                f"{settings.model} loads, but a forward of the {model.backend} backend fails on it "
-                f"({type(error).__name__}: {last_line(error)}); package or compile it again"
-            ) from error
+        except Exception as error:
+            raise failed_forward(settings.model, model.backend, error) from error
 
     def _withdrawn(self, loop: asyncio.AbstractEventLoop, model: ServedModel) -> None:
         """A model has gone out of service. With the last of them the server stops, so that whoever watches over it

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from narsil.backends.fake import FakeBackend, fake_scores
+from narsil.backends.fake import FakeBackend, FakeBehaviour, fake_scores
+from narsil.engine.collate import Collator
 from narsil.engine.engine import Engine
-from narsil.engine.independence import dependence
+from narsil.engine.independence import ROWS, dependence, probe_rows
 from narsil.engine.runner import Runner
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ConfigError
+from narsil.errors import ArtifactError, ConfigError
 from tests.support import SCHEMA, engine_with, one_hot, request
 
 
@@ -57,6 +61,124 @@ def test_rows_that_depend_on_others_are_found(change):
     assert dependence(Scored(change)) is not None
 
 
+def rare(scores):
+    """Scores about a base rate of 5e-5."""
+    return 5e-5 * (1 + 0.5 * np.tanh(scores / 1000))
+
+
+def coarse(values):
+    """Rounded to 8 bits, with one step for the whole batch."""
+    step = np.abs(values).max() / 127
+    return np.round(values / step) * step
+
+
+SLIGHT = {
+    "a millionth of the mean of a rare event": lambda scores, batch: rare(scores) + 1e-4 * rare(scores).mean(),
+    "the number of rows of a rare event": lambda scores, batch: rare(scores) / batch.rows,
+    "the padding of a rare event": lambda scores, batch: rare(scores) * (1 + 0.1 * (batch.lengths == 0).mean()),
+    "the place of a rare event": lambda scores, batch: rare(scores) * (1 + 0.01 * np.arange(batch.rows)),
+    "a step that the batch's largest number sets": lambda scores, batch: coarse(scores),
+    "the largest row alone": lambda scores, batch: np.where(scores == scores.max(), scores * 1.01, scores),
+    "the first row alone": lambda scores, batch: rare(scores) + 1e-4 * rare(scores)[0],
+    "the second row alone": lambda scores, batch: rare(scores) + 1e-4 * rare(scores)[1 % batch.rows],
+    "a place far from the first": lambda scores, batch: scores * (1 + 0.01 * (np.arange(batch.rows) >= 17)),
+    "one output of several": lambda scores, batch: np.stack([scores, scores + 1e-3 * scores.mean()], axis=1),
+}
+
+
+@pytest.mark.parametrize("change", SLIGHT.values(), ids=SLIGHT)
+def test_a_score_that_moves_little_against_one_and_not_against_itself_is_found(change):
+    assert dependence(Scored(change)) is not None
+
+
+def test_what_is_told_names_the_row_and_both_scores():
+    told = dependence(Scored(lambda scores, batch: scores - scores.mean()))
+    assert re.fullmatch(
+        r"it scores default of row \d+ (-?\d+(\.\d+)?) among 24 rows and (?!\1 )-?\d+(\.\d+)? beside others", told
+    ), told
+
+
+def test_scores_of_any_shape_that_stand_for_themselves_pass():
+    assert dependence(Scored(lambda scores, batch: np.stack([scores, rare(scores), 0 * scores], axis=1))) is None
+
+
+def test_every_task_is_held_to_its_own_scores():
+    class Two(Scored):
+        def __init__(self, change):
+            super().__init__(change)
+            self.schema = replace(SCHEMA, tasks=("coarse", "fine"))
+
+        def run(self, batch):
+            found = super().run(batch)["default"]
+            return {"coarse": (found > 2000).astype(np.float32), "fine": found}
+
+    assert dependence(Two(lambda scores, batch: scores)) is None
+    told = dependence(Two(lambda scores, batch: scores * (1 + 0.005 * (batch.rows == 1))))
+    assert told is not None
+    assert "it scores fine of row" in told
+    assert told.endswith(" alone")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_row_that_spoils_its_company_is_found(bad):
+    def spoiled(scores, batch):
+        return scores + (bad if (scores > 4000).any() else 0)
+
+    assert dependence(Scored(lambda scores, batch: np.where(scores > 4000, bad, scores))) is None
+    assert dependence(Scored(spoiled)) is not None
+
+
+def test_a_model_that_scores_by_chance_is_refused_and_not_told_as_a_dependence():
+    random = np.random.default_rng(0)
+    with pytest.raises(
+        ArtifactError, match=r"the same batch otherwise each time \(task default, row \d+: .*\.eval\(\)"
+    ):
+        dependence(Scored(lambda scores, batch: scores * (random.random(batch.rows) < 0.5)))
+
+
+@pytest.mark.parametrize("group", [5, 16, 60])
+def test_a_model_that_takes_rows_by_groups_depends_on_company(group):
+    def grouped(scores, batch):
+        return scores.reshape(-1, group).ravel()
+
+    assert re.match(rf"it takes {group} rows and fails on 24 \(cannot reshape", str(dependence(Scored(grouped))))
+
+
+def test_a_size_that_fails_is_named():
+    def few(scores, batch):
+        if batch.rows > 100:
+            raise ValueError("no more than a hundred")
+        return scores
+
+    told = dependence(Scored(few))
+    assert told == "it takes 24 rows and fails on 300 among 300 rows (no more than a hundred)"
+
+
+@pytest.mark.parametrize("features", probe_rows(SCHEMA), ids=["one-hot", "jagged"])
+def test_the_rows_that_change_places_have_as_many_ids_and_the_last_is_padding(features):
+    batch = Collator(SCHEMA).collate([features])
+    lengths = batch.lengths.reshape(4, -1)
+    assert batch.rows == 2 * ROWS + 1
+    np.testing.assert_array_equal(lengths[:, :ROWS], lengths[:, ROWS:-1])
+    assert not batch.dense[-1].any()
+    assert np.abs(batch.dense).max() > 5
+    ids = np.split(batch.values, np.cumsum(lengths.sum(axis=1))[:-1])
+    assert [int(each.min()) for each in ids] == [0, 0, 0, 0]
+    if batch.one_hot:
+        assert [int(each.max()) for each in ids] == (SCHEMA.rows - 1).tolist()
+        assert not batch.values.reshape(4, -1)[:, -1].any()
+    else:
+        assert not lengths[:, -1].any()
+        assert set(lengths.ravel()) == {0, 1, 2, 3}
+
+
+def test_what_it_costs_is_some_dozens_of_small_forwards():
+    behaviour = FakeBehaviour()
+    assert dependence(FakeBackend(SCHEMA, behaviour)) is None
+    assert len(behaviour.forwards) <= 64
+    assert sorted(behaviour.forwards)[-3:] == [29, 300, 300]
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_rows_that_stand_for_themselves_pass(padding):
     assert dependence(Scored(lambda scores, batch: scores, padding)) is None
@@ -66,12 +188,22 @@ def test_rounding_that_follows_from_the_batch_s_size_is_no_dependence():
     assert dependence(Scored(lambda scores, batch: scores * (1 + 1e-6 * (batch.rows % 3)))) is None
 
 
-def test_scores_of_sixteen_bits_may_differ_by_their_step():
-    def rounded(scores, batch):
-        shares = np.float16(1 / (1 + np.exp(-scores / 1e4)))
-        return shares if batch.rows % 2 else np.nextafter(shares, np.float16(2))
+def brain(scores):
+    """As bfloat16 has them."""
+    return (np.asarray(scores, np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
 
-    assert dependence(Scored(rounded)) is None
+
+@pytest.mark.parametrize(("kind", "step"), [(np.float16, 2**-10), (brain, 2**-7)], ids=["half", "bfloat16"])
+def test_scores_of_sixteen_bits_may_differ_by_their_step(kind, step):
+    def shares(scores):
+        return 1 / (1 + np.exp(-scores / 1e4))
+
+    def moved(scores, batch, steps):
+        return kind(kind(shares(scores)) * np.float32(1 + steps * step * (batch.rows % 2)))
+
+    assert dependence(Scored(partial(moved, steps=2))) is None
+    assert dependence(Scored(partial(moved, steps=12))) is not None
+    assert dependence(Scored(lambda scores, batch: kind(shares(scores - scores.mean())))) is not None
 
 
 def test_padding_that_changes_a_score_is_found():

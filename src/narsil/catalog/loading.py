@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.watching import Watch
+from narsil.backends.base import Backend
 from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.independence import WORKER, dependence
+from narsil.engine.runner import Runner
 from narsil.engine.served_model import RequestLimits, ServedModel
-from narsil.errors import ConfigError
+from narsil.errors import ArtifactError, ConfigError, NarsilError, last_line
 from narsil.process import memory_remarks, warn_of
 
-__all__ = ["load_model", "warmup_payloads"]
+__all__ = ["failed_forward", "load_model", "warmup_of", "warmup_payloads"]
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +40,7 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         copy_tables=settings.copy_tables,
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
-    problem = dependence(backend)
-    if problem is not None:
-        if settings.execution_mode == "batch":
-            backend.close()
-            raise ConfigError(f"{settings.model}: rows depend on each other: {problem}. {WORKER}")
-        log.warning("%s: rows depend on each other: %s. Every request is scored whole", settings.model, problem)
+    whole = _rows_depend(settings, backend)
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
@@ -51,9 +49,58 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         artifact.version,
         [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
         RequestLimits(settings.max_request_rows, settings.max_request_ids, settings.max_message_bytes),
-        whole=problem is not None,
+        whole=whole,
     )
     return model, Watch(artifact, backend.name, copied=settings.copy_tables)
+
+
+def _rows_depend(settings: ServeSettings, backend: Backend) -> bool:
+    """Whether the model scores a row by its company, and so its requests whole. Raises ConfigError where these would be
+    fused, and ArtifactError where no forward ends well; the backend is closed then."""
+    try:
+        problem = dependence(backend)
+        if problem is not None and settings.execution_mode == "batch":
+            raise ConfigError(f"{settings.model}: rows depend on each other: {problem}. {WORKER}")
+    except Exception as error:
+        backend.close()
+        if isinstance(error, NarsilError):
+            raise
+        raise failed_forward(settings.model, backend.name, error) from error
+    if problem is not None:
+        log.warning("%s: rows depend on each other: %s. Every request is scored whole", settings.model, problem)
+    return problem is not None
+
+
+def failed_forward(model: Path, backend: str, error: Exception) -> ArtifactError:
+    """What a model's forward raised while it was tried, which may be anything, as an error of Narsil's."""
+    return ArtifactError(
+        f"{model} loads, but a forward of the {backend} backend fails on it "
+        f"({type(error).__name__}: {last_line(error)}); package or compile it again"
+    )
+
+
+def warmup_of(model: ServedModel, max_batch_rows: int) -> list[Features]:
+    """What every lane runs before the model is served. One that is served whole may not take every number of rows: it
+    is warmed by what it takes, where it takes any."""
+    payloads = list(warmup_payloads(model.schema, max_batch_rows))
+    if not model.whole:
+        return payloads
+    runner = Runner(model.name, model.backends[0], whole=True)
+    return [payload for payload in payloads if _runs(runner, payload)] or payloads
+
+
+def _runs(runner: Runner, payload: Features) -> bool:
+    try:
+        runner.run([payload])
+    except Exception as error:  # a model's forward raises what it likes
+        log.info(
+            "model %s is not warmed with %d rows, which it does not take (%s)",
+            runner.name,
+            payload.rows,
+            last_line(error),
+        )
+        return False
+    return True
 
 
 def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Features]:

@@ -125,7 +125,7 @@ class Engine:
             raise ConfigError(f"model {model.name} has {len(model.backends)} backends for {len(self._lanes)} lanes")
         if model.whole and self._policy.max_requests > 1:
             raise ConfigError(
-                f"model {model.name} scores a row by its company, and this engine fuses requests; {WORKER}"
+                f"model {model.name} scores a row by its company, and this engine fuses requests. {WORKER}"
             )
         ready: list[Future[None]] = []
         with self._lock:
