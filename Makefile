@@ -36,7 +36,7 @@ test: setup ## all tests, and the share of the code's branches that they take
 SANITIZE := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
 NATIVE_TESTS := tests/conformance $(wildcard tests/unit/test_native_*.py tests/unit/test_load_*.py tests/integration/test_load_*.py) \
-  tests/integration/test_forward_kernels.py
+  tests/integration/test_forward_kernels.py tests/integration/test_plans.py
 sanitize: setup ## the native code's tests and the fuzzers' corpus under ASan and UBSan
 	rm -rf $(SANITIZE) && mkdir -p $(SANITIZE)
 	cp -rs $(CURDIR)/src $(SANITIZE)/src && rm -f $(SANITIZE)/src/narsil/*.so

@@ -22,6 +22,7 @@
 #include "linear.hpp"
 #include "lookup.hpp"
 #include "model.hpp"
+#include "program.hpp"
 
 namespace narsil {
 namespace {
@@ -155,7 +156,7 @@ int forward(const Model& model, const Rows& rows, const Scratch& scratch, Clock&
 extern "C" {
 
 // What this file's structures look like; changes whenever they do.
-int64_t narsil_forward_version() { return 1; }
+int64_t narsil_forward_version() { return 2; }
 
 // Bytes of scratch memory, aligned to 64, that a forward of so many rows needs.
 int64_t narsil_scratch_bytes(const Model* model, int64_t rows) {

@@ -46,10 +46,10 @@ struct Int16 : Int8 {
 };
 #endif
 
-// M rows by one panel: out[m][column ..] = relu(in[m] . weights + bias).
+// M rows by one panel: out[m][column ..] = in[m] . weights + bias, and no less than `least`: 0 for a relu.
 template <class K, int M>
 void block(const Layer& layer, int64_t dwords, int64_t column, const uint32_t* in, int64_t in_stride,
-           const float* steps, float* out, int64_t out_stride) {
+           const float* steps, float least, float* out, int64_t out_stride) {
   typename K::Sum low[M], high[M];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) low[m] = high[m] = K::zero();
@@ -63,7 +63,7 @@ void block(const Layer& layer, int64_t dwords, int64_t column, const uint32_t* i
       K::add(high[m], a, second);
     }
   }
-  const __m512 none = _mm512_setzero_ps();
+  const __m512 none = _mm512_set1_ps(least);
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     float* row = out + m * out_stride + column;
@@ -72,11 +72,11 @@ void block(const Layer& layer, int64_t dwords, int64_t column, const uint32_t* i
   }
 }
 
-using Block = void (*)(const Layer&, int64_t, int64_t, const uint32_t*, int64_t, const float*, float*, int64_t);
+using Block = void (*)(const Layer&, int64_t, int64_t, const uint32_t*, int64_t, const float*, float, float*, int64_t);
 
 template <class K>
 void linear(const Layer& layer, int64_t per_dword, const uint32_t* in, int64_t in_stride, const float* steps,
-            int64_t rows, float* out, int64_t out_stride) {
+            int64_t rows, float least, float* out, int64_t out_stride) {
   static constexpr Block BLOCKS[BLOCK_ROWS] = {block<K, 1>, block<K, 2>,  block<K, 3>,  block<K, 4>,
                                                block<K, 5>, block<K, 6>,  block<K, 7>,  block<K, 8>,
                                                block<K, 9>, block<K, 10>, block<K, 11>, block<K, 12>};
@@ -85,7 +85,7 @@ void linear(const Layer& layer, int64_t per_dword, const uint32_t* in, int64_t i
   for (int64_t column = 0; column < layer.out; column += PANEL)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = rows * b / blocks, count = rows * (b + 1) / blocks - start;
-      BLOCKS[count - 1](layer, dwords, column, in + start * in_stride, in_stride, steps + start,
+      BLOCKS[count - 1](layer, dwords, column, in + start * in_stride, in_stride, steps + start, least,
                         out + start * out_stride, out_stride);
     }
 }
@@ -128,31 +128,40 @@ float to_int16(const float* from, const Layer& layer, int16_t* to) {
 }
 #endif
 
-// relu(in . weights + bias) for a tile: in and out are (rows, width) floats, codes is room for the input in bytes.
-void run_layer(const Layer& layer, const float* in, uint32_t* codes, float* steps, int64_t rows, int64_t width,
-               float* out) {
+constexpr float RELU = 0, IDENTITY = -__builtin_inff();  // the least that comes of a layer
+
+// in . weights + bias for a tile, no less than `least`. Rows of in and out are multiples of 32 floats apart, and in has
+// zeros up to one; codes is room for the input in bytes.
+void run_layer(const Layer& layer, const float* in, int64_t in_stride, uint32_t* codes, float* steps, int64_t rows,
+               float least, float* out, int64_t out_stride) {
   if (layer.kind == FP32) {
-    linear<Fp32>(layer, 1, reinterpret_cast<const uint32_t*>(in), width, steps, rows, out, width);
+    linear<Fp32>(layer, 1, reinterpret_cast<const uint32_t*>(in), in_stride, steps, rows, least, out, out_stride);
     return;
   }
 #ifdef __AVX512BF16__
   if (layer.kind == BF16) {
-    for (int64_t row = 0; row < rows; ++row) to_bf16(in + row * width, layer.in, codes + row * width / 2);
-    linear<Bf16>(layer, 2, codes, width / 2, steps, rows, out, width);
+    for (int64_t row = 0; row < rows; ++row) to_bf16(in + row * in_stride, layer.in, codes + row * in_stride / 2);
+    linear<Bf16>(layer, 2, codes, in_stride / 2, steps, rows, least, out, out_stride);
   }
 #endif
 #ifdef __AVX512VNNI__
   if (layer.kind == INT8) {
     for (int64_t row = 0; row < rows; ++row)
-      steps[row] = to_int8(in + row * width, layer, reinterpret_cast<uint8_t*>(codes + row * width / 4));
-    linear<Int8>(layer, 4, codes, width / 4, steps, rows, out, width);
+      steps[row] = to_int8(in + row * in_stride, layer, reinterpret_cast<uint8_t*>(codes + row * in_stride / 4));
+    linear<Int8>(layer, 4, codes, in_stride / 4, steps, rows, least, out, out_stride);
   }
   if (layer.kind == INT16) {
     for (int64_t row = 0; row < rows; ++row)
-      steps[row] = to_int16(in + row * width, layer, reinterpret_cast<int16_t*>(codes + row * width / 2));
-    linear<Int16>(layer, 2, codes, width / 2, steps, rows, out, width);
+      steps[row] = to_int16(in + row * in_stride, layer, reinterpret_cast<int16_t*>(codes + row * in_stride / 2));
+    linear<Int16>(layer, 2, codes, in_stride / 2, steps, rows, least, out, out_stride);
   }
 #endif
+}
+
+// relu(in . weights + bias) for a tile: in and out are (rows, width) floats.
+void run_layer(const Layer& layer, const float* in, uint32_t* codes, float* steps, int64_t rows, int64_t width,
+               float* out) {
+  run_layer(layer, in, width, codes, steps, rows, RELU, out, width);
 }
 
 // The last layer's one output.

@@ -16,7 +16,7 @@
 namespace narsil {
 
 enum Kind : int64_t { FP32, BF16, INT16, INT8 };
-enum Status : int { OK, BAD_ID, BAD_LENGTHS };
+enum Status : int { OK, BAD_ID, BAD_LENGTHS, BAD_STEP };
 
 // One linear layer. Weights are panels of 32 outputs; a panel holds, for each dword of the input (1 float, 2 bfloat16
 // or int16, 4 bytes), the 32 outputs' dwords one after the other. All arrays are padded with zeros to whole panels. In

@@ -18,7 +18,7 @@ import pytest
 
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.artifacts.packed import Packed, kinds_here, rounded_up
-from narsil.backends.fused import ForwardLibrary, FusedBackend, Geometry, Network, _described, _Model, _Rows
+from narsil.backends.fused import ForwardLibrary, FusedBackend, Geometry, Network, _Model, _Rows, described
 from narsil.compile.packing import pack, pack_logit
 from narsil.compile.toolchain import STRICT, build_forward
 from narsil.dataflow import Batch, Floats
@@ -107,7 +107,7 @@ def run_layer(kernels: Kernels, packed: Packed, given: Floats) -> Floats:
     """(rows, outputs) by the kernel, which must write whole panels and nothing else, zeros beyond the outputs."""
     rows, width = given.shape
     out = np.full((rows, width), GUARD)
-    kernels.call("test_layer", _described(packed), given, rows, width, out)
+    kernels.call("test_layer", described(packed), given, rows, width, out)
     outputs, written = packed.shape.outputs, rounded_up(packed.shape.outputs, 32)
     numbers = np.isfinite(given[:, : packed.shape.inputs]).all(axis=1)  # NaN times a zero weight is NaN
     assert not out[numbers, outputs:written].any()
@@ -122,7 +122,7 @@ def test_floating_layers(kernels, kind):
         packed = pack(linear(outputs, inputs, random), kind, signed=True)
         given = given_rows(rows, inputs, random, signed=True)
         expected, magnitude = np.empty((rows, outputs)), np.empty((rows, outputs))
-        kernels.call("reference_layer", _described(packed), given, rows, given.shape[1], expected, magnitude)
+        kernels.call("reference_layer", described(packed), given, rows, given.shape[1], expected, magnitude)
         bound = gamma(inputs + 2) * magnitude + TINY
         wrong = np.abs(run_layer(kernels, packed, given) - expected) > bound
         assert not wrong.any(), (inputs, outputs, rows)
@@ -137,7 +137,7 @@ def test_integer_layers_are_exact(kernels, kind, signed):
         packed = pack(linear(outputs, inputs, random), kind, signed=signed)
         given = given_rows(rows, inputs, random, signed=signed)
         expected = np.empty((rows, outputs))
-        kernels.call("reference_layer", _described(packed), given, rows, given.shape[1], expected, 0)
+        kernels.call("reference_layer", described(packed), given, rows, given.shape[1], expected, 0)
         np.testing.assert_array_equal(run_layer(kernels, packed, given), expected, str((inputs, outputs, rows)))
 
 
@@ -150,7 +150,7 @@ def test_integer_layers_are_exact_at_their_largest_sums(kernels, kind):
         given = np.zeros((3, rounded_up(inputs, 64)), np.float32)
         given[:, :inputs] = 7 * sign if signed else 7
         expected = np.empty((3, 33))
-        kernels.call("reference_layer", _described(packed), given, 3, given.shape[1], expected, 0)
+        kernels.call("reference_layer", described(packed), given, 3, given.shape[1], expected, 0)
         np.testing.assert_array_equal(run_layer(kernels, packed, given), expected)
         assert expected.max() == pytest.approx(7 * inputs if signed or sign > 0 else 0, rel=0.01)
 
@@ -172,8 +172,8 @@ def test_inputs_become_numbers_of_their_kind(kernels, kind, signed):
         if case in ("nan", "infinity"):
             given[0, random.integers(inputs)] = np.nan if case == "nan" else np.inf
         found, expected = np.full(256, 77, types[kind]), np.zeros(inputs, np.int32)
-        step = kernels.call("test_codes", _described(packed), given, found)
-        wanted = kernels.call("reference_codes", _described(packed), given, expected)
+        step = kernels.call("test_codes", described(packed), given, found)
+        wanted = kernels.call("reference_codes", described(packed), given, expected)
         np.testing.assert_equal(step, wanted)
         if np.isfinite(wanted):  # else the row's scores are NaN, whatever its integers
             np.testing.assert_array_equal(found[:inputs], expected.astype(types[kind]), f"{case} {inputs}")
@@ -200,8 +200,8 @@ def test_the_logit(kernels):
         packed = pack_logit(linear(1, inputs, random))
         given = given_rows(1, inputs, random, signed=True)
         magnitude = np.empty(1)
-        found = kernels.call("test_logit", _described(packed), given)
-        expected = kernels.call("reference_logit", _described(packed), given, magnitude)
+        found = kernels.call("test_logit", described(packed), given)
+        expected = kernels.call("reference_logit", described(packed), given, magnitude)
         assert abs(found - expected) <= gamma(inputs + 5) * magnitude[0]
 
 

@@ -18,7 +18,8 @@ from narsil.artifacts.packed import kinds_here
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import PARTS, ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.backends.torchscript import TorchScriptBackend
-from narsil.compile.core import read_parts, realigned
+from narsil.compile.core import read_model, read_parts, realigned
+from narsil.compile.forms import DlrmForm
 from narsil.compile.planner import LADDERS, Workbench, climb, plans
 from narsil.compile.toolchain import STRICT, build_forward
 from narsil.dataflow import Batch
@@ -69,29 +70,24 @@ class Subject:
         artifact = package_dlrm(config, weights, folder, onnx=False)
         assert artifact.torchscript is not None
         self.true = Float64Dlrm(config, weights, artifact.torchscript)
-        parts = read_parts(load_torchscript(artifact.torchscript, "cpu"), artifact.schema, "model")
+        parts = read_parts(read_model(load_torchscript(artifact.torchscript, "cpu"), artifact.schema, "model"), "model")
         reference = TorchScriptBackend.load(artifact, "cpu", tune=False)
         self.schema = artifact.schema
         tables = parts.int8
         row_bytes = -(-(parts.dim + SCALE_BIAS_BYTES) // tables.row_alignment) * tables.row_alignment
-        self.bench = Workbench(
-            ForwardLibrary(library),
-            Geometry(
-                parts.dense_dim,
-                parts.dim,
-                row_bytes,
-                tables.offsets,
-                tuple(self.schema.rows.tolist()),
-                (parts.pooling == "mean",) * parts.tables,
-            ),
-            self.schema,
-            parts,
-            np.asarray(tables.data),
-            lambda batch: reference.run(batch)["default"],
+        geometry = Geometry(
+            parts.dense_dim,
+            parts.dim,
+            row_bytes,
+            tables.offsets,
+            tuple(self.schema.rows.tolist()),
+            (parts.pooling == "mean",) * parts.tables,
         )
+        self.form = DlrmForm(ForwardLibrary(library), geometry, self.schema, parts, np.asarray(tables.data))
+        self.bench = Workbench(self.form, self.schema, reference.run)
 
     def backend(self, kind: str) -> FusedBackend:
-        return self.bench.backend((kind,) * len(self.bench.linears))
+        return self.form.backend((kind,) * len(self.form.linears))
 
     def batch(self, rows: int, longest: int | None, seed: int = 0) -> Batch:
         return batch_of(self.schema.rows.tolist(), self.schema.dense_dim, rows, longest=longest, seed=seed)
@@ -122,7 +118,7 @@ def test_it_scores_as_the_artifact(subject, kind):
             batch = subject.batch(rows, longest, seed=rows)
             found = backend.run(batch)["default"]
             assert found.shape == (rows,)
-            true = subject.true.scores(batch, [kind] * len(subject.bench.linears))
+            true = subject.true.scores(batch, [kind] * len(subject.form.linears))
             assert_explained(found, true, least=0.2 if longest != 0 else 0)
 
 
@@ -133,22 +129,22 @@ def test_a_rows_score_is_the_same_bits_in_any_batch(subject, kind):
 
 
 def test_tables_of_another_alignment_score_the_same(subject):
-    bench, batch = subject.bench, subject.batch(50, 3)
-    tables = realigned(bench.parts.int8, bench.geometry.rows, bench.parts.dim, 16)
-    row_bytes = -(-(bench.parts.dim + SCALE_BIAS_BYTES) // 16) * 16
-    geometry = replace(bench.geometry, row_bytes=row_bytes, starts=tables.offsets)
-    layers = bench.layers(("fp32",) * len(bench.linears))
-    network = Network(bench.library, geometry, layers, len(bench.parts.dense), np.asarray(tables.data))
+    form, batch = subject.form, subject.batch(50, 3)
+    tables = realigned(form.parts.int8, form.geometry.rows, form.parts.dim, 16)
+    row_bytes = -(-(form.parts.dim + SCALE_BIAS_BYTES) // 16) * 16
+    geometry = replace(form.geometry, row_bytes=row_bytes, starts=tables.offsets)
+    layers = form.layers(("fp32",) * len(form.linears))
+    network = Network(form.library, geometry, layers, len(form.parts.dense), np.asarray(tables.data))
     expected = subject.backend("fp32").run(batch)["default"]
     np.testing.assert_array_equal(FusedBackend(network, subject.schema).run(batch)["default"], expected)
 
 
 @pytest.mark.parametrize("kind", HERE)
 def test_layers_may_differ_in_kind(small, kind):
-    for number in range(len(small.bench.linears)):
-        kinds = tuple(kind if number == other else "fp32" for other in range(len(small.bench.linears)))
+    for number in range(len(small.form.linears)):
+        kinds = tuple(kind if number == other else "fp32" for other in range(len(small.form.linears)))
         batch = small.batch(500, 3)
-        assert_explained(small.bench.backend(kinds).score(batch), small.true.scores(batch, kinds))
+        assert_explained(small.form.backend(kinds).score(batch), small.true.scores(batch, kinds))
 
 
 def test_rows_that_are_picked_one_by_one_are_the_batchs(small):
@@ -228,9 +224,9 @@ def test_no_rows_have_no_scores(small):
 
 
 def test_nothing_beyond_the_last_tables_last_byte_is_read(subject):
-    tables = before_a_wall(np.asarray(subject.bench.parts.int8.data))
-    layers = subject.bench.layers(("fp32",) * len(subject.bench.linears))
-    network = Network(subject.bench.library, subject.bench.geometry, layers, len(subject.bench.parts.dense), tables)
+    tables = before_a_wall(np.asarray(subject.form.parts.int8.data))
+    layers = subject.form.layers(("fp32",) * len(subject.form.linears))
+    network = Network(subject.form.library, subject.form.geometry, layers, len(subject.form.parts.dense), tables)
     batch = subject.batch(20, 40)
     last = np.repeat(subject.schema.rows - 1, batch.lengths.reshape(-1, 20).sum(axis=1))
     batch = replace(batch, values=last.astype(np.int32))

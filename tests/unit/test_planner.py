@@ -18,8 +18,8 @@ class Bench:
     """Three layers, each of which adds the rounding of its kind."""
 
     def __init__(self, log_odds: float = 4.0) -> None:
-        self.linears = [SimpleNamespace(weight=SimpleNamespace(shape=(8, 64), numel=lambda: 512))] * 3
-        self.parts = SimpleNamespace(dense=self.linears[:1])
+        self.linears = [SimpleNamespace(weight=SimpleNamespace(shape=(8, 64)))] * 3
+        self.form = self
         self.log_odds = log_odds
 
     def errors(self, kinds):
@@ -28,6 +28,9 @@ class Bench:
 
     def layers(self, kinds):
         return tuple(SimpleNamespace(shape=SimpleNamespace(kind=kind)) for kind in (*kinds, "fp32"))
+
+    def told(self, kinds):
+        return " ".join(kinds)
 
     def speed(self, kinds):
         return sum(SPEED[kind] for kind in kinds)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from narsil.artifacts.packed import LayerShape
+from narsil.artifacts.plan import Plan
 from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError
 
@@ -101,6 +102,7 @@ class CompiledInfo:
     dense_layers: int  # of layers; the others are the over arch's
     layers: tuple[LayerShape, ...]  # of the fused engine, in the order in which they run; else empty
     deviation: Deviation | None = None
+    plan: Plan | None = None  # of the fused engine, where the model is no DLRM: then no table and no layer stands above
 
     @property
     def row_bytes(self) -> int:
@@ -118,7 +120,8 @@ class CompiledInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
-        return asdict(self)
+        data = asdict(replace(self, plan=None))
+        return data if self.plan is None else {**data, "plan": self.plan.to_dict()}
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any], schema: ModelSchema, tables_bytes: int) -> CompiledInfo:
@@ -131,7 +134,8 @@ class CompiledInfo:
             deviation = None if data["deviation"] is None else Deviation(**data["deviation"])
             lists = {key: tuple(data[key]) for key in ("instructions", "offsets")}
             layers = tuple(LayerShape(**layer) for layer in data["layers"])
-            info = cls(**{**data, **lists, "layers": layers, "deviation": deviation})
+            plan = None if data.get("plan") is None else Plan.from_dict(data["plan"])
+            info = cls(**{**data, **lists, "layers": layers, "deviation": deviation, "plan": plan})
         except (TypeError, KeyError) as error:
             raise ArtifactError(
                 f"the manifest's compiled section is damaged ({error}); compile the model again"
@@ -151,7 +155,10 @@ class CompiledInfo:
                 f"the manifest names the engine {str(self.engine)[:64]!r} on {str(self.device)[:64]!r}, which this "
                 "Narsil does not know; compile the model again"
             )
-        if not 1 <= self.row_alignment <= 4096 or self.dim < 1:
+        if self.plan is not None:
+            self._check_plan(self.plan, schema, tables_bytes)
+            return
+        if not 1 <= self.row_alignment <= 1 << 24 or self.dim < 1:
             raise ArtifactError("the manifest's compiled section has impossible sizes; compile the model again")
         dims = {feature.dim for feature in schema.features} | {self.dim}
         poolings = {feature.pooling for feature in schema.features}
@@ -173,6 +180,11 @@ class CompiledInfo:
                     f"the table of {feature.name} would end beyond tables.bin ({tables_bytes} bytes): ids would be "
                     "read out of bounds; compile the model again"
                 )
+
+    def _check_plan(self, plan: Plan, schema: ModelSchema, tables_bytes: int) -> None:
+        if self.engine != "fused" or self.layers or self.offsets:
+            raise ArtifactError("the manifest has a plan beside a DLRM's layers; compile the model again")
+        plan.check(schema.num_features, schema.dense_dim, [1] * len(schema.tasks), tables_bytes)
 
     def _check_layers(self) -> None:
         """Raises ArtifactError unless each layer takes what comes before it: the code trusts their sizes."""

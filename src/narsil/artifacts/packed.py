@@ -34,8 +34,10 @@ __all__ = [
     "Packed",
     "fits",
     "kinds_here",
+    "read_leading",
     "read_packed",
     "rounded_up",
+    "write_arrays",
     "write_packed",
 ]
 
@@ -140,35 +142,52 @@ def fits(kind: str, inputs: int) -> bool:
 def write_packed(layers: Sequence[Packed], file: Any) -> None:
     """weights.bin: each layer's weights, bias, scale and excess, each from a multiple of 64 bytes on."""
     for layer in layers:
-        for array in (layer.weights, layer.bias, layer.scale, layer.excess):
-            data = array.tobytes()
-            file.write(data)
-            file.write(bytes(rounded_up(len(data), _ALIGN) - len(data)))
+        write_arrays((layer.weights, layer.bias, layer.scale, layer.excess), file)
+
+
+def write_arrays(arrays: Sequence[NDArray[Any]], file: Any) -> None:
+    """Arrays one after the other, each from a multiple of 64 bytes on."""
+    for array in arrays:
+        data = array.tobytes()
+        file.write(data)
+        file.write(bytes(rounded_up(len(data), _ALIGN) - len(data)))
 
 
 def read_packed(shapes: Sequence[LayerShape], data: NDArray[np.uint8]) -> tuple[Packed, ...]:
-    """The layers in the bytes of a weights.bin, as views; the last is the logit's. Raises ArtifactError where there are
-    more or fewer bytes than the shapes have."""
+    """A DLRM's layers in the bytes of a weights.bin, as views; the last is the logit's. Raises ArtifactError where
+    there are more or fewer bytes than the shapes have."""
+    layers, used = _read(shapes, data, logit=len(shapes) - 1)
+    if used != data.size:
+        raise _wrong_size(data, used)
+    return layers
+
+
+def read_leading(shapes: Sequence[LayerShape], data: NDArray[np.uint8]) -> tuple[tuple[Packed, ...], int]:
+    """(the layers that a plan's weights.bin begins with, as views; the bytes that they take). Raises ArtifactError
+    where there are fewer."""
+    return _read(shapes, data, logit=-1)
+
+
+def _read(shapes: Sequence[LayerShape], data: NDArray[np.uint8], logit: int) -> tuple[tuple[Packed, ...], int]:
     for shape in shapes:
         shape.check()
-    needed = sum(
-        rounded_up(_bytes(kind, size), _ALIGN)
-        for number, shape in enumerate(shapes)
-        for kind, size in shape.parts(logit=number == len(shapes) - 1)
-    )
-    if needed != data.size:
-        raise ArtifactError(
-            f"weights.bin has {data.size} bytes where its layers have {needed}; compile the model again"
-        )
+    parts = [shape.parts(logit=number == logit) for number, shape in enumerate(shapes)]
+    needed = sum(rounded_up(_bytes(kind, size), _ALIGN) for part in parts for kind, size in part)
+    if needed > data.size:
+        raise _wrong_size(data, needed)
     layers, at = [], 0
-    for number, shape in enumerate(shapes):
+    for shape, part in zip(shapes, parts, strict=True):
         arrays: list[NDArray[Any]] = []
-        for kind, size in shape.parts(logit=number == len(shapes) - 1):
+        for kind, size in part:
             count = _bytes(kind, size)
             arrays.append(data[at : at + count].view(kind).reshape(size))
             at += rounded_up(count, _ALIGN)
         layers.append(Packed(shape, *arrays))
-    return tuple(layers)
+    return tuple(layers), needed
+
+
+def _wrong_size(data: NDArray[np.uint8], needed: int) -> ArtifactError:
+    return ArtifactError(f"weights.bin has {data.size} bytes where its layers have {needed}; compile the model again")
 
 
 def _bytes(kind: type[Any], size: tuple[int, ...]) -> int:

@@ -10,9 +10,11 @@ import numpy as np
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import CompiledInfo, machine_problem
-from narsil.artifacts.finite import check_quantized_tables
+from narsil.artifacts.finite import bad_weights, check_quantized_tables, first_bad_row, first_bad_scale
+from narsil.artifacts.plan import Plan
 from narsil.backends.base import Backend
 from narsil.backends.fused import FusedBackend, Network
+from narsil.backends.plans import PlanBackend, PlanNetwork
 from narsil.errors import ArtifactError, ConfigError
 
 __all__ = ["info_of", "load_compiled"]
@@ -37,6 +39,8 @@ def load_compiled(artifact: Artifact, intra_op_threads: int = 1, *, batch_invari
             f"intra_op_threads is {intra_op_threads}, and the fused engine of {artifact.path} runs each forward on one "
             "thread: leave it at 1 and serve with more lanes, or compile with --engine inductor"
         )
+    if info.plan is not None:
+        return PlanBackend(PlanNetwork.load(artifact, info.plan), artifact.schema)
     return FusedBackend(Network.load(artifact, info), artifact.schema)
 
 
@@ -49,6 +53,9 @@ def info_of(artifact: Artifact) -> CompiledInfo:
 def _check_tables(artifact: Artifact, info: CompiledInfo) -> None:
     """Raises ArtifactError where a row's scale or bias is NaN or infinite: a checksum says what was written, not that
     it can be served."""
+    if info.plan is not None:
+        _check_planned(artifact, info.plan)
+        return
     path, features = artifact.files_for("compiled")["tables"], artifact.schema.features
     check_quantized_tables(
         np.memmap(path, np.uint8, mode="r"),
@@ -58,6 +65,22 @@ def _check_tables(artifact: Artifact, info: CompiledInfo) -> None:
         [feature.table for feature in features],
         str(path),
     )
+
+
+def _check_planned(artifact: Artifact, plan: Plan) -> None:
+    """As _check_tables, of tables of any kind."""
+    path = artifact.files_for("compiled")["tables"]
+    data = np.memmap(path, np.uint8, mode="r")
+    for table in plan.tables:
+        rows = data[table.start : table.start + table.rows * table.row_bytes].reshape(table.rows, table.row_bytes)
+        if table.kind > 1:
+            bad = first_bad_scale(rows[:, : table.scale_bytes], np.float16 if table.scale_bytes == 4 else np.float32)
+        else:
+            kind = np.dtype(np.float32 if table.kind == 0 else np.float16)
+            bad = first_bad_row(np.ascontiguousarray(rows[:, : table.dim * kind.itemsize]).view(kind))
+        if bad is not None:
+            name = artifact.schema.features[table.feature].table
+            raise ArtifactError(bad_weights(str(path), f"row {bad} of table {name}"))
 
 
 def _load_inductor(artifact: Artifact, info: CompiledInfo, intra_op_threads: int, batch_invariant: bool) -> Backend:

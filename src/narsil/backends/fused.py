@@ -27,11 +27,11 @@ from narsil.backends.base import Backend
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed
 
-__all__ = ["PARTS", "ForwardLibrary", "FusedBackend", "Geometry", "Network"]
+__all__ = ["PARTS", "ForwardLibrary", "FusedBackend", "Geometry", "Network", "described"]
 
 PARTS = ("lookup", "dense", "interaction", "over", "rest")  # of a forward, by forward.cpp's numbers
 
-_VERSION = 1  # of forward.cpp's structures
+_VERSION = 2  # of forward.cpp's structures
 _BAD_ID, _BAD_LENGTHS = 1, 2
 _TILE_FLOATS = 1 << 15  # between two parts of a forward: 128 KiB, an eighth of a common second-level cache
 _TILE_ROWS = (12, 64)  # at least, so that blocks are full, and at most
@@ -77,6 +77,8 @@ class ForwardLibrary:
             version: Any = code.narsil_forward_version
             self.forward: Any = code.narsil_forward
             self.scratch_bytes: Any = code.narsil_scratch_bytes
+            self.plan: Any = code.narsil_plan
+            self.plan_bytes: Any = code.narsil_plan_bytes
         except AttributeError as error:
             raise ArtifactError(f"{path} is no build of Narsil's forward ({error}); compile the model again") from None
         version.restype = c_int64
@@ -85,6 +87,8 @@ class ForwardLibrary:
         self.scratch_bytes.argtypes, self.scratch_bytes.restype = (POINTER(_Model), c_int64), c_int64
         self.forward.argtypes = (POINTER(_Model), POINTER(_Rows), c_void_p, c_void_p, POINTER(c_double))
         self.forward.restype = c_int
+        self.plan_bytes.argtypes, self.plan_bytes.restype = (c_void_p, c_int64), c_int64  # a Plan: see plans.py
+        self.plan.argtypes, self.plan.restype = (c_void_p,) * 4, c_int
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,14 @@ class Network:
         self.geometry = geometry
         starts, rows = np.array(geometry.starts, np.int64), np.array(geometry.rows, np.int64)
         mean = np.array(geometry.mean, np.uint8)
-        described = (_Layer * len(layers))(*map(_described, layers))
-        self._kept = (tuple(layers), tables, starts, rows, mean, described)
+        native = (_Layer * len(layers))(*map(described, layers))
+        self._kept = (tuple(layers), tables, starts, rows, mean, native)
         extents = [extent for layer in layers for extent in (layer.shape.inputs, layer.shape.outputs)]
         width = -(-max(extents) // 64) * 64
         self.model = _Model(
             *(geometry.dense_dim, len(rows), geometry.dim, geometry.row_bytes, dense_layers),
             *(len(layers) - dense_layers, width, min(max(_TILE_FLOATS // width, _TILE_ROWS[0]), _TILE_ROWS[1])),
-            *(ctypes.addressof(described), tables.ctypes.data, starts.ctypes.data, rows.ctypes.data, mean.ctypes.data),
+            *(ctypes.addressof(native), tables.ctypes.data, starts.ctypes.data, rows.ctypes.data, mean.ctypes.data),
         )
 
     @classmethod
@@ -201,7 +205,8 @@ class FusedBackend(Backend):
         return FusedBackend(self._network, self.schema)
 
 
-def _described(layer: Packed) -> _Layer:
+def described(layer: Packed) -> _Layer:
+    """A layer as the library takes it; it points into the layer's arrays."""
     shape = layer.shape
     return _Layer(
         *(shape.inputs, shape.outputs, KINDS.index(shape.kind), shape.shift, shape.levels),

@@ -1,4 +1,4 @@
-"""``narsil compile``: turns a DLRM artifact into one that runs at the speed of this machine's processor."""
+"""``narsil compile``: turns an artifact into one that runs at the speed of this machine's processor."""
 
 from __future__ import annotations
 

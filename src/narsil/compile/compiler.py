@@ -2,7 +2,7 @@
 
     options    what is asked for, held against this machine                    options.py, toolchain.py
     cache      whether the folder holds that already                           cache.py
-    tables     the artifact taken apart; its tables written as they are mapped    core.py
+    tables     the artifact taken apart; its tables written as they are mapped    core.py, lowering.py
     code       fused: forward.cpp built, layers' kinds chosen and packed       toolchain.py, planner.py, packing.py
                inductor: the core exported and compiled                        export.py
     gate       the result run and held against the artifact                    gate.py
@@ -20,21 +20,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from narsil.artifacts import artifact as artifacts
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import CompiledInfo, processor_flags
 from narsil.artifacts.copying import copy_file
-from narsil.artifacts.packed import kinds_here, write_packed
+from narsil.artifacts.packed import kinds_here, write_arrays, write_packed
 from narsil.artifacts.replacing import Progress, replacing
+from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import ForwardLibrary, Geometry
 from narsil.backends.registry import load_backend
 from narsil.compile.cache import cached, gpu_flags_of, key_of
 from narsil.compile.calibration import Calibration
-from narsil.compile.core import DlrmParts, read_parts, realigned
+from narsil.compile.core import DlrmParts, NoDlrm, program_of, read_model, read_parts, realigned
 from narsil.compile.export import export_core
+from narsil.compile.forms import DlrmForm, PlanForm, plan_of
 from narsil.compile.gate import DEFAULT_LIMIT, Measure, judged, limits_for, measure_of, problem_of, require
+from narsil.compile.lowering import Lowered, lowered
 from narsil.compile.options import CompileOptions, resolved
 from narsil.compile.planner import Workbench, plans
 from narsil.compile.toolchain import build_forward
@@ -60,10 +64,10 @@ def compile_artifact(
     """Compiles ``source`` to the folder ``out``; returns the new artifact and whether it was there already.
 
     ``limit`` bounds the largest deviation of a score, and with it what gate.limits_of says (None: gate.limits_for).
-    ``calibration`` has rows to choose and to judge by, beside drawn ones. Raises ArtifactError where the model is no
-    DLRM that can be compiled, deviates too far in every form that was asked for, or ``out`` holds other files;
-    ConfigError where the precision, the engine or the C++ compiler is missing
-    here; DeviceUnavailable where the device is. After an error ``out`` is what it was.
+    ``calibration`` has rows to choose and to judge by, beside drawn ones. Raises ArtifactError where the model does
+    what no engine has a step for, deviates too far in every form that was asked for, or ``out`` holds other files;
+    ConfigError where the precision, the engine or the C++ compiler is missing here; DeviceUnavailable where the device
+    is. After an error ``out`` is what it was.
     """
     report = progress or (lambda stage, done, total: None)
     out = Path(out)
@@ -76,14 +80,17 @@ def compile_artifact(
         return found, True
     with replacing(out) as staging:
         report("tables", 0, 1)
-        parts = _read(source, script, options)
-        _write_tables(parts, staging / artifacts.TABLES_FILE)
+        model = _read(source, script, options)
+        _write_tables(model, staging / artifacts.TABLES_FILE)
         copy_file(script, staging / artifacts.TORCHSCRIPT_FILE)
         report("tables", 1, 1)
-        info = _described(parts, options, key)
-        job = _Job(source, staging, parts, options, report, calibration, measure_of(source, calibration))
+        info = _described(model, source.schema, options, key)
+        job = _Job(source, staging, model, options, report, calibration, measure_of(source, calibration))
         _first_that_passes(job, info)
     return artifacts.open_artifact(out, verify=False), False
+
+
+Model = DlrmParts | Lowered
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class _Job:
 
     source: Artifact
     staging: Path
-    parts: DlrmParts
+    model: Model
     options: CompileOptions
     report: Progress
     calibration: Calibration | None
@@ -110,9 +117,16 @@ def _script_of(source: Artifact) -> Path:
     return source.torchscript
 
 
-def _read(source: Artifact, script: Path, options: CompileOptions) -> DlrmParts:
-    """The artifact's parts, its tables laid out for the device."""
-    parts = read_parts(load_torchscript(script, "cpu"), source.schema, script.name)
+def _read(source: Artifact, script: Path, options: CompileOptions) -> Model:
+    """A DLRM's parts, its tables laid out for the device; of another model, where the fused engine is to run it, the
+    plan of its program."""
+    reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
+    try:
+        parts = read_parts(reading, script.name)
+    except NoDlrm as problem:
+        if options.engine != "fused":
+            raise ArtifactError(f"{problem}: the inductor engine has none other; use --engine fused") from None
+        return lowered(program_of(reading, script.name), source.schema.tasks, script.name)
     if parts.pooling == "mixed" and options.engine != "fused":
         raise ArtifactError(
             f"{source.path} has sum and mean pooling beside each other, which the inductor engine does not run"
@@ -123,15 +137,21 @@ def _read(source: Artifact, script: Path, options: CompileOptions) -> DlrmParts:
     return parts
 
 
-def _write_tables(parts: DlrmParts, path: Path) -> None:
+def _stored(model: Model) -> tuple[NDArray[np.uint8], ...]:
+    """What tables.bin holds, one after the other."""
+    return (np.asarray(model.int8.data),) if isinstance(model, DlrmParts) else model.stored
+
+
+def _write_tables(model: Model, path: Path) -> None:
     with path.open("wb") as file:
-        file.write(memoryview(parts.int8.data.numpy()))
+        for part in _stored(model):
+            file.write(np.ascontiguousarray(part).data)
         file.write(bytes(_TAIL))
 
 
-def _described(parts: DlrmParts, options: CompileOptions, key: str) -> CompiledInfo:
+def _described(model: Model, schema: ModelSchema, options: CompileOptions, key: str) -> CompiledInfo:
     """What does not depend on the precision."""
-    return CompiledInfo(
+    info = CompiledInfo(
         engine=options.engine,
         device=options.device,
         precision="",
@@ -139,16 +159,26 @@ def _described(parts: DlrmParts, options: CompileOptions, key: str) -> CompiledI
         instructions=(*processor_flags(), *gpu_flags_of(options.device)),
         torch=str(torch.__version__),
         key=key,
-        dense_dim=parts.dense_dim,
-        tables=parts.tables,
-        dim=parts.dim,
-        offsets=parts.int8.offsets,
-        row_alignment=parts.int8.row_alignment,
-        pooling=parts.pooling,
+        dense_dim=schema.dense_dim,
+        tables=schema.num_features,
+        dim=1,
+        offsets=(),
+        row_alignment=1,
+        pooling="planned",
         limit=DEFAULT_LIMIT,
         note="",
-        dense_layers=len(parts.dense),
+        dense_layers=0,
         layers=(),
+    )
+    if not isinstance(model, DlrmParts):
+        return info
+    return replace(
+        info,
+        dim=model.dim,
+        offsets=model.int8.offsets,
+        row_alignment=model.int8.row_alignment,
+        pooling=model.pooling,
+        dense_layers=len(model.dense),
     )
 
 
@@ -160,15 +190,16 @@ def _first_that_passes(job: _Job, info: CompiledInfo) -> None:
         job.report("compile", 1, 1)
         _write_manifest(job, made)
         job.report("replay", 0, 1)
-        # A DLRM that can be compiled scores one task: core.read_parts has looked.
-        (found,) = judged(job.measure, artifacts.open_artifact(job.staging, verify=False)).values()
+        found = judged(job.measure, artifacts.open_artifact(job.staging, verify=False))
         job.report("replay", 1, 1)
-        limits = limits_for(made.precision, job.options.limit, found)
-        if problem_of(found, limits) is None:
-            _write_manifest(job, made.passed(found, limits.score))
+        worst = max(found.values(), key=lambda deviation: deviation.max_abs)
+        limits = {task: limits_for(made.precision, job.options.limit, found[task]) for task in found}
+        failed = [task for task in found if problem_of(found[task], limits[task]) is not None]
+        if not failed:
+            _write_manifest(job, made.passed(worst, max(limit.score for limit in limits.values())))
             return
         job.report("compile", 0, 1)
-    require(found, limits, made.precision)
+    require(found[failed[0]], limits[failed[0]], made.precision)
 
 
 def _fused(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
@@ -176,16 +207,9 @@ def _fused(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
     library = job.staging / artifacts.FUSED_FILE
     build_forward(library)
     job.report("precision", 0, 1)
-    reference, (task,) = load_backend(job.source, "torch", tune_kernels=False), job.source.schema.tasks
-    bench = Workbench(
-        ForwardLibrary(library),
-        Geometry.of(info, job.source.schema),
-        job.source.schema,
-        job.parts,
-        np.asarray(job.parts.int8.data),
-        lambda batch: reference.run(batch)[task],
-        job.calibration,
-    )
+    reference = load_backend(job.source, "torch", tune_kernels=False)
+    form = _form(job, info, ForwardLibrary(library))
+    bench = Workbench(form, job.source.schema, reference.run, job.calibration)
     limit = DEFAULT_LIMIT if job.options.limit is None else job.options.limit
     for plan in plans(bench, job.options.precision, kinds_here(processor_flags()), limit):
         job.report("precision", 1, 1)
@@ -193,15 +217,30 @@ def _fused(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
         weights.unlink(missing_ok=True)  # an earlier plan's may still be mapped, and must not shrink
         with weights.open("wb") as file:
             write_packed(plan.layers, file)
-        shapes = tuple(layer.shape for layer in plan.layers)
-        yield replace(info, precision=plan.precision, note=plan.note, layers=shapes)
+            if isinstance(job.model, Lowered):
+                write_arrays(job.model.data, file)
+        made = replace(info, precision=plan.precision, note=plan.note)
+        if isinstance(job.model, Lowered):
+            yield replace(made, plan=plan_of(job.model, job.source.schema, plan.layers))
+        else:
+            yield replace(made, layers=tuple(layer.shape for layer in plan.layers))
+
+
+def _form(job: _Job, info: CompiledInfo, library: ForwardLibrary) -> DlrmForm | PlanForm:
+    if isinstance(job.model, DlrmParts):
+        geometry = Geometry.of(info, job.source.schema)
+        return DlrmForm(library, geometry, job.source.schema, job.model, np.asarray(job.model.int8.data))
+    # As they will be mapped: tables that features share lie there once.
+    tables = np.memmap(job.staging / artifacts.TABLES_FILE, np.uint8, mode="r")
+    return PlanForm(library, job.source.schema, job.model, tables)
 
 
 def _inductor(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
     """Writes model.pt2, for each precision in turn."""
     for precision in job.options.precisions:
         made = replace(info, precision=precision, note=f"AOTInductor, {precision}")
-        export_core(job.parts, made, job.staging / artifacts.COMPILED_FILE)
+        assert isinstance(job.model, DlrmParts)  # noqa: S101 - _read has looked
+        export_core(job.model, made, job.staging / artifacts.COMPILED_FILE)
         yield made
 
 

@@ -20,15 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from narsil.artifacts.compiled_info import HOST, INT8, SCALE_BIAS_BYTES
+from narsil.artifacts.compiled_info import INT8, SCALE_BIAS_BYTES
 from narsil.artifacts.schema import ModelSchema
-from narsil.artifacts.tbe import table_operators
-from narsil.artifacts.torchrec import read_module
-from narsil.compile.dlrm import Dlrm, recognised
+from narsil.artifacts.torchrec import ModuleReading, read_module
+from narsil.compile.dlrm import Dlrm, NoDlrm, recognised
 from narsil.errors import ArtifactError
 from narsil.program import steps
 
-__all__ = ["Core", "DlrmParts", "Int8Tables", "Linear", "Precision", "read_parts", "realigned"]
+__all__ = [
+    "Core",
+    "DlrmParts",
+    "Int8Tables",
+    "Linear",
+    "NoDlrm",
+    "Precision",
+    "program_of",
+    "read_model",
+    "read_parts",
+    "realigned",
+]
 
 Precision = Literal["fp32", "bf16"]  # of Core; the fused engine has more
 
@@ -117,28 +127,39 @@ class Core(nn.Module):
         return torch.sigmoid(self.last(hidden)).squeeze(1)
 
 
-def read_parts(module: Any, schema: ModelSchema, name: str) -> DlrmParts:
-    """The parts of a loaded ScriptModule, whose every operation is accounted for. Raises ArtifactError on what is no
-    DLRM with INT8 tables of one dim."""
-    reading = read_module(
-        module, name, schema.dense_dim
-    )  # also holds every table's rows against the bytes that there are
+def read_model(module: Any, schema: ModelSchema, name: str) -> ModuleReading:
+    """What a loaded ScriptModule does, whose schema must be this one. Raises ArtifactError."""
+    reading = read_module(module, name, schema.dense_dim)  # also holds every table's rows against the bytes there are
     if reading.schema != schema:
         raise ArtifactError(f"{name} and its manifest describe different models; package the model again")
-    if len(schema.tasks) != 1:
-        raise ArtifactError(f"{name} scores {len(schema.tasks)} tasks; a DLRM that can be compiled scores one")
-    program = None if reading.readings is None else reading.readings.program
-    if program is None:
-        problem = "its device is not here" if reading.readings is None else reading.readings.problem
+    return reading
+
+
+def program_of(reading: ModuleReading, name: str) -> steps.Program:
+    """Its program. Raises ArtifactError where not every operation is known."""
+    readings = reading.readings
+    if readings is None or readings.program is None:
+        problem = "its device is not here" if readings is None else readings.problem
         raise ArtifactError(f"{name} cannot be compiled ({problem}); serve it with the torch backend")
-    dlrm = recognised(program, schema.tasks[0], name)
-    dims, poolings = {feature.dim for feature in schema.features}, {feature.pooling for feature in schema.features}
+    return readings.program
+
+
+def read_parts(reading: ModuleReading, name: str) -> DlrmParts:
+    """The parts of a model whose every operation is accounted for.
+
+    Raises NoDlrm where it is no DLRM with INT8 tables of one dim, and ArtifactError where it cannot be compiled at all.
+    """
+    schema = reading.schema
+    if len(schema.tasks) != 1:
+        raise NoDlrm(f"{name} scores {len(schema.tasks)} tasks, and a DLRM one")
+    dlrm = recognised(program_of(reading, name), schema.tasks[0], name)
+    poolings = {feature.pooling for feature in schema.features}
     return DlrmParts(
         tuple(map(_linear, dlrm.dense)),
         tuple(map(_linear, dlrm.over)),
-        _int8_tables(table_operators(module), dlrm, name),
+        _int8_tables(dlrm, name),
         schema.num_features,
-        dims.pop(),
+        schema.features[0].dim,
         poolings.pop() if len(poolings) == 1 else "mixed",
     )
 
@@ -163,33 +184,24 @@ def realigned(tables: Int8Tables, rows: Sequence[int], dim: int, alignment: int)
     return Int8Tables(data, tuple(offsets), alignment)
 
 
-def _int8_tables(tbes: Sequence[Any], dlrm: Dlrm, name: str) -> Int8Tables:
+def _int8_tables(dlrm: Dlrm, name: str) -> Int8Tables:
     """The tables of all groups, their offsets in the schema's order."""
-    bases, start = {}, 0
-    for tbe in tbes:
-        if set(tbe.weights_tys.tolist()) != {INT8} or int(tbe.scale_bias_size_in_bytes) != 4:
-            raise ArtifactError(
-                f"{name}: tables are not INT8 with FP16 scale and bias; package the model with INT8 tables"
-            )
-        if set(tbe.weights_placements.tolist()) != {HOST}:
-            raise ArtifactError(f"{name}: tables do not lie in host memory; package the model with --device cpu")
-        bases[tbe.weights_host.data_ptr()] = start
-        start += tbe.weights_host.numel()
-    if not tbes:
-        raise ArtifactError(f"{name}: its tables are floats; package the model with INT8 tables")
-    alignments = {max(int(tbe.row_alignment), 1) for tbe in tbes}
-    if len(alignments) != 1:
-        raise ArtifactError(f"{name}: its groups of tables differ in alignment; package the model again")
-    offsets = []
-    for feature in sorted(dlrm.tables):
-        lookup, position = dlrm.tables[feature]
-        table = lookup.tables[position]
-        base = bases.get(table.data.ctypes.data)
-        if base is None:
-            raise ArtifactError(f"{name}: tables are not INT8; package the model with INT8 tables")
-        offsets.append(base + table.start)
-    data = tbes[0].weights_host if len(tbes) == 1 else torch.cat([tbe.weights_host for tbe in tbes])
-    return Int8Tables(data, tuple(offsets), alignments.pop())
+    tables = [lookup.tables[position] for _, (lookup, position) in sorted(dlrm.tables.items())]
+    for table in tables:
+        if table.kind != INT8 or table.scale_bytes != SCALE_BIAS_BYTES:
+            raise NoDlrm(f"{name} has tables that are not INT8 with FP16 scale and bias")
+        if table.row_bytes != tables[0].row_bytes or table.dim != tables[0].dim:
+            raise NoDlrm(f"{name} has tables whose rows differ in size")
+    groups = {table.data.ctypes.data: torch.from_numpy(table.data) for table in tables}
+    bases = dict(zip(groups, np.cumsum([0, *(data.numel() for data in groups.values())]).tolist(), strict=False))
+    offsets = tuple(bases[table.data.ctypes.data] + table.start for table in tables)
+    data = next(iter(groups.values())) if len(groups) == 1 else torch.cat(list(groups.values()))
+    return Int8Tables(data, offsets, _alignment(tables[0].row_bytes, tables[0].dim))
+
+
+def _alignment(row_bytes: int, dim: int) -> int:
+    """One by which a row of that dim comes to that many bytes."""
+    return 1 if row_bytes == dim + SCALE_BIAS_BYTES else row_bytes
 
 
 def _layer(linear: Linear, kind: torch.dtype) -> nn.Linear:

@@ -13,30 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from narsil.errors import ArtifactError
-from narsil.program.steps import Concat, Elementwise, Linear, Lookup, MatMul, Permute, Program, Reshape, Step, Take
+from narsil.program.origins import Origins, Trace
+from narsil.program.steps import Elementwise, Linear, Lookup, MatMul, Program, Step
 
-__all__ = ["Dlrm", "recognised"]
-
-
-@dataclass(frozen=True)
-class Origins:
-    """Where each number of a value comes from: the value that some step computed, and the place in its flattened
-    row."""
-
-    values: NDArray[np.int64]
-    places: NDArray[np.int64]  # of the same shape
-
-    def lone(self) -> int | None:
-        """The value that all numbers come from, in its own order; None where there is no such one."""
-        first = int(self.values.flat[0])
-        same = (self.values == first).all() and np.array_equal(self.places.ravel(), np.arange(self.places.size))
-        return first if same else None
+__all__ = ["Dlrm", "NoDlrm", "recognised"]
 
 
 @dataclass(frozen=True)
@@ -48,27 +34,27 @@ class Dlrm:
     tables: Mapping[int, tuple[Lookup, int]]  # feature -> its lookup, and its place there
 
 
+class NoDlrm(ArtifactError):
+    """The model is none that the DLRM's own loops run."""
+
+
 class _Unlike(Exception):
     """Why a program is no DLRM."""
 
 
 def recognised(program: Program, task: str, name: str) -> Dlrm:
-    """The DLRM that a program is. Raises ArtifactError, naming the first step that a DLRM has not."""
+    """The DLRM that a program is. Raises NoDlrm, naming the first step that a DLRM has not."""
     try:
         return _Matcher(program).dlrm(program.outputs[task])
     except _Unlike as problem:
-        raise ArtifactError(
-            f"{name} is no DLRM with dot interaction, which is what can be compiled: {problem}; serve it with the "
-            f"torch "
-            "backend"
-        ) from None
+        raise NoDlrm(f"{name} is no DLRM with dot interaction: {problem}") from None
 
 
 class _Matcher:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.made_by: dict[int, Step] = {step.out: step for step in program.steps}
-        self._origins: dict[int, Origins] = {}
+        self.trace = Trace(program)
+        self.made_by = self.trace.made_by
 
     def dlrm(self, output: int) -> Dlrm:
         """See recognised."""
@@ -193,39 +179,11 @@ class _Matcher:
         return operand
 
     def _origins_of(self, number: int) -> Origins:
-        if number not in self._origins:
-            self._origins[number] = self._found(number)
-        return self._origins[number]
-
-    def _found(self, number: int) -> Origins:
-        step = self.made_by.get(number)
-        if isinstance(step, Concat):
-            parts = [self._origins_of(source) for source in step.sources]
-            return Origins(
-                np.concatenate([part.values for part in parts], step.axis),
-                np.concatenate([part.places for part in parts], step.axis),
-            )
-        if isinstance(step, Take | Reshape | Permute):
-            return Origins(*(_rearranged(step, array) for array in _arrays(self._origins_of(step.source))))
-        shape = self.program.shapes[number]
-        places = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-        return Origins(np.full(shape, number), places)
+        return self.trace.of(number)
 
     def _tell(self, number: int) -> str:
         step = self.made_by.get(number)
         return "the dense columns" if step is None else _told(step)
-
-
-def _arrays(origins: Origins) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return origins.values, origins.places
-
-
-def _rearranged(step: Take | Reshape | Permute, array: NDArray[Any]) -> NDArray[Any]:
-    if isinstance(step, Take):
-        return array.ravel()[step.places]
-    if isinstance(step, Reshape):
-        return array.reshape(step.shape)
-    return np.transpose(array, step.axes)
 
 
 def _check_lookup(lookup: Lookup) -> None:

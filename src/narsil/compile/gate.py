@@ -54,6 +54,8 @@ __all__ = [
     "auc",
     "compare",
     "deviation_of",
+    "difference",
+    "is_share",
     "judged",
     "limits_for",
     "limits_of",
@@ -107,7 +109,7 @@ class Measure:
         self._kept: dict[str, list[NDArray[np.bool_]]] = {kind: [] for kind in _CLASSES}
         own = self._own_scores(reference)
         self._expected = own if exact is None else self._scores(exact)
-        self._is_probability = {task: all(_is_share(own[kind][task]) for kind in _CLASSES) for task in schema.tasks}
+        self._is_probability = {task: all(is_share(own[kind][task]) for kind in _CLASSES) for task in schema.tasks}
         self._own = None if exact is None else self._deviations(own)
         self._check_own()
 
@@ -322,7 +324,7 @@ def deviation_of(
 ) -> Deviation:
     """The deviation of (N,) scores; ``labels`` belong to the rows from ``labelled_from`` on."""
     if is_probability is None:
-        is_probability = _is_share(expected)
+        is_probability = is_share(expected)
     apart = difference(expected, found, is_probability=is_probability)
     before = after = None
     if labels is not None and 0 < labels.sum() < len(labels):
@@ -367,7 +369,8 @@ def _bias(expected: NDArray[Any], found: NDArray[Any]) -> float:
     return float((got - wanted) / max(wanted, np.finfo(np.float32).tiny))
 
 
-def _is_share(scores: NDArray[Any]) -> bool:
+def is_share(scores: NDArray[Any]) -> bool:
+    """Whether all of them may be probabilities."""
     return bool(((scores >= 0) & (scores <= 1)).all())
 
 

@@ -1,6 +1,6 @@
 """Chooses the kind of number of each layer (see packing.py): the fastest choice whose scores stay within the limit.
 
-Receives a DLRM's parts and the library that runs them; produces LayerPlans, to be judged in turn until one passes. Each
+Receives a form of a model (forms.py); produces LayerPlans, to be judged in turn until one passes. Each
 layer's own error is measured alone first. Then layers climb, the one with the most error for what climbing costs first,
 until no usual row's score or log-odds deviate by more than the limit allows. Rows are drawn as for the gate but with
 another seed, so that the gate judges on rows of its own.
@@ -8,8 +8,8 @@ another seed, so that the gate judges on rows of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.packed import Packed, fits
 from narsil.artifacts.schema import ModelSchema
-from narsil.backends.fused import ForwardLibrary, FusedBackend, Geometry, Network
 from narsil.compile.calibration import Calibration
-from narsil.compile.core import DlrmParts
-from narsil.compile.gate import limits_of, log_odds_deviation, usual_batches
-from narsil.compile.packing import pack, pack_logit
-from narsil.dataflow import Batch, Floats
+from narsil.compile.forms import Form
+from narsil.compile.gate import Scorer, difference, is_share, limits_of, log_odds_deviation, usual_batches
+from narsil.dataflow import Batch, Scores
 
 __all__ = ["Errors", "LayerPlan", "Workbench", "choose", "climb", "plans"]
 
@@ -73,55 +71,44 @@ class Errors:
 
 @dataclass
 class Workbench:
-    """A DLRM's layers, in any kinds, run over rows whose true scores are known."""
+    """A form of a model, its layers in any kinds, run over rows whose true scores are known."""
 
-    library: ForwardLibrary
-    geometry: Geometry
+    form: Form
     schema: ModelSchema
-    parts: DlrmParts
-    tables: Any  # (bytes,) uint8
-    reference: Callable[[Batch], Floats]  # (B,) scores of the one task
+    reference: Scorer
     calibration: Calibration | None = None
-    _packed: dict[tuple[int, str], Packed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = () if self.calibration is None else islice(self.calibration.batches(), _MOST_GIVEN)
         self._batches = [*usual_batches(self.schema, self.calibration, _SEED), *given]
-        self._expected = [np.array(self.reference(batch)) for batch in self._batches]
-        self.linears = (*self.parts.dense, *self.parts.over[:-1])
-        self._logit = pack_logit(self.parts.over[-1])
-
-    def layers(self, kinds: Kinds) -> tuple[Packed, ...]:
-        """The layers in these kinds, each packed once."""
-        for number, kind in enumerate(kinds):
-            if (number, kind) not in self._packed:
-                first = number in (0, len(self.parts.dense))
-                self._packed[number, kind] = pack(self.linears[number], kind, signed=first)
-        return (*(self._packed[number, kind] for number, kind in enumerate(kinds)), self._logit)
-
-    def backend(self, kinds: Kinds) -> FusedBackend:
-        """The model in these kinds."""
-        layers = self.layers(kinds)
-        return FusedBackend(
-            Network(self.library, self.geometry, layers, len(self.parts.dense), self.tables), self.schema
-        )
+        self._expected = [self._numbers(self.reference(batch)) for batch in self._batches]
+        self._is_probability = {
+            task: all(is_share(expected[task]) for expected in self._expected) for task in self.schema.tasks
+        }
 
     def errors(self, kinds: Kinds) -> Errors:
-        """Of the scores of the one task, over all rows."""
-        backend = self.backend(kinds)
+        """Of the scores of all tasks, over all rows that the artifact scores as numbers."""
+        backend = self.form.backend(kinds)
         largest, log_odds, squares, count = 0.0, 0.0, 0.0, 0
         for batch, expected in zip(self._batches, self._expected, strict=True):
-            found = backend.score(batch)
-            difference = found - expected
-            largest = max(largest, _largest(np.abs(difference)))
-            log_odds = max(log_odds, _largest(log_odds_deviation(expected, found)))
-            squares += float((difference * difference).sum())
-            count += batch.rows
-        return Errors(largest, log_odds, squares / count)
+            found = self._numbers(backend.run(batch))
+            for task, is_probability in self._is_probability.items():
+                is_number = np.isfinite(expected[task])
+                ours, theirs = expected[task][is_number], found[task][is_number]
+                apart = difference(ours, theirs, is_probability=is_probability)
+                largest = max(largest, _largest(apart))
+                if is_probability:
+                    log_odds = max(log_odds, _largest(log_odds_deviation(ours, theirs)))
+                squares += float((apart * apart).sum())
+                count += apart.size
+        return Errors(largest, log_odds, squares / max(count, 1))
+
+    def _numbers(self, scores: Scores) -> dict[str, NDArray[np.float64]]:
+        return {task: np.array(scores[task], np.float64).ravel() for task in self.schema.tasks}
 
     def speed(self, kinds: Kinds) -> float:
         """Rows a second of one lane, forwards of 400 rows, every one with ids of its own."""
-        random, backend = np.random.default_rng(_SEED), self.backend(kinds)
+        random, backend = np.random.default_rng(_SEED), self.form.backend(kinds)
         shape = (self.schema.num_features, _TIMED_ROWS)
         dense = random.random((_TIMED_ROWS, self.schema.dense_dim), dtype=np.float32)
         times = []
@@ -129,7 +116,7 @@ class Workbench:
             values = random.integers(0, self.schema.rows[:, None], shape).astype(self.schema.id_dtype).ravel()
             batch = Batch(_TIMED_ROWS, dense, np.ones(values.size, np.int32), values, one_hot=True)
             began = perf_counter()
-            backend.score(batch)
+            backend.run(batch)
             times.append(perf_counter() - began)
         return _TIMED_ROWS / float(np.median(times))
 
@@ -149,7 +136,7 @@ def _by_turns(bench: Workbench, precision: str, available: Sequence[str], limit:
     if precision != "auto":
         for margin in _MARGINS:
             kinds, largest = climb(bench, precision, available, limit, margin)
-            yield LayerPlan(precision, bench.layers(kinds), _told(bench, kinds), largest)
+            yield LayerPlan(precision, bench.form.layers(kinds), bench.form.told(kinds), largest)
         return
     best = choose(bench, available, limit)
     yield best
@@ -171,8 +158,8 @@ def choose(bench: Workbench, available: Sequence[str], limit: float) -> LayerPla
         (plan for plan in found if plan[3] * _EVEN >= fastest), key=lambda plan: (plan[2], -plan[3])
     )
     speeds = ", ".join(f"{plan[0]} {plan[3]:,.0f}" for plan in found)
-    note = f"{name} pays here: rows a second of one lane within the limit are {speeds}; {_told(bench, kinds)}"
-    return LayerPlan(name, bench.layers(kinds), note, largest)
+    note = f"{name} pays here: rows a second of one lane within the limit are {speeds}; {bench.form.told(kinds)}"
+    return LayerPlan(name, bench.form.layers(kinds), note, largest)
 
 
 def climb(
@@ -180,7 +167,7 @@ def climb(
 ) -> tuple[Kinds, float]:
     """(kinds, largest deviation): from the precision's cheapest kinds up, until ``margin`` of the limits holds."""
     ladder = tuple(kind for kind in LADDERS[precision] if kind in available)
-    ladders = [tuple(kind for kind in ladder if fits(kind, linear.weight.shape[1])) for linear in bench.linears]
+    ladders = [tuple(kind for kind in ladder if fits(kind, linear.weight.shape[1])) for linear in bench.form.linears]
     steps = [0] * len(ladders)
 
     def kinds() -> Kinds:
@@ -197,7 +184,7 @@ def climb(
 
         def worth(number: int) -> float:
             here, above = ladders[number][steps[number]], ladders[number][steps[number] + 1]
-            size = float(bench.linears[number].weight.numel())
+            size = float(np.prod(bench.form.linears[number].weight.shape))
             return (alone[number, here] - alone[number, above]) / (size * (COSTS[above] - COSTS[here]))
 
         steps[max(open_layers, key=worth)] += 1
@@ -207,7 +194,7 @@ def climb(
 
 def _largest(deviations: NDArray[Any]) -> float:
     """Infinite where one is no number."""
-    return float(np.nan_to_num(deviations, nan=np.inf).max())
+    return float(np.nan_to_num(deviations, nan=np.inf).max(initial=0.0))
 
 
 def _errors_alone(bench: Workbench, ladders: Sequence[Kinds]) -> Mapping[tuple[int, str], float]:
@@ -219,8 +206,3 @@ def _errors_alone(bench: Workbench, ladders: Sequence[Kinds]) -> Mapping[tuple[i
             kinds = (*exact[:number], kind, *exact[number + 1 :])
             errors[number, kind] = bench.errors(kinds).mean_square if kind != "fp32" else 0.0
     return errors
-
-
-def _told(bench: Workbench, kinds: Kinds) -> str:
-    dense = len(bench.parts.dense)
-    return f"dense arch {' '.join(kinds[:dense])}, over arch {' '.join((*kinds[dense:], 'fp32'))}"

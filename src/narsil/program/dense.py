@@ -67,7 +67,8 @@ def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], 
     for column in columns:
         if column.folded != folded or len(column.shape) != rank or column.shape[:folded] != columns[0].shape[:folded]:
             raise Unread("the shapes of what it takes differ in their number of axes")
-    sources = tuple(_operand(item, rank, folded) for item in known)
+    kind = reader.recording.tensors[columns[0].number].dtype
+    sources = tuple(_operand(item, rank, folded, kind) for item in known)
     shape = np.broadcast_shapes(
         *(column.shape for column in columns),
         *(np.shape(s)[-rank:] if rank else () for s in sources if not isinstance(s, int)),
@@ -75,13 +76,14 @@ def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], 
     return reader.add(op, Elementwise(_only(op), function, sources, numbers), shape, folded)
 
 
-def _operand(item: Any, rank: int, folded: int) -> Operand:
+def _operand(item: Any, rank: int, folded: int, kind: torch.dtype) -> Operand:
     """A constant must mean the same for every row."""
     if isinstance(item, Column):
         return item.number
-    array = np.asarray(item, np.float64) if _is_number(item) else fixed_array(item.tensor).astype(np.float64)
     if not isinstance(item, Fixed):
-        return array
+        # torch computes in the tensor's kind, to which it rounds a number first.
+        return np.asarray(item, np.float64 if kind == torch.float64 else np.float32).astype(np.float64)
+    array = fixed_array(item.tensor).astype(np.float64)
     tail = rank - folded
     if array.ndim > tail:
         if array.ndim != tail + 1 or array.shape[0] != 1:
