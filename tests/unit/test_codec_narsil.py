@@ -16,6 +16,7 @@ from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports.codec import narsil_v1
+from narsil.wire import put_len
 from tests.messages import narsil_pb2
 from tests.support import SCHEMA, jagged, one_hot
 
@@ -49,6 +50,19 @@ def test_rows_read_as_they_were_written(make, rows, seed, dtype):
     found = decode(body_of(written.dense, rows_of(written), dtype))
     assert rows_of(found) == rows_of(written)
     np.testing.assert_array_equal(found.dense, written.dense)
+
+
+def test_a_request_says_whom_it_asks_and_by_which_name_it_is_told_of():
+    asked = narsil_v1.read(change(model_name="dlrm", model_version="3", request_id="r-7"))
+    assert (asked.model_name, asked.model_version, asked.request_id) == ("dlrm", "3", "r-7")
+    anybody = narsil_v1.read(build_request(**GOOD))
+    assert (anybody.model_name, anybody.model_version, anybody.request_id) == ("", "", "")
+
+
+def test_the_type_of_ids_may_be_written_out_where_it_is_the_default():
+    int32 = narsil_pb2.PredictRequest.FromString(build_request(GOOD["dense"], np.array(GOOD["ids"], np.int32)))
+    body = int32.SerializeToString() + put_len(6, b"\x18\x00")
+    assert rows_of(decode(body)) == rows_of(decode(build_request(**GOOD)))
 
 
 def test_ids_without_lengths_are_one_a_bag_and_are_not_copied():
@@ -109,6 +123,32 @@ def test_weights_travel_with_their_ids():
     assert batch.values.tolist() == [1, 2, 3]
     assert batch.lengths.tolist() == [1, 0, 1, 1]
     np.testing.assert_allclose(batch.weights, [0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.1, float("nan"), 0.3], "sparse: weight 1 is nan; weights must be finite"),
+        ([0.1, 0.2, float("-inf")], "sparse: weight 2 is -inf; weights must be finite"),
+        ([0.1, 0.2], "sparse: 2 weights for 3 ids; there must be one per id"),
+        ([0.1, 0.2, 0.3, 0.4], "sparse: 4 weights for 3 ids; there must be one per id"),
+    ],
+)
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_weight_that_no_bag_can_take_is_refused_by_its_place(weights, message, names):
+    body = narsil_pb2.PredictRequest(
+        batch_size=2,
+        dense=np.zeros(2, np.float32).tobytes(),
+        sparse=narsil_pb2.SparseFeatures(
+            num_features=2,
+            feature_names=names,
+            values=np.array([1, 2, 3], np.int32).tobytes(),
+            lengths=np.array([1, 1, 0, 1], np.int32).tobytes(),
+            weights=np.array(weights, np.float32).tobytes(),
+        ),
+    ).SerializeToString()
+    with pytest.raises(InvalidRequest, match=message):
+        decode(body, WEIGHTED)
 
 
 def test_weights_follow_reordered_columns():
@@ -222,6 +262,91 @@ def test_a_broken_request_is_refused_by_name(body, message):
         decode(body)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([[1, 1, 1, 1], [1, 1, 1, -1]], "feature user, row 1: length -1 is negative"),
+        ([[1, 1, 1, 1], [1, 1, 1, 2]], "lengths add up to 9 ids and values holds 8"),
+    ],
+)
+@pytest.mark.parametrize("context", [None, Context({"shop": [3]})])
+def test_bags_that_do_not_fit_are_refused_by_name_in_whatever_order_columns_come(lengths, message, context):
+    names = ["shop", "tags", "item", "user"]
+    values = [1] * 8
+    if context is not None:
+        names, lengths, values = names[1:], [row[1:] for row in lengths], values[2:]
+        message = message.replace("9 ids", "7 ids").replace("holds 8", "holds 6")
+    body = build_request(np.zeros((2, 3)), values, lengths, feature_names=names, context=context)
+    with pytest.raises(InvalidRequest, match=message):
+        decode(body)
+
+
+def test_columns_beside_a_context_may_come_in_any_order():
+    body = build_request(
+        np.zeros((2, 3)), [[3, 1, 2], [6, 4, 5]], feature_names=["shop", "item", "tags"], context=Context({"user": [9]})
+    )
+    assert rows_of(decode(body)) == [[[9], [1], [2], [3]], [[9], [4], [5], [6]]]
+
+
+@pytest.mark.parametrize("lengths", [None, [[1] * 4] * 2])
+def test_a_request_holds_as_many_ids_as_it_may_and_no_more(lengths):
+    body = build_request(GOOD["dense"], np.ravel(GOOD["ids"]) if lengths else GOOD["ids"], lengths)
+    assert decode(body, limits=RequestLimits(max_ids=8)).ids == 8
+    with pytest.raises(InvalidRequest, match=r"holds 8 ids in all; the limit is 7 \(--max-request-ids\)"):
+        decode(body, limits=RequestLimits(max_ids=7))
+
+
+def test_of_many_features_an_error_names_a_few():
+    wide = ModelSchema(3, tuple(Feature(f"f{n}", f"t{n}", 10, 8) for n in range(7)))
+    narrow = ModelSchema(3, wide.features[:6])
+    with pytest.raises(InvalidRequest, match=r"takes 7 here \(f0, f1, f2 \.\. f6\)"):
+        decode(build_request(**GOOD), wide)
+    with pytest.raises(InvalidRequest, match=r"takes 6 here \(f0, f1, f2, f3, f4, f5\)"):
+        decode(build_request(**GOOD), narrow)
+
+
+COLUMNS = {
+    "packed": b"\x0a\x03\x00\x01\x02",
+    "one by one": b"\x08\x00\x08\x01\x08\x02",
+    "in as many bytes as a number may have": b"\x0a\x1e"
+    + b"".join(bytes([0x80 | n]) + b"\x80" * 8 + b"\0" for n in range(3)),
+}
+
+
+@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS.keys())
+def test_a_context_s_columns_are_read_however_protobuf_may_write_them(columns):
+    dense = np.array([1, 2, 3], np.float32)
+    context = columns + put_len(2, dense.tobytes())
+    assert narsil_pb2.Context.FromString(context).dense_columns == [0, 1, 2]
+    body = build_request(np.zeros((2, 0)), GOOD["ids"]) + put_len(7, context)
+    np.testing.assert_array_equal(decode(body).dense, [dense, dense])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (b"\x08\x01", "model_name has protobuf wire type 0, expected 2"),
+        (b"\x10\x01", "model_version has protobuf wire type 0, expected 2"),
+        (b"\x18\x01", "request_id has protobuf wire type 0, expected 2"),
+        (b"\x22\x00", "batch_size has protobuf wire type 2, expected 0"),
+        (b"\x28\x01", "dense has protobuf wire type 0, expected 2"),
+        (b"\x30\x01", "sparse has protobuf wire type 0, expected 2"),
+        (b"\x38\x01", "context has protobuf wire type 0, expected 2"),
+        (b"\x32\x02\x0a\x00", "sparse.num_features has protobuf wire type 2, expected 0"),
+        (b"\x32\x02\x10\x01", "sparse.feature_names has protobuf wire type 0, expected 2"),
+        (b"\x32\x02\x1a\x00", "sparse.id_type has protobuf wire type 2, expected 0"),
+        (b"\x32\x02\x20\x01", "sparse field 4 has protobuf wire type 0, expected 2"),
+        (b"\x32\x02\x28\x01", "sparse field 5 has protobuf wire type 0, expected 2"),
+        (b"\x32\x02\x30\x01", "sparse field 6 has protobuf wire type 0, expected 2"),
+        (b"\x3a\x05\x0d\x00\x00\x00\x00", "context.dense_columns has protobuf wire type 5, expected 2"),
+        (b"\x3a\x02\x10\x01", "context.dense has protobuf wire type 0, expected 2"),
+    ],
+)
+def test_a_field_of_another_wire_type_is_named(field, message):
+    with pytest.raises(InvalidRequest, match=message):
+        decode(build_request(**GOOD) + field)
+
+
 def test_a_small_message_cannot_claim_a_large_expansion():
     ids = list(range(50))
     body = build_request(
@@ -267,15 +392,26 @@ def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
 def test_a_response_carries_scores_names_and_provenance():
     asked = narsil_v1.read(build_request(**GOOD, request_id="r-7"))
     scores = {"click": np.array([0.25, 0.5], np.float32), "buy": np.array([0.1, 0.2], np.float32)}
-    body = narsil_v1.encode(asked.request_id, "dlrm", "3", scores, StageTimes(0.0012, 0.0, 0.0034, 2, 17))
+    body = narsil_v1.encode(asked.request_id, "dlrm", "3", scores, StageTimes(1.25, 0.0, 2.5, 2, 17))
     prediction = read_response(body)
     assert {task: values.tolist() for task, values in prediction.scores.items()} == {
         task: values.tolist() for task, values in scores.items()
     }
     assert (prediction.model_name, prediction.model_version, prediction.request_id) == ("dlrm", "3", "r-7")
     assert (prediction.batch_requests, prediction.batch_rows) == (2, 17)
-    assert (prediction.queue_us, prediction.execute_us) == (1200, 3400)
+    assert (prediction.queue_us, prediction.execute_us) == (1_250_000, 2_500_000)
     assert narsil_pb2.PredictResponse.FromString(body).SerializeToString() == body
+
+
+def test_a_model_is_asked_for_by_name():
+    asked = narsil_pb2.GetModelRequest(model_name="dlrm").SerializeToString()
+    assert narsil_v1.decode_get_model(asked) == "dlrm"
+    assert narsil_v1.decode_get_model(b"") == ""  # the default one
+    assert narsil_v1.decode_get_model(asked + b"\x12\x03new") == "dlrm"  # a field of later versions
+    with pytest.raises(InvalidRequest, match="model_name has protobuf wire type 0, expected 2"):
+        narsil_v1.decode_get_model(b"\x08\x01")
+    with pytest.raises(InvalidRequest, match="model_name is not UTF-8"):
+        narsil_v1.decode_get_model(b"\x0a\x01\xff")
 
 
 def test_a_schema_survives_the_wire():

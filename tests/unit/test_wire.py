@@ -53,6 +53,7 @@ def test_any_bytes_are_either_fields_inside_their_bounds_or_refused(data):
         (b"\x0d\x00\x00", "field 1 is cut off"),
         (b"\x0b", "field 1 has wire type 3"),
         (b"\x02\x00", "field number 0"),
+        (b"\x80\x80\x80\x80\x10\x00", f"field number {2**29}"),
     ],
 )
 def test_what_is_no_message_is_named_with_its_place(data, message):
@@ -71,12 +72,15 @@ def test_a_message_of_nothing_but_fields_is_refused_before_it_costs_anything():
 
 
 def test_every_wire_type_is_stepped_over_to_the_field_after_it():
-    data = b"\x08\x96\x01" + b"\x15abcd" + b"\x19abcdefgh" + b"\x22\x03xyz" + b"\xf8\xff\xff\xff\x0f\x07"
+    data = (
+        b"\x08\x96\x01" + b"\x15abcd" + b"\x19abcdefgh" + b"\x22\x03xyz" + b"\x80\x01\x05" + b"\xf8\xff\xff\xff\x0f\x07"
+    )
     assert scan(data, 0, len(data)) == [
         (1, VARINT, 150, 0),
         (2, FIXED32, 4, 8),
         (3, FIXED64, 9, 17),
         (4, LEN, 19, 22),
+        (16, VARINT, 5, 0),  # the first number whose key takes two bytes
         (2**29 - 1, VARINT, 7, 0),
     ]
     assert scan(data, 3, 8) == [(2, FIXED32, 4, 8)]

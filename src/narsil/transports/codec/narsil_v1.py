@@ -219,6 +219,7 @@ def _sparse(rows: int, sparse: _Sparse, schema: ModelSchema) -> OneHot | Jagged:
     values, lengths = sparse.values, _lengths(rows, sparse, schema.num_features, "sparse")
     weights = sparse.weights
     if order is not None:
+        validate.check_weights(weights, len(values), schema, "sparse")  # while they stand where the client put them
         values, lengths, weights = _reorder(values, lengths, weights, order)
     return validate.jagged(values, lengths, schema, "sparse", key_major=False, weights=weights)
 
@@ -289,17 +290,16 @@ def _reorder(
     weights: NDArray[np.float32] | None,
     order: NDArray[np.int64],
 ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.float32] | None]:
-    """Columns of a sample-major payload in another order. Lengths are checked first, since they index values."""
+    """Columns of a sample-major payload in another order; weights are one per id. Lengths are checked first, since they
+    index values."""
+    moved = np.ascontiguousarray(lengths[:, order])
     if int(lengths.min(initial=0)) < 0 or int(lengths.sum(dtype=np.int64)) != len(values):
-        return values, lengths, weights  # validate.jagged refuses it, with the row's name
+        return values, moved, weights  # whoever checks the bags refuses them, by feature and row
     ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
     starts = (ends - lengths)[:, order].ravel()
-    moved = np.ascontiguousarray(lengths[:, order])
     begins = np.cumsum(moved, dtype=np.int64) - moved.ravel()
     source = np.repeat(starts - begins, moved.ravel()) + np.arange(len(values))
-    if weights is not None and len(weights) == len(values):
-        weights = weights[source]
-    return values[source], moved, weights
+    return values[source], moved, None if weights is None else weights[source]
 
 
 def _with_context(
