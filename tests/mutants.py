@@ -29,7 +29,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "narsil"
 UNIT = ROOT / "tests" / "unit"
-ENGINE = ["test_engine.py", "test_engine_source.py", "test_backlog.py", "test_observer.py", "test_catalog.py"]
+ENGINE = [
+    "test_engine.py", "test_engine_source.py", "test_backlog.py", "test_observer.py", "test_catalog.py",
+    "test_independence.py",
+]  # fmt: skip
 
 # File -> the tests that ought to notice, those that most likely do first.
 CORE = {
@@ -38,7 +41,7 @@ CORE = {
     "engine/collate.py": ["test_collate_split.py", "test_native_decode.py", "test_engine.py"],
     "engine/engine.py": ENGINE,
     "engine/served_model.py": ["test_catalog.py", *ENGINE],
-    "engine/lane.py": ENGINE,
+    "engine/lane.py": ["test_lane.py", *ENGINE],
     "engine/queue.py": ["test_queue.py", *ENGINE],
     "engine/runner.py": ["test_runner.py", *ENGINE],
     "engine/scheduler.py": ["test_scheduler.py", "test_backlog.py", "test_engine.py"],

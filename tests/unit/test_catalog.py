@@ -47,6 +47,12 @@ def test_one_name_and_version_is_one_model():
         Catalog([fake_model()]).adding(fake_model())
 
 
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
+def test_a_model_s_share_of_the_lanes_is_above_zero(share):
+    with pytest.raises(ConfigError, match=f"its share of the lanes must be above 0, not {share}"):
+        fake_model(share=share)
+
+
 class Closing(FakeBackend):
     """Says when it is closed."""
 

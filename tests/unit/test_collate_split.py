@@ -104,6 +104,30 @@ def test_ids_without_a_weight_weigh_one_beside_weighted_company():
             np.testing.assert_array_equal(by_bag[t * 5 + 3 + row], weights[start : start + length])
 
 
+def weighing(features: Features, weight: float) -> Features:
+    """The same rows, every id of the same weight."""
+    sparse = features.sparse
+    assert isinstance(sparse, Jagged)
+    weights = np.full(len(sparse.values), weight, np.float32)
+    return Features(features.rows, features.dense, Jagged(sparse.values, sparse.starts, sparse.lengths, weights))
+
+
+def test_a_batch_has_weights_where_all_of_its_parts_have_and_none_where_none_has():
+    plain = [jagged(3, seed=1), jagged(2, seed=2)]
+    assert Collator(SCHEMA).collate(plain).weights is None
+    weighted = Collator(SCHEMA).collate([weighing(part, 2.0) for part in plain])
+    assert weighted.weights is not None
+    assert weighted.weights.tolist() == [2.0] * len(weighted.values)
+
+
+def test_a_lane_s_buffer_serves_twice_the_rows_that_it_was_made_for():
+    collator = Collator(SCHEMA)
+    small = collator.collate([one_hot(5)])
+    large = collator.collate([one_hot(10)])
+    for first, second in ((small.dense, large.dense), (small.values, large.values), (small.lengths, large.lengths)):
+        assert np.shares_memory(first, second)
+
+
 def test_a_batch_of_empty_bags_only():
     nothing = Features(
         2,

@@ -68,6 +68,8 @@ def test_what_waits_while_the_lane_is_busy_becomes_one_forward():
             np.testing.assert_array_equal(result.scores["default"], scores_alone(made.features))
             assert (result.times.batch_requests, result.times.batch_rows) == (3, 9)
         assert behaviour.forwards == [1, 9]
+        counts = engine.statistics()
+        assert (counts.batches, counts.rows) == (2, 10)
 
 
 def test_worker_mode_runs_requests_one_by_one():
@@ -212,6 +214,7 @@ def test_a_request_marked_cancelled_by_its_transport_is_not_run():
         behaviour.hold.set()
         assert isinstance(gone.reply.wait().error, Cancelled)
         assert behaviour.forwards == [1]
+        assert engine.statistics().cancelled == 1
 
 
 def test_a_running_request_can_no_longer_be_cancelled_and_is_answered():
@@ -245,6 +248,8 @@ def test_the_dead_give_way_before_the_living_are_refused():
         submit(engine)
         assert isinstance(late.reply.wait().error, DeadlineExceeded)
         assert isinstance(gone.reply.wait().error, Cancelled)
+        counts = engine.statistics()
+        assert (counts.expired, counts.cancelled, counts.queued) == (1, 1, 1)
 
 
 def test_in_a_failed_batch_only_the_guilty_request_fails():
@@ -297,6 +302,73 @@ def test_draining_finishes_what_was_admitted_and_admits_nothing_more():
     assert waiting.reply.wait().error is None
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_engine_that_has_drained_lost_no_lane_to_an_error(lanes, caplog):
+    with engine_with(lanes=lanes) as engine:
+        submit(engine).reply.wait()
+    assert caplog.text == ""
+
+
+def test_what_runs_alone_holds_a_drain_up_and_so_does_what_waits_alone():
+    behaviour = held()
+    with engine_with(behaviour) as engine:
+        occupy(engine, behaviour)
+        assert not engine.drain(timeout=0)
+    idle = Engine(1)  # no lane of it was started
+    idle.submit(request())
+    assert not idle.drain(timeout=0)
+
+
+def test_a_lane_without_work_sleeps_until_work_comes_or_a_batch_has_waited_long_enough():
+    class Watched(FakeClock):
+        """Knows until when lanes sleep."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.untils: list[float | None] = []
+
+        def wait(self, condition, until):
+            self.untils.append(until)
+            super().wait(condition, until)
+
+    clock = Watched()
+    with engine_with(policy=BatchPolicy(timeout=0.005), clock=clock) as engine:
+        wait_until(lambda: None in clock.untils)
+        clock.untils.clear()
+        made = submit(engine, arrived=0.0)
+        wait_until(lambda: clock.untils == [0.005])
+        wait_until(lambda: clock.advance(0.005) or bool(made.reply.results))
+
+
+def test_requests_state_their_times_on_the_engine_s_clock():
+    clock = FakeClock(start=7.0)
+    engine = Engine(1, clock=clock)
+    assert engine.now() == 7.0
+    clock.advance(0.5)
+    assert engine.now() == 7.5
+
+
+def test_a_transport_is_woken_once_for_all_results_of_a_batch():
+    behaviour, wakes = held(), []
+
+    def wake() -> None:
+        wakes.append([len(one.reply.results) for one in waiting])
+
+    class Waking(Reply):
+        def deliver(self, result):
+            super().deliver(result)
+            return wake
+
+    with engine_with(behaviour) as engine:
+        occupy(engine, behaviour)
+        waiting = [ARequest(engine.model, one_hot(1), Waking(), 0.0) for _ in range(3)]
+        for made in waiting:
+            engine.submit(made)
+        behaviour.hold.set()
+        wait_until(lambda: bool(wakes))
+    assert wakes == [[1, 1, 1]]
+
+
 def test_a_reply_that_raises_loses_its_own_result_and_nothing_else(caplog):
     class Broken(Reply):
         def deliver(self, result):
@@ -314,6 +386,64 @@ def test_a_warmup_that_fails_fails_the_start():
         with pytest.raises(RuntimeError, match="told to fail"):
             engine.add(broken, [one_hot(1)])
         assert submit(engine).reply.wait().error is None
+
+
+def test_a_lane_that_is_lost_fails_the_model_that_it_was_to_open():
+    asked = threading.Event()
+
+    class Payloads(list):
+        """Says when lanes are given their jobs."""
+
+        def __iter__(self):
+            asked.set()
+            return super().__iter__()
+
+    def lost(lane: int) -> None:
+        assert asked.wait(30)
+        raise OSError("the lane has no processor")
+
+    engine, errors = Engine(1, thread_setup=lost), []
+    engine.start()
+
+    def add() -> None:
+        try:
+            engine.add(fake_model(), Payloads([one_hot(1)]))
+        except OSError as error:
+            errors.append(str(error))
+
+    threading.Thread(target=add, daemon=True).start()
+    wait_until(lambda: errors == ["the lane has no processor"])
+
+
+def test_a_model_is_warmed_by_turns_with_the_requests_of_others():
+    turns: list[str] = []
+
+    class Noted(FakeBackend):
+        def __init__(self, turn: str) -> None:
+            super().__init__(SCHEMA)
+            self.turn = turn
+
+        def run(self, batch):
+            turns.append(self.turn)
+            return super().run(batch)
+
+    class Opened(Noted):
+        def thread_setup(self) -> None:
+            for made in flood:
+                engine.submit(made)
+
+    with engine_with(policy=WORKER, model=ServedModel("old", "1", [Noted("request")])) as engine:
+        flood = [request(model=engine.model) for _ in range(4)]
+        engine.add(ServedModel("new", "1", [Opened("warmup")]), [one_hot(1), one_hot(1)])
+        flood[-1].reply.wait()
+    assert turns == ["request", "warmup", "request", "warmup", "request", "request"]
+
+
+def test_a_request_for_a_model_that_was_never_added_says_so():
+    with engine_with() as engine:
+        stranger = request(model=fake_model(name="stranger"))
+        engine.submit(stranger)
+        assert "model stranger was never added" in str(stranger.reply.wait().error)
 
 
 def test_an_engine_needs_a_lane_and_a_backend_for_each():
@@ -398,6 +528,36 @@ def test_a_busy_model_does_not_starve_another_and_neither_wastes_the_lane():
     # The flood came first, and is ahead by the least that counts when the others get their turns.
     assert [at for at, name in enumerate(turns) if name == "quiet"] == [3, 5, 7]
     assert len(turns) == 63
+
+
+def test_what_a_model_has_had_is_not_forgotten_while_it_wants_nothing():
+    clock, turns = FakeClock(), []
+    holds = {name: threading.Event() for name in ("greedy", "other")}
+
+    class Costly(Timed):
+        def run(self, batch):
+            clock.advance(5.0 * (self.label == "greedy"))
+            return super().run(batch)
+
+    backends = {name: Costly(clock, turns, name, hold) for name, hold in holds.items()}
+    models = {name: ServedModel(name, "1", [backend]) for name, backend in backends.items()}
+    with engine_with(clock=clock, policy=WORKER) as engine:
+        for model in models.values():
+            engine.add(model)
+        first, again = (request(model=models["greedy"], arrived=arrived) for arrived in (0.0, 1.0))
+        others = [request(model=models["other"], arrived=2.0) for _ in range(3)]
+        engine.submit(first)
+        wait_until(lambda: len(backends["greedy"].behaviour.forwards) == 1)
+        for made in others:
+            engine.submit(made)
+        holds["greedy"].set()
+        first.reply.wait()  # the greedy model has nothing more, and the other one is at work
+        wait_until(lambda: len(backends["other"].behaviour.forwards) == 1)
+        engine.submit(again)
+        holds["other"].set()
+        for made in (*others, again):
+            made.reply.wait()
+    assert turns == ["greedy", "other", "other", "other", "greedy"]
 
 
 def test_a_model_s_share_is_its_part_of_the_lanes_where_all_have_work():

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import pytest
 
 from narsil.backends.fake import FakeBehaviour
+from narsil.clock import FakeClock
 from narsil.dataflow import Request
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.errors import Draining, QueueFull
+from narsil.errors import Cancelled, Draining, QueueFull
 from tests.support import PATIENCE_S, engine_with, request, wait_until
 
 
@@ -21,23 +22,27 @@ class FakeSource:
 
     def __init__(self) -> None:
         self.arrivals: queue.Queue[Sequence[Request] | None] = queue.Queue()
-        self.polling = 0
+        self.polling = 0  # polls that wait now
+        self.timeouts: list[float | None] = []  # of all polls
+        self.wakes = 0
         self.closed = ""
         self._lock = threading.Lock()
 
     def poll(self, timeout: float | None) -> Sequence[Request]:
         with self._lock:
-            self.polling += 1
+            self.timeouts.append(timeout)
+            self.polling += timeout != 0
         try:
             found = self.arrivals.get(timeout != 0, timeout or PATIENCE_S)
         except queue.Empty:
             found = None
         finally:
             with self._lock:
-                self.polling -= 1
+                self.polling -= timeout != 0
         return found or ()
 
     def wake(self) -> None:
+        self.wakes += 1  # under the engine's lock
         self.arrivals.put(None)
 
     def close(self, why: str) -> None:
@@ -88,12 +93,74 @@ def test_a_lane_that_is_full_leaves_the_rest_to_one_that_polls():
         wait_until(lambda: sorted(behaviour.forwards) == [1, 2])
 
 
-def test_a_batch_timeout_bounds_the_poll():
+def test_lanes_that_have_nothing_to_do_leave_each_other_alone():
     source = FakeSource()
-    with engine_with(policy=BatchPolicy(timeout=0.01)) as engine:
+    with engine_with(lanes=3) as engine:
         engine.attach(source)
-        made = request(model=engine.model, arrived=engine.now())
+        wait_until(lambda: source.polling == 3)
+        assert source.wakes == 0
+
+
+def test_one_request_wakes_one_of_the_lanes_that_poll():
+    source = FakeSource()
+    with engine_with(lanes=3) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 3)
+        made = request(model=engine.model)
+        engine.submit(made)
+        assert made.reply.wait().error is None
+        assert source.wakes == 1
+
+
+def test_the_source_is_not_woken_while_every_lane_works():
+    source, behaviour = FakeSource(), FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 1)
+        source.arrivals.put([request(model=engine.model)])
+        wait_until(lambda: behaviour.forwards == [1])
+        engine.submit(request(model=engine.model))
+        assert source.wakes == 0
+
+
+def test_a_lane_polls_no_longer_than_a_batch_may_wait_for_company():
+    source, clock = FakeSource(), FakeClock()
+    with engine_with(policy=BatchPolicy(timeout=0.01), clock=clock) as engine:
+        engine.attach(source)
+        made = request(model=engine.model, arrived=0.0)
         source.arrivals.put([made])
+        wait_until(lambda: 0.01 in source.timeouts)
+        clock.advance(0.01)
+        assert made.reply.wait().error is None
+        assert set(source.timeouts) <= {0.0, 0.01, None}
+
+
+def test_a_lane_that_has_ended_what_was_dead_looks_again_before_it_waits():
+    source = FakeSource()
+    with engine_with() as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 1)
+        gone = request(model=engine.model)
+        gone.reply.cancelled = True
+        source.arrivals.put([gone])
+        assert isinstance(gone.reply.wait().error, Cancelled)
+        wait_until(lambda: len(source.timeouts) == 4)
+        assert source.timeouts == [0.0, None, 0.0, None]
+
+
+def test_requests_are_taken_while_a_lane_has_not_come_back_from_a_source_that_is_detached():
+    class Deaf(FakeSource):
+        def wake(self) -> None:
+            pass
+
+    source = Deaf()
+    with engine_with() as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 1)
+        engine.attach(None)
+        made = request(model=engine.model)
+        engine.submit(made)
+        source.arrivals.put(None)
         assert made.reply.wait().error is None
 
 

@@ -68,7 +68,7 @@ class _Seat:
     batch: _Batch | None = None
     served: bool = False  # its last work was requests, so that a job has its turn
     parked: bool = False  # counted in _polling
-    ended: bool = False
+    ended: bool = False  # told to end, since the engine drains
     error: BaseException | None = None  # that it has ended by
 
 
@@ -169,7 +169,7 @@ class Engine:
         try:
             with self._lock:
                 self._admit(request, ended)
-                self._wake(1)
+                self._wake()
         except RequestError as error:
             self._observer.ended([(request, Result(error=error))])
             raise
@@ -227,18 +227,16 @@ class Engine:
             work, wait = self._look(seat, wait)
             if work is not None:
                 return work
-        for job in seat.jobs:
-            job.done.cancel()
         return None
 
     def lost(self, lane: int, error: BaseException) -> None:
         """A lane has ended by an error, which its jobs end with too. Called by that lane, last of all."""
         seat = self._seats[lane]
         with self._lock:
-            seat.ended, seat.error = True, error
+            seat.error = error
             jobs = [*seat.jobs]
             seat.jobs.clear()
-            self._wake(1)  # what woke this one was meant for somebody
+            self._wake()  # what woke this one was meant for somebody
         for job in jobs:
             job.done.set_exception(error)
 
@@ -256,8 +254,7 @@ class Engine:
                 seconds = self._clock.now() - batch.began
                 batch.backlog.finish(batch.rows, batch.predicted, seconds)
                 self._backlogs.forget_if_idle(batch.backlog)
-            if self._draining:
-                self._signal_if_idle()
+            self._signal_if_idle()
         self._deliver(results)
         if not batch.left:
             self._observer.ran(batch.backlog.model, batch.requests, batch.rows, seconds)
@@ -289,11 +286,9 @@ class Engine:
             ended = self._admit_all(arrived)
             now = self._clock.now()
             decision = self._decide(now)
-            if decision.expired or decision.cancelled:
-                ended += self._end_unrun(decision.expired, decision.cancelled)
+            ended += self._end_unrun(now, decision.expired, decision.cancelled)
             work, wait = self._choose(seat, decision, now, bool(ended))
-            if self._draining:
-                self._signal_if_idle()
+            self._signal_if_idle()
         if ended:
             self._deliver(ended)
         return work, wait
@@ -303,7 +298,7 @@ class Engine:
         if seat.jobs and (seat.served or not decision.take):
             seat.served = False
             if decision.take:
-                self._wake(1)  # a lane that idles can have them
+                self._wake()  # a lane that idles can have them
             return seat.jobs.popleft(), 0.0
         if decision.take:
             seat.served = True
@@ -312,7 +307,7 @@ class Engine:
         if again:
             return None, 0.0
         if self._draining and not self._backlogs.queued:
-            self._wake(1)  # another lane ends too
+            self._wake()  # another lane ends too
             seat.ended = True
             return None, 0.0
         if self._source is None:
@@ -339,7 +334,7 @@ class Engine:
         stats.rows += rows
         stats.running += count
         if self._backlogs.queued:  # what is left is another lane's share, or its time has come too
-            self._wake(1)
+            self._wake()
 
     def _sleep(self, woken: threading.Condition, until: float | None) -> None:
         self._sleeping.append(woken)
@@ -366,10 +361,7 @@ class Engine:
             try:
                 self._backlogs.add(request)
             except QueueFull:
-                swept = self._sweep(self._backlogs.of(request))
-                if not swept:
-                    raise
-                ended += swept
+                ended += self._sweep(self._backlogs.of(request))
                 self._backlogs.add(request)
         except RequestError:
             self._stats.rejected += 1
@@ -379,11 +371,12 @@ class Engine:
         now = self._clock.now()
         cancelled = [request for request in backlog.queue if request.reply.cancelled]
         expired = [request for request in backlog.queue if request.expired(now) and not request.reply.cancelled]
-        return self._end_unrun(expired, cancelled)
+        return self._end_unrun(now, expired, cancelled)
 
-    def _end_unrun(self, expired: Iterable[Request], cancelled: Iterable[Request]) -> list[tuple[Request, Result]]:
+    def _end_unrun(
+        self, now: float, expired: Iterable[Request], cancelled: Iterable[Request]
+    ) -> list[tuple[Request, Result]]:
         """Takes requests that will never run from their queues; the caller delivers their results without the lock."""
-        now = self._clock.now()
         ended = []
         for request in expired:
             self._backlogs.leave(request)
@@ -397,7 +390,7 @@ class Engine:
             ended.append((request, Result(error=Cancelled(GONE))))
         return ended
 
-    def _wake(self, lanes: int) -> None:
+    def _wake(self, lanes: int = 1) -> None:
         """Wakes so many idle lanes, the last to sleep first."""
         for _ in range(min(lanes, len(self._sleeping))):
             self._sleeping.pop().notify()
@@ -414,7 +407,6 @@ class Engine:
     def _signal_if_idle(self) -> None:
         if self._draining and self._is_idle():
             self._idle.notify_all()
-            self._wake_all()
 
     def _deliver(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """Hands results over, then wakes their transports. A transport that raises loses its own results and no
