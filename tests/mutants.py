@@ -50,6 +50,8 @@ CORE = {
     "transports/codec/predictor.py": ["test_codec_predictor.py"],
     "transports/codec/narsil_v1.py": ["test_codec_narsil.py"],
     "wire.py": ["test_wire.py", "test_codec_predictor.py", "test_codec_narsil.py"],
+    "artifacts/rows.py": ["test_rows.py"],
+    "compile/calibration.py": ["test_calibration.py"],
     "compile/gate.py": ["test_gate.py"],
 }
 

@@ -268,6 +268,9 @@ def test_a_limit_that_is_given_is_every_precision_s():
     assert limits_for("bf16", None, measured) == limits_of(2e-3)
     assert limits_for("fp32", None, AT) == limits_of(1e-5)
     assert limits_for("fp32", None, measured).score == pytest.approx(2.2e-5)
+    assert limits_for("fp32", None, measured).log_odds == pytest.approx(2e-5)
+    assert limits_for("fp32", None, replace(measured, own_log_odds=1.0)).log_odds == pytest.approx(2 + 2e-5)
+    assert limits_for("fp32", None, replace(measured, own_extreme=1.0)).extreme == pytest.approx(2 + 2e-6)
 
 
 # --- faults that the gate has to see
@@ -341,6 +344,23 @@ def test_log_odds_are_told_apart_wherever_the_score_is(score, moved):
     odds = score / (1 - score) * np.exp(moved)
     found = log_odds_deviation(np.array([score]), np.array([odds / (1 + odds)]))
     assert float(found[0]) == pytest.approx(abs(moved), rel=0.1, abs=3e-4)
+
+
+def test_log_odds_end_at_a_millionth():
+    def apart(one, other):
+        return float(log_odds_deviation(np.array([one]), np.array([other]))[0])
+
+    assert apart(1e-6, 1e-9) == pytest.approx(np.log(2), rel=0.01)
+    assert apart(0.0, 1e-3) == pytest.approx(np.log(1e-3 / 1e-6), rel=0.01)
+    assert apart(1.0, 1 - 1e-3) == pytest.approx(np.log(1e-3 / 1e-6), rel=0.05)
+
+
+def test_none_and_all_are_probabilities_and_what_is_beyond_is_none():
+    ends = np.array([0.0, 1.0])
+    assert deviation_of(ends, ends).log_odds == 0
+    assert deviation_of(np.array([-1e-9, 1.0]), ends).log_odds is None
+    assert deviation_of(np.array([0.0, 1 + 1e-9]), ends).log_odds is None
+    assert deviation_of(np.array([0.0, 2.0]), np.array([0.0, 3.0])).max_abs == 0.5
 
 
 def test_what_float32_cannot_tell_apart_is_no_deviation():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from narsil.artifacts.rows import USUAL_ROWS, extreme, of_bags, rows_of, usual
+from narsil.artifacts.rows import USUAL_ROWS, extreme, of_bags, random_batch, rows_of, usual
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.dataflow import Batch
 from tests.support import SCHEMA
@@ -56,9 +56,10 @@ def test_usual_numbers_are_even_normal_or_all_zeros_and_half_of_the_rows_have_no
 
 def test_the_first_and_the_last_id_come_often_and_so_do_low_ones():
     ids = np.concatenate([bag for batch in drawn(usual) if batch.one_hot for bag in bags_of(batch, 2)])
-    assert len(ids) * 0.05 < (ids == 0).sum() < len(ids) * 0.25
-    assert len(ids) * 0.05 < (ids == 999).sum() < len(ids) * 0.15
-    assert (ids < 30).mean() > 0.15  # Zipf's
+    # A lone id is the last in half of the bags of this kind, 0 in half of those of that, and 0 by Zipf's law too.
+    assert (ids == 999).mean() == pytest.approx(0.075, abs=0.015)
+    assert (ids == 0).mean() == pytest.approx(0.075 + 0.3 * np.log(2) / np.log(1000), abs=0.015)
+    assert (ids == 1).mean() == pytest.approx(0.3 * np.log(3 / 2) / np.log(1000), abs=0.01)
 
 
 def test_extreme_rows_have_long_bags_repeats_and_large_values():
@@ -68,19 +69,37 @@ def test_extreme_rows_have_long_bags_repeats_and_large_values():
     assert all(one.min() == 0 for one in lengths if one.max() > 1)
     long = np.concatenate([one for one in lengths if one.max() == 100])
     assert 0.3 < (long <= 4).mean() < 0.7
-    dense = np.abs(dense_of(batches))
-    assert (dense > 100).any(axis=1).mean() > 0.1
-    assert (dense <= 1).all(axis=1).mean() > 0.1
+    dense = dense_of(batches)
+    sizes = np.abs(dense).mean(axis=1)
+    for low, high, least in ((0, 1, 0.15), (3, 30, 0.15), (30, 400, 0.1)):  # of N(0, 1), of tens, of hundreds
+        assert ((low <= sizes) & (sizes < high)).mean() > least
+    assert 0.5 < (dense >= 0).all(axis=1).mean() < 0.7
+    assert -dense.min() > 400
     bags = [bag for batch in batches for bag in bags_of(batch, 2) if len(bag) >= 8]
     assert np.mean([len(set(bag.tolist())) == 1 for bag in bags]) > 0.1
     for often in (0, 999):
         assert np.mean([(bag == often).mean() > 0.25 for bag in bags]) > 0.1
 
 
+@pytest.mark.parametrize("longest", [None, 1, 4])
+def test_even_rows_cover_every_table_and_every_length(longest):
+    batch = random_batch(SCHEMA, 5_000, longest, np.random.default_rng(0))
+    assert batch.one_hot is (longest is None)
+    assert set(batch.lengths.tolist()) == ({1} if longest is None else set(range(longest + 1)))
+    for feature, rows in enumerate(SCHEMA.rows):
+        ids = np.concatenate(bags_of(batch, feature))
+        assert (ids.min(), ids.max()) == (0, rows - 1)
+    assert batch.dense.shape == (5_000, 3)
+    assert batch.dense.dtype == np.float32
+    assert 0 <= batch.dense.min() < 0.01
+    assert 0.99 < batch.dense.max() < 1
+
+
 def test_long_bags_are_fewer_where_there_are_many_features():
     many = ModelSchema(1, tuple(Feature(f"f{number}", f"t{number}", rows=10, dim=4) for number in range(400)))
     long = [batch for batch in drawn(extreme, many) if batch.lengths.max() == 100]
     assert [batch.rows for batch in long] == [25] * 4
+    assert sum(batch.rows for batch in drawn(extreme, many)) == 6 * 500 + 4 * 25
     assert all(len(batch.values) < 500_000 for batch in long)
 
 
