@@ -28,8 +28,10 @@ from narsil.program.steps import IdExpression, evaluate_ids
 __all__ = ["PlanBackend", "PlanNetwork"]
 
 _BAD_ID, _BAD_LENGTHS = 1, 2
-_TILE_FLOATS = 1 << 16  # of all values of a tile: 256 KiB, a quarter of a common second-level cache
-_TILE_ROWS = (12, 64)  # at least, so that a layer's blocks are full, and at most
+# Layers' weights are read once for each tile: where they are larger than a cache, tiles of many rows are what keeps the
+# memory from deciding. 4 MiB of values lie in a third-level cache beside them.
+_TILE_FLOATS = 1 << 20
+_TILE_ROWS = (24, 96)  # at least, so that a layer's blocks are full, and at most
 _ALIGN = 64
 
 
