@@ -59,6 +59,9 @@ class ServeSettings(BaseModel):
     model_name: str = Field("", description="Name that clients may ask for; empty: the artifact's own.")
     backend: Literal["auto", "torch", "onnx", "compiled"] = Field("auto", description="What runs the model.")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    dense_dim: int = Field(
+        0, ge=0, le=1 << 20, description="Dense columns of a TorchScript file that takes any number; 0: as it says."
+    )
     execution_mode: Literal["batch", "worker"] = Field(
         "batch", description="batch: requests in flight become one fused forward. worker: one by one."
     )

@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 DENSE = 5
 
 
-def distinct_rows(tables: Sequence[EmbeddingBagConfig]) -> EmbeddingBagCollection:
+def distinct_rows(tables: Sequence[EmbeddingBagConfig], *, weighted: bool = False) -> EmbeddingBagCollection:
     """Tables whose rows all differ: TorchRec's packager alone would leave them all zero."""
-    bags = EmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"))
+    bags = EmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"), is_weighted=weighted)
     for number, table in enumerate(bags.embedding_bags.values()):
         torch.nn.init.uniform_(table.weight, -1, 1, generator=torch.Generator().manual_seed(number))
     return bags
@@ -73,6 +74,7 @@ def package(module: Any, features: int, path: Path) -> Any:
                 "float_features": torch.rand(2, DENSE),
                 "id_list_features.lengths": torch.ones(features * 2, dtype=torch.int32),
                 "id_list_features.values": torch.zeros(features * 2, dtype=torch.int32),
+                "id_list_features.weights": torch.ones(features * 2),
             }
         )
         graph = Tracer(leaf_modules=["IntNBitTableBatchedEmbeddingBagsCodegen"]).trace(sharded)
@@ -116,9 +118,9 @@ def dlrm(
 class Wide(torch.nn.Module):  # type: ignore[name-defined]
     """A model over tables of several dims and poolings, which a DLRM cannot have."""
 
-    def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, weighted: bool = False) -> None:
         super().__init__()
-        self.embedding_bag_collection = distinct_rows(tables)
+        self.embedding_bag_collection = distinct_rows(tables, weighted=weighted)
         self.dense_arch = MLP(DENSE, [8, 8], device=torch.device("cpu"))
         width = sum(len(table.feature_names) * table.embedding_dim for table in tables)
         self.over_arch = torch.nn.Linear(8 + width, 1)
@@ -144,6 +146,31 @@ class WidePredict(PredictModule):
         return {"default": logits.sigmoid().reshape([logits.size()[0]]).to(torch.device("cpu")).float()}
 
 
+class Weighted(WidePredict):
+    """Bags whose ids have weights of the request's."""
+
+    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        sparse = KeyedJaggedTensor(
+            keys=self.keys,
+            lengths=batch["id_list_features.lengths"],
+            values=batch["id_list_features.values"],
+            weights=batch["id_list_features.weights"],
+        )
+        logits = self.predict_module(batch["float_features"], sparse)
+        return {"default": logits.sigmoid().reshape([logits.size()[0]])}
+
+
+class Sliced(WidePredict):
+    """Takes the first columns, however many there are."""
+
+    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        sparse = KeyedJaggedTensor(
+            keys=self.keys, lengths=batch["id_list_features.lengths"], values=batch["id_list_features.values"]
+        )
+        logits = self.predict_module(batch["float_features"][:, :DENSE], sparse)
+        return {"default": logits.sigmoid().reshape([logits.size()[0]])}
+
+
 class Listwise(WidePredict):
     """Shares of a request's candidates: a row's score depends on the others."""
 
@@ -165,7 +192,7 @@ def wide(path: Path, predict: type[WidePredict] = WidePredict) -> Any:
         EmbeddingBagConfig(name="t_c", embedding_dim=16, num_embeddings=17, feature_names=["c"]),
     ]
     torch.manual_seed(3)
-    return package(predict(Wide(tables), list(WIDE)), len(WIDE), path)
+    return package(predict(Wide(tables, weighted=predict is Weighted), list(WIDE)), len(WIDE), path)
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +216,15 @@ def wide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def direct(path: Path, batch: Any) -> Any:
     """The artifact called as TorchRec's own server calls it."""
     module = torch.jit.load(str(path))
+    inputs = {
+        "float_features": torch.from_numpy(batch.dense),
+        "id_list_features.lengths": torch.from_numpy(batch.lengths),
+        "id_list_features.values": torch.from_numpy(batch.values),
+    }
+    if batch.weights is not None:
+        inputs["id_list_features.weights"] = torch.from_numpy(batch.weights)
     with torch.inference_mode():
-        return module(
-            {
-                "float_features": torch.from_numpy(batch.dense),
-                "id_list_features.lengths": torch.from_numpy(batch.lengths),
-                "id_list_features.values": torch.from_numpy(batch.values),
-            }
-        )["default"].numpy()
+        return module(inputs)["default"].numpy()
 
 
 def test_the_schema_of_a_dlrm_is_read_from_the_artifact(dlrm_file: Path) -> None:
@@ -239,7 +267,7 @@ def test_the_tables_rows_differ_so_that_the_order_of_ids_shows(which: str, reque
 def test_a_model_that_ranks_a_request_is_served_whole_and_in_worker_mode_alone(tmp_path: Path) -> None:
     path = tmp_path / "model_default.pt"
     wide(path, Listwise)
-    with pytest.raises(ConfigError, match=r"rows depend on each other: it scores default of a row .*-mode worker"):
+    with pytest.raises(ConfigError, match=r"rows depend on each other: it scores default of .*-mode worker"):
         load_model(ServeSettings.model_validate({"model": path}))
     model, _ = load_model(ServeSettings.model_validate({"model": path, "execution_mode": "worker", "lanes": 1}))
     assert model.whole
@@ -251,6 +279,35 @@ def test_a_model_that_ranks_a_request_is_served_whole_and_in_worker_mode_alone(t
         asked = asked_for(model=model, features=features)
         engine.submit(asked)
         np.testing.assert_allclose(asked.reply.wait().scores["default"], direct(path, batch), rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_ids_with_weights_are_scored_with_them_by_every_backend(tmp_path: Path) -> None:
+    from narsil.compile.compiler import compile_artifact
+
+    path = tmp_path / "model_default.pt"
+    wide(path, Weighted)
+    source = open_artifact(path)
+    assert source.schema.weighted
+    compiled, _ = compile_artifact(source, tmp_path / "compiled", precision="fp32")
+    backends = {name: load_backend(which, name) for name, which in (("torch", source), ("compiled", compiled))}
+    plain = batch_of(source.schema.rows.tolist(), DENSE, 60, longest=5)
+    weighted = replace(plain, weights=np.random.default_rng(1).normal(1, 1, len(plain.values)).astype(np.float32))
+    ones = replace(plain, weights=np.ones(len(plain.values), np.float32))
+    for name, backend in backends.items():
+        np.testing.assert_allclose(backend.run(weighted)["default"], direct(path, weighted), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(backend.run(plain)["default"], direct(path, ones), atol=1e-5, err_msg=name)
+    assert np.abs(direct(path, weighted) - direct(path, ones)).max() > 0.01
+
+
+def test_a_model_that_takes_any_number_of_columns_is_told_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    wide(path, Sliced)
+    with pytest.raises(ArtifactError, match=r"runs with 5, 6 and other numbers of dense columns.*--dense-dim"):
+        open_artifact(path)
+    artifact = open_artifact(path, dense_dim=7)
+    batch = batch_of(artifact.schema.rows.tolist(), 7, 9, longest=3)
+    np.testing.assert_array_equal(load_backend(artifact, tune_kernels=False).run(batch)["default"], direct(path, batch))
 
 
 def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServedModel]:
 
     def loaded(backend: Loaded, **settings: Any) -> ServedModel:
         artifact = SimpleNamespace(name="mine", version="3", manifest=None)
-        monkeypatch.setattr(loading, "open_artifact", lambda path, verify: artifact)
+        monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim: artifact)
         monkeypatch.setattr(loading, "load_backend", lambda *_, **__: backend)
         monkeypatch.setattr(loading, "Watch", lambda *_, **__: None)
         return load_model(ServeSettings(**{"model": "models/mine", "lanes": 2, **settings}))[0]

@@ -144,8 +144,10 @@ class Artifact:
         return {role: path for role, path in files.items() if path is not None}
 
 
-def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
+def open_artifact(path: str | Path, *, verify: bool = True, dense_dim: int | None = None) -> Artifact:
     """The artifact at a path.
+
+    ``dense_dim``: the number of dense columns, where neither a manifest nor the model says.
 
     ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where the
     manifest is damaged, or no backend's files are all there, whole, and in the folder. Where those of one backend are,
@@ -153,12 +155,12 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
     """
     path = Path(path)
     try:
-        return _open(path, verify)
+        return _open(path, verify, dense_dim)
     except OSError as error:  # a folder on the way that may not be read, a name too long, a circle of links
         raise unreadable(path, error) from None
 
 
-def _open(path: Path, verify: bool) -> Artifact:
+def _open(path: Path, verify: bool, dense_dim: int | None) -> Artifact:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; make an artifact with `narsil package dlrm --out {path}`")
     folder = path if path.is_dir() else path.parent
@@ -177,7 +179,7 @@ def _open(path: Path, verify: bool) -> Artifact:
             f"{path} has no {MANIFEST} beside it that lists it; ONNX models are served from the folder "
             "that `narsil package` wrote"
         )
-    return _from_torchscript(_only_torchscript(path))
+    return _from_torchscript(_only_torchscript(path), dense_dim)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -368,11 +370,11 @@ def _only_torchscript(path: Path) -> Path:
     )
 
 
-def _from_torchscript(file: Path) -> Artifact:
+def _from_torchscript(file: Path, dense_dim: int | None) -> Artifact:
     from narsil.artifacts.torchrec import derive_schema
 
     seen = {file: FileState.of(file)}
-    schema, device = derive_schema(file)
+    schema, device = derive_schema(file, dense_dim)
     generic = file.stem.startswith("model") and file.resolve().parent.name
     name = as_name(generic or file.stem)
     return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)

@@ -19,7 +19,7 @@ Weights that are NaN or infinite are refused here too: a model that holds them s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Binding:
     dense: str | None = "float_features"
     sparse: str = "id_list_features"
     wide_ids: bool = False  # whether ids and lengths have to be int64, else int32
+    weighted: bool = False  # whether it takes a weight for each id
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def _read(module: Any, name: str, dense_dim: int | None, interface: Interface) -
     columns, group = _inputs(interface, name)
     device = device_of(tbes, name) if tbes else "cpu"
     if not _is_here(device):
+        if group + WEIGHTS in interface.reads:
+            raise ArtifactError(f"{name}: it takes weights, and was packaged for {device}; {_ELSEWHERE}")
         return ModuleReading(_static_schema(tbes, interface, name), device, Binding(), None)
     return _probed(module, tbes, name, interface, columns, group, device, dense_dim)
 
@@ -127,12 +130,12 @@ def _inputs(interface: Interface, name: str) -> tuple[str | None, str]:
             f"them "
             "into float_features in the model"
         )
-    wanted = {groups[0] + LENGTHS, groups[0] + VALUES, *columns}
+    wanted = {groups[0] + LENGTHS, groups[0] + VALUES, *columns, *(interface.reads & {groups[0] + WEIGHTS})}
     if odd := sorted(interface.reads ^ wanted):
         raise ArtifactError(
             f"{name}: forward reads {odd[0]}, which Narsil does not give it: it gives a matrix of numbers, and id "
             f"lists as "
-            f"{groups[0]}{LENGTHS} and {groups[0]}{VALUES}"
+            f"{groups[0]}{LENGTHS}, {groups[0]}{VALUES} and {groups[0]}{WEIGHTS}"
         )
     return (columns[0] if columns else None), groups[0]
 
@@ -159,7 +162,8 @@ def _probed(
     from narsil.artifacts.probing import Takes, probe
 
     names = interface.features[group]
-    takes = Takes(columns, {group: (len(names), False)}, device)
+    weighted = group + WEIGHTS in interface.reads
+    takes = Takes(columns, {group: (len(names), weighted)}, device)
     given = dense_dim if dense_dim is not None else interface.dense_dim
     found = probe(module, takes, given, _table_of(tbes, name), name)
     if found.readings.unknown_ids:
@@ -169,11 +173,13 @@ def _probed(
             "ids could be read out of bounds; look ids up as they are, or bound them with a remainder or a clamp"
         )
     features = _features(names, found.readings.lookups, found.wide_ids, name)
+    if weighted:
+        features = tuple(replace(feature, weighted=True) for feature in features)
     tasks, widths = tuple(found.outputs), tuple(found.outputs.values())
     if max(widths) != 1:
         raise ArtifactError(f"{name}: the output {tasks[widths.index(max(widths))]} has {max(widths)} numbers a row")
     schema = ModelSchema(dense_dim=found.dense_dim, features=features, tasks=tasks)
-    return ModuleReading(schema, device, Binding(columns, group, found.wide_ids), found.readings)
+    return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), found.readings)
 
 
 def _table_of(tbes: Sequence[Any], name: str) -> Any:

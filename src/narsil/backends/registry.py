@@ -53,8 +53,6 @@ def load_backend(
     """
     if intra_op_threads < 1:
         raise ConfigError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
-    if artifact.schema.weighted:
-        raise ArtifactError(f"{artifact.path} has weighted features, which no backend here runs")
     options = _Options(device, intra_op_threads, tune_kernels, batch_invariant, copy_tables)
     backend = None
     if name == "compiled":
@@ -154,6 +152,11 @@ def _load_portable(artifact: Artifact, name: str, options: _Options) -> Backend:
         if find_spec("onnxruntime") is None:
             raise ConfigError("the onnx backend needs onnxruntime: install narsil[onnx]")
         from narsil.backends.onnx import OnnxBackend
+
+        if artifact.schema.weighted:
+            raise ArtifactError(
+                f"{artifact.path} takes weights, which its ONNX graph has no input for; use --backend torch"
+            )
 
         return OnnxBackend.load(artifact, options.device or "cpu", threads, copy_tables=options.copy_tables)
     raise ConfigError(f"backend must be auto, torch, onnx or compiled, not {name!r}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchrec import Binding, read_module
-from narsil.artifacts.torchscript import LENGTHS, VALUES, interface_of, load_torchscript
+from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, interface_of, load_torchscript
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.dataflow import Batch, Floats, Scores
@@ -100,6 +100,10 @@ class TorchScriptBackend(Backend):
         if binding.wide_ids:
             lengths, values = lengths.long(), values.long()
         inputs = {binding.sparse + LENGTHS: lengths, binding.sparse + VALUES: values}
+        if binding.weighted:
+            # An id that comes without a weight weighs 1.
+            weights = np.ones(len(batch.values), np.float32) if batch.weights is None else batch.weights
+            inputs[binding.sparse + WEIGHTS] = _tensor(weights)
         if binding.dense is not None:
             inputs[binding.dense] = _tensor(batch.dense)
         return inputs

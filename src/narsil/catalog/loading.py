@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
     """The settings' artifact, loaded once and shared by as many backends as there are lanes, and what tells when its
     files change. Raises NarsilError."""
-    artifact = open_artifact(settings.model, verify=settings.verify_checksums)
+    artifact = open_artifact(settings.model, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
     backend = load_backend(
         artifact,
         settings.backend,

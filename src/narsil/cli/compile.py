@@ -10,7 +10,7 @@ from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import Deviation
 from narsil.artifacts.replacing import check_out
 from narsil.cli.deviations import deviation_lines
-from narsil.cli.options import FiniteRange, GivenPath
+from narsil.cli.options import FiniteRange, GivenPath, dense_dim_option
 from narsil.cli.package import check_torch, show_progress
 from narsil.compile.options import ENGINE_CHOICES, PRECISIONS
 
@@ -48,6 +48,7 @@ __all__ = ["command"]
     help="Largest deviation of a score that is let pass; 10 times as much in log-odds.  [default: 2e-3; for fp32, "
     "twice what the artifact itself deviates from float64]",
 )
+@dense_dim_option
 def command(
     model: Path,
     out: Path,
@@ -56,8 +57,9 @@ def command(
     engine: str,
     calibration: Path | None,
     max_deviation: float | None,
+    dense_dim: int | None,
 ) -> None:
-    """Compile the DLRM at MODEL for this machine.
+    """Compile the model at MODEL for this machine.
 
     MODEL is what `narsil package dlrm` or TorchRec's own packager wrote. The result is served by `narsil serve` with no
     other option. It runs on this processor or a newer one of its kind; where it cannot, `narsil serve` says why and
@@ -69,7 +71,7 @@ def command(
     from narsil.compile.calibration import load_calibration
     from narsil.compile.compiler import compile_artifact
 
-    source = open_artifact(model)
+    source = open_artifact(model, dense_dim=dense_dim)
     rows = None if calibration is None else load_calibration(calibration, source.schema)
     with show_progress() as report:
         artifact, cached = compile_artifact(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
-from narsil.cli.options import GivenPath
+from narsil.cli.options import GivenPath, dense_dim_option
 from narsil.errors import ArtifactError
 
 __all__ = ["command", "quantization_of"]
@@ -22,9 +22,10 @@ _SHOWN_FEATURES = 40
 @click.argument("path", type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
-def command(path: Path, as_json: bool, no_verify: bool) -> None:
+@dense_dim_option
+def command(path: Path, as_json: bool, no_verify: bool, dense_dim: int | None) -> None:
     """Print the schema that the artifact at PATH expects, and check its files. Exits with 1 where one is not whole."""
-    artifact = open_artifact(path, verify=not no_verify)
+    artifact = open_artifact(path, verify=not no_verify, dense_dim=dense_dim)
     described = _describe(artifact, verified=not no_verify)
     if as_json:
         click.echo(json.dumps(described, indent=1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText"]
+__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText", "dense_dim_option"]
 
 
 class FiniteRange(click.FloatRange):
@@ -48,3 +48,9 @@ class GivenText(click.types.StringParamType):
 
 SECONDS = FiniteRange(0, 86_400, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
+
+dense_dim_option = click.option(
+    "--dense-dim",
+    type=click.IntRange(1, 1 << 20),
+    help="Number of dense columns of a TorchScript file without a manifest, where the model takes any number of them.",
+)

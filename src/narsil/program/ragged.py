@@ -9,6 +9,7 @@ expression.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,9 @@ def read_permute(reader: Reader, op: Op) -> Any:
     lengths, ids = reader.of(op.args[1]), reader.of(op.args[2])
     if not isinstance(lengths, Structure) or not isinstance(ids, PerId):
         raise Unread("it does not move ids by their lengths")
-    made = [_moved(reader, op, which) for which in (0, 1)]
+    # Positions take the ids' place alone: weights have to be floats.
+    alone = replace(op, args=(*op.args[:3], None, *op.args[4:]))
+    made = [_moved(reader, alone, which) for which in (0, 1)]
     moved = PerId(ids.group, ids.expression, (made[0][1], made[1][1]))
     weights = None
     if op.args[3] is not None:
