@@ -55,6 +55,22 @@ def message(schema: int, wire: int, longest: int | None, rows: int, plain: bool)
     return bytes([schema << 1 | wire]) + out.SerializeToString()
 
 
+def unsaid(schema: int, ids: str, lengths: str, rows: int) -> bytes:
+    """For decode.cpp, on TorchRec's wire: without batch_size, ids and lengths of these types."""
+    dense_dim, tables, _ = SCHEMAS[schema]
+    random = np.random.default_rng(rows)
+    counts = random.integers(0, 3, len(tables) * rows)
+    out = predictor_pb2.PredictionRequest(
+        float_features={"num_features": dense_dim, "values": bytes(4 * dense_dim * rows)},
+        id_list_features={
+            "num_features": len(tables),
+            "lengths": counts.astype(lengths).tobytes(),
+            "values": random.integers(0, 3, counts.sum()).astype(ids).tobytes(),
+        },
+    )
+    return bytes([schema << 1]) + out.SerializeToString()
+
+
 def fed(data: bytes, piece: int = 0xDF) -> bytes:
     """Commands of session.cpp that feed the data in pieces."""
     return b"".join(bytes([len(data[at : at + piece])]) + data[at : at + piece] for at in range(0, len(data), piece))
@@ -141,6 +157,10 @@ def main() -> None:
             right = message(schema, wire, 3, 2, True)
             name = f"{('predictor', 'narsil')[wire]}_{schema}_named_{named}"
             (CORPUS / "decode" / name).write_bytes(bytes([right[0] | named << 4]) + right[1:])
+    for schema in range(len(SCHEMAS)):
+        for ids, lengths in (("<i8", "<i4"), ("<i4", "<i4"), ("<i8", "<i8")):
+            name = f"predictor_{schema}_unsaid_{ids[1:]}_{lengths[1:]}"
+            (CORPUS / "decode" / name).write_bytes(unsaid(schema, ids, lengths, 2))
     for name, data in conversations().items():
         (CORPUS / "session" / name).write_bytes(data)
 

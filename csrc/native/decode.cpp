@@ -1,5 +1,7 @@
 #include "native/decode.hpp"
 
+#include <algorithm>
+
 #include "native/bytes.hpp"
 #include "wire/protobuf.hpp"
 
@@ -56,16 +58,31 @@ bool rows_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limi
   return !wrong;
 }
 
-// Lengths that are no less than 0 and add up to exactly the ids that are there.
-bool lengths_add_up(const uint8_t* at, size_t count, size_t ids) {
+// False where a length is below 0.
+bool add_up(const uint8_t* at, size_t count, uint64_t& sum) {
   uint32_t negative = 0;
-  uint64_t sum = 0;
+  sum = 0;
   for (size_t i = 0; i < count; ++i) {
     const uint32_t length = load<uint32_t>(at + 4 * i);
     negative |= length & 0x80000000u;
     sum += length;
   }
-  return !negative && sum == ids;
+  return !negative;
+}
+
+// Whether `size` bytes are exactly `count` numbers of `width` bytes.
+bool holds(size_t size, uint64_t count, size_t width) { return size % width == 0 && size / width == count; }
+
+// How many ids there are, by the lengths; false where the values are not that many. Where the message does not say how
+// wide ids are, they are int32 unless only int64 makes them that many.
+bool count_ids(Decoded& found, size_t size, Span lengths, size_t bags, bool typed) {
+  uint64_t ids = bags;
+  const bool may_be_one_each = holds(size, bags, 4) || holds(size, bags, 8);
+  found.one_hot = may_be_one_each && (!lengths.given || all_ones(lengths.data, bags));
+  if (!found.one_hot && !(lengths.given && add_up(lengths.data, bags, ids))) return false;
+  if (!typed) found.wide = ids && holds(size, ids, 8);
+  found.ids = static_cast<int64_t>(ids);
+  return holds(size, ids, found.wide ? 8 : 4);
 }
 
 // Every id of every bag inside its table. Lengths have been found to add up.
@@ -90,29 +107,31 @@ bool bags_below(const Decoded& found, const Schema& schema) {
   return true;
 }
 
-// Counts and values against the schema; fills in what is found.
-bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema) {
-  const size_t width = found.wide ? 8 : 4;
-  if (found.rows < 1 || found.rows > schema.max_rows || values.size % width) return false;
-  const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size(), ids = values.size / width;
-  if (static_cast<int64_t>(ids) > schema.max_ids) return false;
+// One id a bag, by feature, every id inside its table.
+template <class U>
+bool columns_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limits) {
+  for (const int64_t limit : limits) {
+    if (!all_below<U>(at, rows, limit)) return false;
+    at += sizeof(U) * rows;
+  }
+  return true;
+}
+
+// Counts and values against the schema; fills in what is found. `typed`: the message says how wide ids are.
+bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema, bool typed) {
+  if (found.rows < 1 || found.rows > schema.max_rows) return false;
+  const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size();
   if (dense.size != 4 * rows * static_cast<size_t>(schema.dense_dim)) return false;
   if (lengths.given && lengths.size != 4 * rows * features) return false;
   if (!all_finite(dense.data, dense.size / 4)) return false;
-  found.ids = static_cast<int64_t>(ids);
+  if (!count_ids(found, values.size, lengths, rows * features, typed) || found.ids > schema.max_ids) return false;
   found.dense = dense.data;
   found.values = values.data;
   found.lengths = lengths.given ? lengths.data : nullptr;
-  found.one_hot = ids == rows * features && (!lengths.given || all_ones(lengths.data, rows * features));
-  if (!found.one_hot) {
-    if (!lengths.given || !lengths_add_up(lengths.data, rows * features, ids)) return false;
-    return found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
-  }
-  if (found.key_major) {
-    for (size_t t = 0; t < features; ++t)
-      if (!all_below<uint32_t>(values.data + 4 * t * rows, rows, schema.rows[t])) return false;
-    return true;
-  }
+  if (!found.one_hot) return found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
+  if (found.key_major)
+    return found.wide ? columns_below<uint64_t>(values.data, rows, schema.rows)
+                      : columns_below<uint32_t>(values.data, rows, schema.rows);
   return found.wide ? rows_below<uint64_t>(values.data, rows, schema.rows)
                     : rows_below<uint32_t>(values.data, rows, schema.rows);
 }
@@ -208,7 +227,11 @@ Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& model
   const Schema& schema = model->schema;
   if (columns != static_cast<uint64_t>(schema.dense_dim) || features != schema.rows.size()) return found;
   if (dense[1].given || dense[2].given || sparse[2].size || !sparse[0].given) return found;
-  if (right(found, dense[0], sparse[1], sparse[0], schema)) found.model = model;
+  // Without batch_size the dense bytes tell it, as TorchRec's server has it. Where there are none, the portable decoder
+  // knows what the lengths tell.
+  if (found.rows == 0 && columns)
+    found.rows = static_cast<int64_t>(std::min<size_t>(dense[0].size / (4 * columns), INT32_MAX));
+  if (right(found, dense[0], sparse[1], sparse[0], schema, false)) found.model = model;
   return found;
 }
 
@@ -241,7 +264,7 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, 
   Ids ids;
   if (!read_ids(sparse, ids) || ids.features != model->schema.rows.size()) return found;
   found.wide = ids.wide;
-  if (right(found, dense, ids.values, ids.lengths, model->schema)) found.model = model;
+  if (right(found, dense, ids.values, ids.lengths, model->schema, true)) found.model = model;
   return found;
 }
 

@@ -11,7 +11,7 @@ struct Decoded {
   ModelPtr model;  // null: unusual or wrong; the portable decoder in Python takes the message or says what is wrong
   bool one_hot = false;
   bool key_major = false;
-  bool wide = false;  // ids are int64
+  bool wide = false;  // ids are int64; lengths are int32
   int64_t rows = 0;
   int64_t ids = 0;                   // N
   const uint8_t* dense = nullptr;    // (B, D) float32

@@ -22,8 +22,9 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import DeadlineExceeded, ForwardFailed, InvalidRequest, ModelNotFound, QueueFull
+from narsil.telemetry.observer import CountingObserver
 from narsil.transports.codec import narsil_v1, predictor
-from tests.conformance.serving import predict_torchrec, serving
+from tests.conformance.serving import predict_torchrec, scores_in, serving
 from tests.messages import predictor_pb2
 from tests.support import (
     PATIENCE_S,
@@ -55,6 +56,37 @@ def test_a_torchrec_client_gets_its_rows_scores(kind, make):
         for rows in (1, 7, 300):
             features = make(rows, rows)
             np.testing.assert_array_equal(predict_torchrec(channel, features), scores_alone(features))
+
+
+@pytest.mark.parametrize("make", [one_hot, jagged])
+@pytest.mark.parametrize(("lengths", "values"), [("<i4", "<i8"), ("<i8", "<i4"), ("<i8", "<i8")])
+def test_a_torchrec_client_may_send_int64_and_no_batch_size(kind, make, lengths, values):
+    with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
+        for rows in (1, 7, 300):
+            features = make(rows, rows)
+            request = predictor_pb2.PredictionRequest.FromString(predictor_body(features))
+            request.batch_size = 0
+            for field, width in (("lengths", lengths), ("values", values)):
+                numbers = np.frombuffer(getattr(request.id_list_features, field), "<i4")
+                setattr(request.id_list_features, field, numbers.astype(width).tobytes())
+            reply = unary(channel, predictor.METHOD)(request.SerializeToString(), timeout=PATIENCE_S)
+            np.testing.assert_array_equal(scores_in(reply), scores_alone(features))
+
+
+def test_features_that_the_model_does_not_take_are_passed_over_and_counted(kind):
+    observer, features = CountingObserver(), jagged(5)
+    request = predictor_pb2.PredictionRequest.FromString(predictor_body(features))
+    request.unary_features.num_features = 2
+    request.embedding_features.values = bytes(40)
+    with (
+        engine_with() as engine,
+        grpc_transport(engine, kind=kind, observer=observer) as (_, address, _),
+        grpc.insecure_channel(address) as channel,
+    ):
+        for body in (request.SerializeToString(), predictor_body(features), request.SerializeToString()):
+            reply = unary(channel, predictor.METHOD)(body, timeout=PATIENCE_S)
+            np.testing.assert_array_equal(scores_in(reply), scores_alone(features))
+    assert observer.model("fake", "1").passed_over == {"embedding_features": 2, "unary_features": 2}
 
 
 def test_narsil_s_client_gets_its_rows_scores_and_how_they_came_about(kind):

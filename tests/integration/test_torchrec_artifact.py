@@ -57,7 +57,7 @@ def distinct_rows(tables: Sequence[EmbeddingBagConfig], *, weighted: bool = Fals
     return bags
 
 
-def package(module: Any, features: int, path: Path) -> Any:
+def package(module: Any, features: int, path: Path, dense: int = DENSE) -> Any:
     """TorchRec's steps: quantize, shard, trace, script. Returns the scripted module."""
     logging.disable(logging.WARNING)
     try:
@@ -71,7 +71,7 @@ def package(module: Any, features: int, path: Path) -> Any:
         assign_weights_to_tbe(sharded, weights)  # sharding allocates the tables anew and leaves them zero
         sharded(
             {
-                "float_features": torch.rand(2, DENSE),
+                "float_features": torch.rand(2, dense),
                 "id_list_features.lengths": torch.ones(features * 2, dtype=torch.int32),
                 "id_list_features.values": torch.zeros(features * 2, dtype=torch.int32),
                 "id_list_features.weights": torch.ones(features * 2),
@@ -91,6 +91,7 @@ def dlrm(
     names: Sequence[str],
     keys: Sequence[str] | None = None,
     averaged: Sequence[str] = (),
+    dense: int = DENSE,
 ) -> Any:
     """``keys``: the request's order of the features, where it is not the tables'; ``averaged``: pooled by mean."""
     tables = [
@@ -106,13 +107,13 @@ def dlrm(
     torch.manual_seed(3)
     module = DLRMPredictModule(
         embedding_bag_collection=distinct_rows(tables),
-        dense_in_features=DENSE,
+        dense_in_features=dense,
         dense_arch_layer_sizes=[32, 16],
         over_arch_layer_sizes=[32, 1],
         id_list_features_keys=list(keys or names),
         dense_device=torch.device("cpu"),
     )
-    return package(module, len(names), path)
+    return package(module, len(names), path, dense)
 
 
 class Wide(torch.nn.Module):  # type: ignore[name-defined]

@@ -133,19 +133,23 @@ def payloads(draw, schema: ModelSchema) -> tuple[str, bytes]:
     count = schema.num_features
     narrow = bool(schema.id_dtype.itemsize == 4)
     on_predictor = draw(st.booleans())
+    vast = not narrow and draw(st.booleans())  # ids that int32 does not hold
     shape = (count, rows) if on_predictor else (rows, count)
     lengths = np.ones(shape, np.int32) if longest is None else random.integers(0, longest + 1, shape).astype(np.int32)
     limits = np.broadcast_to(schema.rows[:, None] if on_predictor else schema.rows, shape)
-    if on_predictor:
+    if on_predictor and not vast:
         limits = np.minimum(limits, 1 << 31)
     values = random.integers(0, np.repeat(limits.ravel(), lengths.ravel()))
     if on_predictor:
-        message = predictor_pb2.PredictionRequest(batch_size=rows)
+        message = predictor_pb2.PredictionRequest()
+        if not schema.dense_dim or draw(st.booleans()):
+            message.batch_size = rows
         message.float_features.num_features = schema.dense_dim
         message.float_features.values = dense.tobytes()
         message.id_list_features.num_features = count
-        message.id_list_features.lengths = lengths.tobytes()
-        message.id_list_features.values = values.astype(np.int32).tobytes()
+        message.id_list_features.lengths = lengths.astype(draw(st.sampled_from(["<i4", "<i4", "<i8"]))).tobytes()
+        wide = vast or draw(st.booleans())
+        message.id_list_features.values = values.astype(np.int64 if wide else np.int32).tobytes()
         if draw(st.booleans()):  # as TorchRec's client does
             message.id_score_list_features.num_features = 0
             message.embedding_features.num_features = 0
@@ -167,6 +171,15 @@ def payloads(draw, schema: ModelSchema) -> tuple[str, bytes]:
     return narsil_v1.METHOD, own.SerializeToString()
 
 
+def is_common(method: str, body: bytes, schema: ModelSchema) -> bool:
+    """Whether a message of ``payloads`` is one that native code has to read itself."""
+    if method == narsil_v1.METHOD:
+        return "naïve".encode() not in body
+    message = predictor_pb2.PredictionRequest.FromString(body)
+    rows = message.batch_size or len(message.float_features.values) // (4 * schema.dense_dim)
+    return len(message.id_list_features.lengths) == 4 * rows * schema.num_features
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @SLOW
 @given(data=st.data())
@@ -176,7 +189,7 @@ def test_a_right_message_of_the_common_form_is_read_and_gives_the_same_rows(loop
     expected = loop.portable(method, body)
     found = loop.decode(method, body)
     assert expected is not None
-    assert found is not None or "naïve".encode() in body
+    assert (found is not None) == is_common(method, body, loop.schema)
     if found is not None:
         same(found, expected, loop.schema)
 
@@ -216,6 +229,19 @@ def test_damaged_messages_are_never_read_otherwise_than_the_portable_codec_reads
     expected = loop.portable(method, body)
     assert expected is not None, "native code took what the portable codec refuses"
     same(found, expected, loop.schema)
+
+
+@pytest.mark.parametrize("outside", [-1, 1 << 31, (1 << 32) + 1, 1 << 62])
+@pytest.mark.parametrize("longest", [1, 2])
+def test_an_int64_id_is_not_taken_by_its_low_half(loops, outside, longest):
+    lengths, ids = [longest, *[1] * 7], [1] * (7 + longest)
+    message = predictor_pb2.PredictionRequest(
+        float_features={"num_features": 3, "values": bytes(24)},
+        id_list_features={"num_features": 4, "lengths": np.array(lengths, "<i4").tobytes()},
+    )
+    for last, taken in ((1, True), (outside, False)):
+        message.id_list_features.values = np.array([*ids[:-1], last], "<i8").tobytes()
+        assert (loops["narrow"].decode(predictor.METHOD, message.SerializeToString()) is not None) == taken
 
 
 def numbers(field: int, value: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -136,6 +137,15 @@ def ours(**changes: Any) -> str:
     return told(lambda: narsil_v1.decode(message.SerializeToString(), EXAMPLE, MODEL.limits))
 
 
+def two_numbers_of_rows() -> str:
+    """For a model without dense columns."""
+    message = predictor_pb2.PredictionRequest()
+    message.id_list_features.num_features = 2
+    message.id_list_features.lengths, message.id_list_features.values = ints(1, 2, 1, 0, kind="<i8"), ints(3, 5, 7, 9)
+    body = message.SerializeToString()
+    return told(lambda: predictor.decode(body, dataclasses.replace(EXAMPLE, dense_dim=0), MODEL.limits))
+
+
 def told(act: Callable[[], object]) -> str:
     with pytest.raises(RequestError) as caught:
         act()
@@ -250,13 +260,8 @@ def two_names() -> str:
 # As the page has them, in its order: what is quoted, how to be told so.
 TOLD: dict[str, Callable[[], str]] = {
     "the message asks for model 'a' and the metadata narsil-model for 'b'; give one of them": two_names,
-    "id_list_features: lengths add up to 12 ids and values holds 24 int32; were the ids sent as int64? This wire takes "
-    "int32": lambda: torchrec(
-        batch_size=6,
-        float_features__values=floats(*[0.0] * 6),
-        id_list_features__lengths=ints(*[1] * 12),
-        id_list_features__values=ints(*range(1, 9), 1, 2, 3, 4, kind="<i8"),
-    ),
+    "batch_size is left out, and id_list_features.lengths: 32 bytes may be int32 of 4 rows or int64 of 2; send "
+    "batch_size": two_numbers_of_rows,
     "feature cat_3, row 7: id 100000 is outside its table t_cat_3; ids are 0 to 99999": demo_id,
     "model 'ads' is not served here; this server serves 'dlrm'": lambda: told(lambda: Catalog([MODEL]).find("ads")),
     "version '9' of dlrm is not served here; '1' is": lambda: told(lambda: Catalog([MODEL]).find("", "9")),
@@ -271,7 +276,9 @@ TOLD: dict[str, Callable[[], str]] = {
     "task default: the model scored row 1 as nan, which is no answer; look at this row's values and at the model's "
     "weights": scored_nan,
     "internal error; the server's log says why": defect,
-    "batch_size is 0; it must be 1 to 131072 rows (--max-request-rows)": lambda: torchrec(batch_size=0),
+    "batch_size is 200000; it must be 1 to 131072 rows (--max-request-rows)": lambda: torchrec(batch_size=200_000),
+    "batch_size is left out, and float_features.values: 6 bytes are no whole number of rows of 4 bytes; send "
+    "batch_size": lambda: torchrec(batch_size=0, float_features__values=bytes(6)),
     "float_features.num_features is 3; the model takes 1 dense features": lambda: torchrec(
         float_features__num_features=3
     ),
@@ -287,14 +294,14 @@ TOLD: dict[str, Callable[[], str]] = {
     "id_list_features: feature a, row 0: length -1 is negative": lambda: torchrec(
         id_list_features__lengths=ints(-1, 2, 1, 0)
     ),
+    "id_list_features: feature a, row 0: length 4294967297 is no int32": lambda: torchrec(
+        id_list_features__lengths=ints(2**32 + 1, 2, 1, 0, kind="<i8")
+    ),
     "id_list_features: lengths add up to 4 ids and values holds 2 int32": lambda: torchrec(
         id_list_features__values=ints(3, 5)
     ),
     "id_list_features: 4 weights given, but no table of this model takes weights; send ids alone": lambda: torchrec(
         id_list_features__weights=floats(1, 1, 1, 1)
-    ),
-    "unary_features holds 1 features; this model takes none (extra features are refused)": lambda: torchrec(
-        unary_features__num_features=1
     ),
     "sparse.feature_names: the model has no feature 'x'": lambda: ours(feature_names=["x"], values=ints(3, 9)),
     "sparse.values: 32 bytes for 2 rows x 2 features; without lengths each bag holds one int32, 16 bytes in all": (

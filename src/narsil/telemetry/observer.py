@@ -30,6 +30,10 @@ class Observer:
         """A transport has answered a scoring call with an error before the engine saw it: it could not be decoded, or
         names a model that is not served. What is no RequestError should not have happened."""
 
+    def passed_over(self, model: Served, groups: Sequence[str]) -> None:
+        """A request for this model held these groups of features, which the model does not take, and was decoded
+        without them."""
+
     def undelivered(self, method: str, error: Exception) -> None:
         """Scores that the engine has told as answered could not be written as an answer: the client was told
         INTERNAL."""
@@ -58,6 +62,13 @@ class Careful(Observer):
         """See Observer.refused."""
         try:
             self._inner.refused(method, error)
+        except Exception:
+            log.exception(_FAILED)
+
+    def passed_over(self, model: Served, groups: Sequence[str]) -> None:
+        """See Observer.passed_over."""
+        try:
+            self._inner.passed_over(model, groups)
         except Exception:
             log.exception(_FAILED)
 
@@ -102,6 +113,7 @@ class ModelCounts:
     """What a CountingObserver knows of one version of a model. Seconds are sums over requests, ``busy`` over lanes."""
 
     ends: Counter[str] = field(default_factory=Counter)  # "answered", or the error's class
+    passed_over: Counter[str] = field(default_factory=Counter)  # group of features -> requests with it
     batches: int = 0
     requests: int = 0  # in batches
     rows: int = 0  # in batches
@@ -126,6 +138,11 @@ class CountingObserver(Observer):
         """See Observer.refused."""
         with self._lock:
             self._refused[method, type(error).__name__] += 1
+
+    def passed_over(self, model: Served, groups: Sequence[str]) -> None:
+        """See Observer.passed_over."""
+        with self._lock:
+            self._of(model).passed_over.update(groups)
 
     def undelivered(self, method: str, error: Exception) -> None:
         """See Observer.undelivered."""

@@ -63,6 +63,7 @@ class Decoded:
     model: ServedModel
     features: Features
     echo: Any = None  # what ``encode`` gets back
+    passed_over: tuple[str, ...] = ()  # groups of features that it holds and the model does not take
 
 
 class Wire(Protocol):
@@ -80,7 +81,9 @@ class _Predictor:
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
         model = catalog.find(metadata.model_name, metadata.model_version)
-        return Decoded(model, predictor.decode(body, model.schema, model.limits))
+        request = predictor.read(body)
+        features = request.features(model.schema, model.limits)
+        return Decoded(model, features, passed_over=request.passed_over())
 
     def encode(self, decoded: Decoded, result: Result) -> bytes:
         return predictor.encode(result.scores or {})

@@ -193,6 +193,8 @@ class GrpcAioTransport(Transport):
                 except Exception as error:
                     self._observer.refused(method, error)
                     raise
+                if decoded.passed_over:
+                    self._observer.passed_over(decoded.model, decoded.passed_over)
                 now = engine.now()
                 remaining = context.time_remaining()
                 reply = _Reply(outbox, loop)

@@ -232,6 +232,8 @@ class NativeTransport(Transport):
             except Exception as error:
                 self._observer.refused(method, error)
                 raise
+            if decoded.passed_over:
+                self._observer.passed_over(decoded.model, decoded.passed_over)
             reply, features = _Reply(self, call, wire, decoded), decoded.features
             size = max(len(body), features.nbytes)
             return Request(decoded.model, features, reply, call.arrived, call.deadline, size)

@@ -22,10 +22,10 @@ INT32 = np.dtype("<i4")
 INT64 = np.dtype("<i8")
 
 
-def batch_size(rows: int, limits: RequestLimits) -> int:
+def batch_size(rows: int, limits: RequestLimits, name: str = "batch_size") -> int:
     """B itself, once it is a number of rows that a request may have."""
     if not 0 < rows <= limits.max_rows:
-        raise InvalidRequest(f"batch_size is {rows}; it must be 1 to {limits.max_rows} rows (--max-request-rows)")
+        raise InvalidRequest(f"{name} is {rows}; it must be 1 to {limits.max_rows} rows (--max-request-rows)")
     return rows
 
 
@@ -93,6 +93,15 @@ def jagged(
     return Jagged(values, starts, lengths, weights) if key_major else Jagged(values, starts.T, lengths.T, weights)
 
 
+def narrow_lengths(lengths: NDArray[np.int64], schema: ModelSchema, name: str) -> NDArray[np.int32]:
+    """(T, B) lengths as int32. Raises InvalidRequest where one is none: narrowed, it would be another number."""
+    outside = (lengths < 0) | (lengths > np.iinfo(np.int32).max)
+    if outside.any():
+        feature, row = (int(i) for i in np.argwhere(outside)[0])
+        raise _length_error(schema, name, feature, row, int(lengths[feature, row]))
+    return lengths.astype(np.int32)
+
+
 def check_bags(
     values: Ints,
     lengths: NDArray[np.int32],
@@ -115,15 +124,12 @@ def check_bags(
     if lengths.size and int(lengths.min()) < 0:
         first, second = (int(i) for i in np.argwhere(lengths < 0)[0])
         feature, row = where(first, second)
-        raise InvalidRequest(
-            f"{name}: feature {schema.features[feature].name}, row {row}: length {lengths[first, second]} is negative"
-        )
+        raise _length_error(schema, name, feature, row, int(lengths[first, second]))
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     if total != len(values):
         raise InvalidRequest(
             f"{name}: lengths add up to {total} ids and values holds {len(values)} {values.dtype.name}"
-            + _int64_hint(total, values)
         )
     if total and (values.min() < 0 or values.max() >= schema.min_rows):
         rows = schema.rows[positions]
@@ -153,15 +159,14 @@ def check_weights(weights: Floats | None, count: int, schema: ModelSchema, name:
         raise InvalidRequest(f"{name}: weight {position} is {weights[position]}; weights must be finite")
 
 
+def _length_error(schema: ModelSchema, name: str, position: int, row: int, found: int) -> InvalidRequest:
+    wrong = "is negative" if found < 0 else "is no int32"
+    return InvalidRequest(f"{name}: feature {schema.features[position].name}, row {row}: length {found} {wrong}")
+
+
 def _id_error(schema: ModelSchema, position: int, row: int, found: int) -> InvalidRequest:
     feature = schema.features[position]
     return InvalidRequest(
         f"feature {feature.name}, row {row}: id {found} is outside its table {feature.table}; "
         f"ids are 0 to {feature.rows - 1}"
     )
-
-
-def _int64_hint(total: int, values: Ints) -> str:
-    if values.dtype == INT32 and total and len(values) == 2 * total:
-        return "; were the ids sent as int64? This wire takes int32"
-    return ""

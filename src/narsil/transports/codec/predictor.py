@@ -1,9 +1,19 @@
-"""TorchRec's wire: ``predictor.Predictor/Predict`` of proto/predictor.proto. Key-major, int32 ids."""
+"""TorchRec's wire: ``predictor.Predictor/Predict`` of proto/predictor.proto. Key-major.
+
+Ids and lengths are int32, or int64; the message does not say which, nor need it say how many rows it holds. Its bytes
+do.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from narsil.artifacts.schema import ModelSchema
-from narsil.dataflow import Features, Floats, Jagged, OneHot, Scores
+from narsil.dataflow import Features, Jagged, OneHot, Scores
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
@@ -11,34 +21,63 @@ from narsil.wire import LEN, PREDICT_TORCHREC, VARINT, expect, put_len, scan, si
 
 METHOD = PREDICT_TORCHREC
 
-# Features that TorchRec's message can carry and no model served here takes; field number -> name.
-_UNUSED = {4: "id_score_list_features", 5: "embedding_features", 6: "unary_features"}
+# Groups that no model served here takes; field number -> name.
+_OTHERS = {4: "id_score_list_features", 5: "embedding_features", 6: "unary_features"}
 
 _Span = tuple[int, int]
+_Group = dict[int, _Span]  # 1 is num_features, stored as (value, 0); 2 to 4 are spans of the body
 _NOTHING: _Span = (0, 0)
+
+
+@dataclass(slots=True)
+class PredictionRequest:
+    """A serialized PredictionRequest taken apart as far as that needs no model."""
+
+    body: bytes
+    rows: int = 0  # B, as claimed; 0 where it is left out
+    dense: _Group = field(default_factory=dict)
+    sparse: _Group = field(default_factory=dict)
+    others: dict[int, _Group] = field(default_factory=dict)
+
+    def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
+        """The rows, held against the schema: views of the body. Raises InvalidRequest."""
+        _check_counts(self, schema)
+        rows = validate.batch_size(self.rows, limits) if self.rows else _rows_of_bytes(self, schema, limits)
+        dense = validate.array(self.body, *self.dense.get(2, _NOTHING), validate.FLOAT32, "float_features.values")
+        return Features(
+            rows,
+            validate.dense(dense, rows, schema.dense_dim, "float_features.values"),
+            _sparse(self.body, rows, self.sparse, schema, limits),
+        )
+
+    def passed_over(self) -> tuple[str, ...]:
+        """The groups that hold something which is not read. TorchRec's server does not read them either."""
+        return tuple(_OTHERS[number] for number, group in self.others.items() if _holds_anything(group))
+
+
+def read(body: bytes) -> PredictionRequest:
+    """A serialized PredictionRequest, not yet held against any schema. Raises InvalidRequest where it is none."""
+    out = PredictionRequest(body)
+    for found in scan(body, 0, len(body)):
+        number, _, start, stop = found
+        if number == 1:
+            expect(found, VARINT, "batch_size")
+            out.rows = signed32(start)
+        elif number == 2:
+            expect(found, LEN, "float_features")
+            _read_group(body, start, stop, "float_features", out.dense)
+        elif number == 3:
+            expect(found, LEN, "id_list_features")
+            _read_group(body, start, stop, "id_list_features", out.sparse)
+        elif number in _OTHERS:
+            expect(found, LEN, _OTHERS[number])
+            _read_group(body, start, stop, _OTHERS[number], out.others.setdefault(number, {}))
+    return out
 
 
 def decode(body: bytes, schema: ModelSchema, limits: RequestLimits) -> Features:
     """A serialized PredictionRequest as Features: views of ``body``. Raises InvalidRequest."""
-    rows = 0
-    floats: dict[int, _Span] = {}
-    ids: dict[int, _Span] = {}
-    for field in scan(body, 0, len(body)):
-        number, _, start, stop = field
-        if number == 1:
-            expect(field, VARINT, "batch_size")
-            rows = signed32(start)
-        elif number == 2:
-            expect(field, LEN, "float_features")
-            _read_group(body, start, stop, "float_features", floats)
-        elif number == 3:
-            expect(field, LEN, "id_list_features")
-            _read_group(body, start, stop, "id_list_features", ids)
-        elif number in _UNUSED:
-            expect(field, LEN, _UNUSED[number])
-            _refuse_unused(body, start, stop, _UNUSED[number])
-    validate.batch_size(rows, limits)
-    return Features(rows, _dense(body, rows, floats, schema), _sparse(body, rows, ids, schema, limits))
+    return read(body).features(schema, limits)
 
 
 def encode(scores: Scores) -> bytes:
@@ -51,55 +90,106 @@ def encode(scores: Scores) -> bytes:
     return out
 
 
-def _read_group(body: bytes, start: int, stop: int, name: str, out: dict[int, _Span]) -> None:
-    """Fields of a FloatFeatures or SparseFeatures: 1 is num_features, stored as (value, 0); others are spans."""
-    for field in scan(body, start, stop):
-        number, _, a, b = field
+def _read_group(body: bytes, start: int, stop: int, name: str, out: _Group) -> None:
+    """Fields of a FloatFeatures or SparseFeatures."""
+    for found in scan(body, start, stop):
+        number, _, a, b = found
         if number == 1:
-            expect(field, VARINT, f"{name}.num_features")
+            expect(found, VARINT, f"{name}.num_features")
             out[1] = (signed32(a), 0)
         elif number in (2, 3, 4):
-            expect(field, LEN, f"{name} field {number}")
+            expect(found, LEN, f"{name} field {number}")
             out[number] = (a, b)
 
 
-def _dense(body: bytes, rows: int, group: dict[int, _Span], schema: ModelSchema) -> Floats:
-    name = "float_features"
-    count = group.get(1, _NOTHING)[0]
-    if count != schema.dense_dim:
-        raise InvalidRequest(f"{name}.num_features is {count}; the model takes {schema.dense_dim} dense features")
-    values = validate.array(body, *group.get(2, _NOTHING), validate.FLOAT32, f"{name}.values")
-    return validate.dense(values, rows, schema.dense_dim, f"{name}.values")
+def _holds_anything(group: _Group) -> bool:
+    """TorchRec's own client sends groups that it has no use for, and sends them empty."""
+    return any(a != b for a, b in group.values())
 
 
-def _sparse(
-    body: bytes, rows: int, group: dict[int, _Span], schema: ModelSchema, limits: RequestLimits
-) -> OneHot | Jagged:
-    name = "id_list_features"
-    count = group.get(1, _NOTHING)[0]
-    if count != schema.num_features:
-        names = f"{schema.features[0].name} .. {schema.features[-1].name}"
+def _check_counts(request: PredictionRequest, schema: ModelSchema) -> None:
+    """Raises InvalidRequest where the request has other features than the model takes."""
+    columns, features = request.dense.get(1, _NOTHING)[0], request.sparse.get(1, _NOTHING)[0]
+    if columns != schema.dense_dim:
         raise InvalidRequest(
-            f"{name}.num_features is {count}; the model takes {schema.num_features} sparse features ({names})"
+            f"float_features.num_features is {columns}; the model takes {schema.dense_dim} dense features"
         )
-    lengths = validate.array(body, *group.get(2, _NOTHING), validate.INT32, f"{name}.lengths")
+    if features != schema.num_features:
+        names = f" ({schema.features[0].name} .. {schema.features[-1].name})" if schema.features else ""
+        raise InvalidRequest(
+            f"id_list_features.num_features is {features}; the model takes {schema.num_features} sparse features{names}"
+        )
+    if schema.weighted and _holds_anything(request.others.get(4, {})):
+        raise InvalidRequest(
+            "id_score_list_features is not empty; this model takes its ids as id_list_features and their weights as "
+            "id_list_features.weights"
+        )
+
+
+def _rows_of_bytes(request: PredictionRequest, schema: ModelSchema, limits: RequestLimits) -> int:
+    """B of a request that leaves batch_size out, told by the bytes of the dense values or, without any, of the lengths.
+
+    Raises InvalidRequest where the lengths may be those of two numbers of rows.
+    """
+    if schema.dense_dim:
+        name, width, span = "float_features.values", 4 * schema.dense_dim, request.dense.get(2, _NOTHING)
+    else:
+        name, width, span = "id_list_features.lengths", 4 * schema.num_features, request.sparse.get(2, _NOTHING)
+    size = span[1] - span[0]
+    rows, left = divmod(size, width)
+    if left or not rows:
+        raise InvalidRequest(
+            f"batch_size is left out, and {name}: {size} bytes are no whole number of rows of {width} bytes; "
+            "send batch_size"
+        )
+    if not schema.dense_dim and rows % 2 == 0 and _add_up(request, validate.INT64):
+        if _add_up(request, validate.INT32):
+            raise InvalidRequest(
+                f"batch_size is left out, and {name}: {size} bytes may be int32 of {rows} rows or int64 of {rows // 2}"
+                "; send batch_size"
+            )
+        rows //= 2
+    return validate.batch_size(rows, limits, f"batch_size is left out; as {name} has it, it")
+
+
+def _add_up(request: PredictionRequest, kind: np.dtype[Any]) -> bool:
+    """Whether lengths, read as such numbers, add up to the ids that are there, in either width."""
+    lengths = validate.array(request.body, *request.sparse.get(2, _NOTHING), kind, "id_list_features.lengths")
+    start, stop = request.sparse.get(3, _NOTHING)
+    if not bool(((lengths >= 0) & (lengths <= stop - start)).all()):
+        return False
+    ids = int(lengths.sum(dtype=np.int64))
+    return stop - start in (4 * ids, 8 * ids)
+
+
+def _sparse(body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: RequestLimits) -> OneHot | Jagged:
+    name = "id_list_features"
+    lengths = _lengths(body, rows, *group.get(2, _NOTHING), schema)
+    begin, end = group.get(4, _NOTHING)
+    weights = None if begin == end else validate.array(body, begin, end, validate.FLOAT32, f"{name}.weights")
+    start, stop = group.get(3, _NOTHING)
+    size = stop - start
+    one_each = size in (4 * lengths.size, 8 * lengths.size) and bool((lengths == 1).all())
+    # Ids are int32 unless they are as many as the lengths say as int64 alone: as both they are that many only where
+    # there are none.
+    wide = size > 0 and size == 8 * (lengths.size if one_each else int(lengths.sum(dtype=np.int64)))
+    values = validate.array(body, start, stop, validate.INT64 if wide else validate.INT32, "id_list_features.values")
+    validate.id_count(len(values), limits)
+    if one_each and weights is None:
+        return validate.one_hot(values.reshape(lengths.shape), schema)
+    return validate.jagged(values, lengths, schema, name, key_major=True, weights=weights)
+
+
+def _lengths(body: bytes, rows: int, start: int, stop: int, schema: ModelSchema) -> NDArray[np.int32]:
+    """(T, B) lengths: int32, or int64 where there are twice the bytes."""
+    name, count = "id_list_features", schema.num_features
+    if count and stop - start == 8 * count * rows:
+        wide = validate.array(body, start, stop, validate.INT64, f"{name}.lengths")
+        return validate.narrow_lengths(wide.reshape(count, rows), schema, name)
+    lengths = validate.array(body, start, stop, validate.INT32, "id_list_features.lengths")
     if len(lengths) != count * rows:
         raise InvalidRequest(
             f"{name}.lengths: {lengths.nbytes} bytes for {count} features x {rows} rows; "
             f"expected {count * rows * 4} bytes of int32, key-major"
         )
-    values = validate.array(body, *group.get(3, _NOTHING), validate.INT32, f"{name}.values")
-    validate.id_count(len(values), limits)
-    weights = None
-    if group.get(4, _NOTHING) != _NOTHING and group[4][0] != group[4][1]:
-        weights = validate.array(body, *group[4], validate.FLOAT32, f"{name}.weights")
-    return validate.jagged(values, lengths.reshape(count, rows), schema, name, key_major=True, weights=weights)
-
-
-def _refuse_unused(body: bytes, start: int, stop: int, name: str) -> None:
-    """TorchRec's own client sends these groups empty; anything in them has no place in the model."""
-    group: dict[int, _Span] = {}
-    _read_group(body, start, stop, name, group)
-    count = group.pop(1, _NOTHING)[0]
-    if count or any(b > a for a, b in group.values()):
-        raise InvalidRequest(f"{name} holds {count} features; this model takes none (extra features are refused)")
+    return lengths.reshape(count, rows)
