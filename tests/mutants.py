@@ -65,6 +65,7 @@ COMPUTED = {
 }  # fmt: skip
 
 
+PATIENCE_S = 10  # what must happen in a test happens within milliseconds, or does not
 PRELOADED = ("grpc", "hypothesis.strategies", "numpy.testing")  # in the parent, so that no child has to
 
 
@@ -258,6 +259,7 @@ def _test(folder: Path, file: str) -> NoReturn:
         os.dup2(output, stream)
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(folder))
+    os.environ["TEST_PATIENCE_S"] = str(PATIENCE_S)
     tests = [str(UNIT / name) for name in dict.fromkeys(CORE[file]) if (UNIT / name).exists()]
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--rootdir", str(ROOT)]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what the parent has imported

@@ -14,7 +14,17 @@ from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ModelState, ServedModel
 from narsil.errors import ConfigError, ModelNotFound, NoModel
-from tests.support import SCHEMA, AnEngine, engine_with, fake_model, one_hot, request, scores_alone, wait_until
+from tests.support import (
+    PATIENCE_S,
+    SCHEMA,
+    AnEngine,
+    engine_with,
+    fake_model,
+    one_hot,
+    request,
+    scores_alone,
+    wait_until,
+)
 
 
 def test_without_a_name_the_first_model_is_meant_and_without_a_version_the_newest():
@@ -104,7 +114,7 @@ def test_warming_one_model_leaves_the_others_served():
         engine.submit(made)
         warming.hold.set()
         assert made.reply.wait().error is None
-        adding.join(30)
+        adding.join(PATIENCE_S)
         assert len(manager.catalog) == 1
 
 
@@ -170,7 +180,7 @@ def test_a_model_can_be_removed_while_another_is_warmed():
         manager.remove(old)
         assert len(manager.catalog) == 0
         warming.hold.set()
-        adding.join(30)
+        adding.join(PATIENCE_S)
         assert [model.name for model in manager.catalog] == ["new"]
 
 

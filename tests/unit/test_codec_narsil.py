@@ -288,6 +288,15 @@ def test_columns_beside_a_context_may_come_in_any_order():
     assert rows_of(decode(body)) == [[[9], [1], [2], [3]], [[9], [4], [5], [6]]]
 
 
+@pytest.mark.parametrize("context", [None, Context({"shop": [3]})])
+def test_names_say_how_many_columns_there_are_where_nothing_else_does(context):
+    names = NAMES if context is None else NAMES[:3]
+    body = build_request(GOOD["dense"], [[1] * len(names)] * 2, feature_names=names, context=context)
+    message = narsil_pb2.PredictRequest.FromString(body)
+    message.sparse.ClearField("num_features")
+    assert rows_of(decode(message.SerializeToString())) == rows_of(decode(body))
+
+
 @pytest.mark.parametrize("lengths", [None, [[1] * 4] * 2])
 def test_a_request_holds_as_many_ids_as_it_may_and_no_more(lengths):
     body = build_request(GOOD["dense"], np.ravel(GOOD["ids"]) if lengths else GOOD["ids"], lengths)

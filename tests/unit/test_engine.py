@@ -16,6 +16,7 @@ from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
 from narsil.errors import Cancelled, ConfigError, DeadlineExceeded, Draining, ForwardFailed, QueueFull
 from tests.support import (
+    PATIENCE_S,
     SCHEMA,
     AnEngine,
     ARequest,
@@ -148,7 +149,7 @@ def test_draining_waits_for_no_company():
     clock, behaviour = FakeClock(), FakeBehaviour()
     with engine_with(behaviour, policy=BatchPolicy(timeout=60.0), clock=clock) as engine:
         waiting = submit(engine, arrived=0.0)
-        assert engine.drain(30)
+        assert engine.drain(PATIENCE_S)
         assert waiting.reply.wait().error is None
 
 
@@ -277,6 +278,9 @@ def test_a_request_that_fails_alone_is_not_tried_again_and_the_lane_lives_on():
         assert isinstance(submit(engine, rows=5).reply.wait().error, ForwardFailed)
         assert submit(engine, rows=2).reply.wait().error is None
         assert behaviour.forwards == [5, 2]
+        assert engine.drain(PATIENCE_S)
+        counts = engine.statistics()
+        assert (counts.answered, counts.failed, counts.expired, counts.cancelled) == (1, 1, 0, 0)
 
 
 def test_scores_of_a_wrong_shape_fail_the_request_instead_of_reaching_the_client():
@@ -297,7 +301,7 @@ def test_draining_finishes_what_was_admitted_and_admits_nothing_more():
         with pytest.raises(Draining):
             submit(engine)
         behaviour.hold.set()
-        assert engine.drain(30)
+        assert engine.drain(PATIENCE_S)
     assert running.reply.wait().error is None
     assert waiting.reply.wait().error is None
 
@@ -399,7 +403,7 @@ def test_a_lane_that_is_lost_fails_the_model_that_it_was_to_open():
             return super().__iter__()
 
     def lost(lane: int) -> None:
-        assert asked.wait(30)
+        assert asked.wait(PATIENCE_S)
         raise OSError("the lane has no processor")
 
     engine, errors = Engine(1, thread_setup=lost), []
@@ -485,7 +489,7 @@ def test_under_a_storm_of_everything_each_request_ends_exactly_once():
             thread.start()
         for thread in clients:
             thread.join()
-        assert engine.drain(30)
+        assert engine.drain(PATIENCE_S)
         stats = engine.statistics()
 
     for made, kind in everyone:
@@ -589,7 +593,7 @@ def test_a_job_for_one_lane_reaches_it_wherever_the_wake_went():
 
         def poll(self, timeout):
             if timeout is None:
-                assert self.woken.acquire(timeout=30)
+                assert self.woken.acquire(timeout=PATIENCE_S)
             return ()
 
         def wake(self):

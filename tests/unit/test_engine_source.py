@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from narsil.backends.fake import FakeBehaviour
+from narsil.backends.fake import FakeBackend, FakeBehaviour
 from narsil.clock import FakeClock
 from narsil.dataflow import Request
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
-from narsil.errors import Cancelled, Draining, QueueFull
-from tests.support import PATIENCE_S, engine_with, request, wait_until
+from narsil.engine.served_model import ServedModel
+from narsil.errors import Cancelled, Draining, QueueFull, RequestError
+from tests.support import PATIENCE_S, SCHEMA, ARequest, engine_with, request, wait_until
 
 
 class FakeSource:
@@ -33,7 +34,7 @@ class FakeSource:
             self.timeouts.append(timeout)
             self.polling += timeout != 0
         try:
-            found = self.arrivals.get(timeout != 0, timeout or PATIENCE_S)
+            found = self.arrivals.get(timeout != 0, timeout or 2 * PATIENCE_S)
         except queue.Empty:
             found = None
         finally:
@@ -135,6 +136,45 @@ def test_a_lane_polls_no_longer_than_a_batch_may_wait_for_company():
         assert set(source.timeouts) <= {0.0, 0.01, None}
 
 
+def test_requests_that_a_lane_has_fetched_and_leaves_for_a_job_reach_one_that_polls():
+    class Direct(FakeSource):
+        """Has requests that only a lane gets which does not wait."""
+
+        at_once: Sequence[Request] = ()
+
+        def poll(self, timeout: float | None) -> Sequence[Request]:
+            found = super().poll(timeout)
+            if timeout == 0 and self.at_once:
+                found, self.at_once = self.at_once, ()
+            return found
+
+    class Opening(FakeBackend):
+        """Takes until ``late`` has been answered by the other lane to open."""
+
+        def thread_setup(self) -> None:
+            opened.append(self)
+            answered.extend(one.reply.wait().error for one in late)
+
+    source, behaviour = Direct(), FakeBehaviour(hold=threading.Event())
+    opened: list[Opening] = []
+    late: list[ARequest] = []
+    answered: list[RequestError | None] = []
+    with engine_with(behaviour, lanes=2) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 2)
+        source.arrivals.put([request(model=engine.model)])
+        wait_until(lambda: behaviour.forwards == [1])
+        new = ServedModel("new", "1", [Opening(SCHEMA), Opening(SCHEMA)])
+        adding = threading.Thread(target=engine.add, args=(new,))
+        adding.start()
+        wait_until(lambda: len(opened) == 1 and source.polling == 1)  # the lane that does not work is through with it
+        late.append(request(model=engine.model))
+        source.at_once = [*late]
+        behaviour.hold.set()
+        adding.join(PATIENCE_S)
+    assert answered == [None]
+
+
 def test_a_lane_that_has_ended_what_was_dead_looks_again_before_it_waits():
     source = FakeSource()
     with engine_with() as engine:
@@ -185,6 +225,56 @@ def test_draining_closes_the_source_and_ends_lanes_that_poll(lanes):
         assert engine.drain(PATIENCE_S)
         assert "shutting down" in source.closed
         assert source.polling == 0
+
+
+def test_a_lane_that_ends_wakes_the_next_which_may_have_missed_its_own_wake():
+    class Late(FakeSource):
+        """Its wakes are for the next poll while ``late``, as a source's may be: a running one sleeps on."""
+
+        late = False
+
+        def wake(self) -> None:
+            if not self.late:
+                super().wake()
+
+    source, behaviour = Late(), FakeBehaviour(hold=threading.Event())
+    with engine_with(behaviour, lanes=2) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 2)
+        source.arrivals.put([request(model=engine.model)])
+        wait_until(lambda: behaviour.forwards == [1])
+        source.late = True
+        drained = threading.Thread(target=engine.drain, args=(PATIENCE_S,))
+        drained.start()
+        wait_until(lambda: bool(source.closed))
+        assert not engine.drain(timeout=0)  # once it has this lock, the other drain has woken whom it could
+        source.late = False
+        behaviour.hold.set()
+        wait_until(lambda: not drained.is_alive())
+
+
+def test_what_woke_a_lane_that_is_lost_wakes_another():
+    class Failing(FakeSource):
+        """One of its polls fails, once ``fails`` is set."""
+
+        fails = False
+
+        def poll(self, timeout: float | None) -> Sequence[Request]:
+            found = super().poll(timeout)
+            if self.fails:
+                self.fails = False
+                raise OSError("the network is gone")
+            return found
+
+    source = Failing()
+    with engine_with(lanes=2) as engine:
+        engine.attach(source)
+        wait_until(lambda: source.polling == 2)
+        source.fails = True
+        made = request(model=engine.model)
+        engine.submit(made)
+        assert made.reply.wait().error is None
+        assert not source.fails
 
 
 def test_what_arrives_while_the_engine_drains_is_told_so():

@@ -21,6 +21,18 @@ def test_collating_and_executing_are_timed_apart(monkeypatch):
     np.testing.assert_array_equal(scores["default"], expected)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_are_padded_as_the_backend_asks_unless_they_depend_on_their_company(whole):
+    class Padding(FakeBackend):
+        def bucket(self, rows):
+            return rows + 3
+
+    backend = Padding(SCHEMA)
+    scores, _, _ = (Runner("fake", backend, whole=True) if whole else Runner("fake", backend)).run([one_hot(4)])
+    assert backend.behaviour.forwards == [4 if whole else 7]
+    np.testing.assert_array_equal(scores["default"], scores_alone(one_hot(4)))
+
+
 @pytest.mark.parametrize("made", [{}, {"default": np.zeros(2, np.float32)}, {"default": np.zeros((3, 1), np.float32)}])
 def test_scores_of_another_shape_are_a_failed_forward(made):
     class Wrong(FakeBackend):

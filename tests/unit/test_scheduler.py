@@ -197,6 +197,12 @@ def test_a_model_that_waits_for_company_leaves_the_lane_to_the_next():
     assert schedule([patient, full], PATIENT, now=5.002).wake_at == 5.010
 
 
+def test_a_model_with_none_but_dead_requests_does_not_say_when_to_look_again():
+    dead, patient = Claim([request(arrived=0.0, deadline=1.0)]), Claim([request(arrived=5.0)])
+    decision = schedule([dead, patient], PATIENT, now=5.002)
+    assert (decision.expired, decision.wake_at) == (tuple(dead.queue), 5.010)
+
+
 def test_the_dead_of_every_model_that_was_looked_at_are_sorted_out():
     dead, alive = Claim([request(arrived=0.0, deadline=1.0)]), Claim([request(arrived=1.0)])
     decision = schedule([dead, alive], AT_ONCE, now=5.0)

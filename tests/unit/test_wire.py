@@ -50,6 +50,7 @@ def test_any_bytes_are_either_fields_inside_their_bounds_or_refused(data):
         (b"\x0a\x05abc", "field 1 claims 5 bytes and 3 are left"),
         (b"\x08", "a varint does not end"),
         (b"\x08" + b"\xff" * 11, "a varint does not end"),
+        (b"\x08" + b"\xff" * 10 + b"\x01", "a varint does not end"),  # not within ten bytes
         (b"\x0d\x00\x00", "field 1 is cut off"),
         (b"\x0b", "field 1 has wire type 3"),
         (b"\x02\x00", "field number 0"),

@@ -344,8 +344,6 @@ def _expand_sparse(
     theirs = _positions(shared.names, "context", schema)
     given = set(theirs)
     own = [position for position in range(schema.num_features) if position not in given]
-    if sparse.num_features is None and not sparse.names:
-        sparse.num_features = 0
     order = _columns(sparse, own, schema)
     own_values, own_lengths = sparse.values, _lengths(rows, sparse, len(own), "sparse")
     if order is not None:
