@@ -403,8 +403,27 @@ def test_weighted_lists_are_not_passed_over_for_a_model_with_weighted_bags():
     request = plain(jagged)
     predictor.decode(request.SerializeToString(), weighted, LIMITS)
     request.id_score_list_features.num_features = 1
-    with pytest.raises(InvalidRequest, match=r"id_score_list_features is not empty; this model takes its ids as"):
+    with pytest.raises(InvalidRequest, match=r"both hold ids; this model takes one group, with weights"):
         predictor.decode(request.SerializeToString(), weighted, LIMITS)
+
+
+def test_a_weighted_model_takes_its_ids_in_the_group_that_torchrec_s_clients_fill():
+    weighted = replace(SCHEMA, features=tuple(replace(feature, weighted=True) for feature in SCHEMA.features))
+    request = plain(jagged)
+    count = len(request.id_list_features.values) // 4
+    request.id_list_features.weights = np.arange(count, dtype="<f4").tobytes()
+    moved = predictor_pb2.PredictionRequest()
+    moved.CopyFrom(request)
+    moved.id_score_list_features.CopyFrom(request.id_list_features)
+    moved.ClearField("id_list_features")
+    expected = predictor.decode(request.SerializeToString(), weighted, LIMITS)
+    read = predictor.read(moved.SerializeToString())
+    found = read.features(weighted, LIMITS)
+    same(found, expected)
+    assert isinstance(found.sparse, Jagged)
+    assert isinstance(expected.sparse, Jagged)
+    np.testing.assert_array_equal(found.sparse.weights, expected.sparse.weights)
+    assert read.passed_over() == ()
 
 
 def test_more_ids_than_a_request_may_hold_are_refused():

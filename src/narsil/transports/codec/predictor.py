@@ -21,7 +21,9 @@ from narsil.wire import LEN, PREDICT_TORCHREC, VARINT, expect, put_len, scan, si
 
 METHOD = PREDICT_TORCHREC
 
-# Groups that no model served here takes; field number -> name.
+_SCORED = 4  # id lists whose ids have weights
+
+# Groups that models may do without; field number -> name.
 _OTHERS = {4: "id_score_list_features", 5: "embedding_features", 6: "unary_features"}
 
 _Span = tuple[int, int]
@@ -40,7 +42,13 @@ class PredictionRequest:
     others: dict[int, _Group] = field(default_factory=dict)
 
     def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
-        """The rows, held against the schema: views of the body. Raises InvalidRequest."""
+        """The rows, held against the schema: views of the body. Raises InvalidRequest.
+
+        A model whose ids have weights takes them in either group that has room for weights, as TorchRec's clients fill
+        the one that the model was packaged with.
+        """
+        if schema.weighted and _holds_anything(self.others.get(_SCORED, {})) and not _holds_anything(self.sparse):
+            self.sparse = self.others.pop(_SCORED)
         _check_counts(self, schema)
         rows = validate.batch_size(self.rows, limits) if self.rows else _rows_of_bytes(self, schema, limits)
         dense = validate.array(self.body, *self.dense.get(2, _NOTHING), validate.FLOAT32, "float_features.values")
@@ -119,10 +127,10 @@ def _check_counts(request: PredictionRequest, schema: ModelSchema) -> None:
         raise InvalidRequest(
             f"id_list_features.num_features is {features}; the model takes {schema.num_features} sparse features{names}"
         )
-    if schema.weighted and _holds_anything(request.others.get(4, {})):
+    if schema.weighted and _holds_anything(request.others.get(_SCORED, {})):
         raise InvalidRequest(
-            "id_score_list_features is not empty; this model takes its ids as id_list_features and their weights as "
-            "id_list_features.weights"
+            "id_list_features and id_score_list_features both hold ids; this model takes one group, with weights: send "
+            "it as either, and leave the other empty"
         )
 
 
