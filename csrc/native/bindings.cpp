@@ -93,9 +93,9 @@ void answer_scores(const PyCall& self, const py::dict& scores, uint64_t requests
   std::vector<py::array> kept;  // what a backend gives in another type or layout is copied, and the copy has to live
   for (const auto& item : scores) {
     auto array = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(item.second);
-    if (!array || array.ndim() != 1) throw py::value_error("scores are (B,) float32");
+    if (!array || array.ndim() < 1 || array.ndim() > 2) throw py::value_error("scores are (B,) or (B, k) float32");
     tasks.push_back({py::cast<std::string>(item.first), reinterpret_cast<const uint8_t*>(array.data()),
-                     static_cast<size_t>(array.size())});
+                     static_cast<size_t>(array.size()), array.ndim() == 2 ? static_cast<size_t>(array.shape(1)) : 0});
     kept.push_back(std::move(array));
   }
   const auto microseconds = [](double seconds) { return seconds > 0 ? static_cast<uint64_t>(seconds * 1e6) : 0; };

@@ -67,7 +67,8 @@ std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& mo
   put_uint(how, 3, provenance.queue_us);
   put_uint(how, 4, provenance.execute_us);
   const auto task_size = [](const TaskScores& task) {
-    return field_size(task.task.size()) + field_size(4 * task.count);
+    return field_size(task.task.size()) + field_size(4 * task.count) +
+           (task.width ? 1 + wire::varint_size(task.width) : 0);
   };
   size_t size = field_size(model.name.size()) + field_size(model.version.size()) + field_size(how.size());
   if (!request_id.empty()) size += field_size(request_id.size());
@@ -81,6 +82,7 @@ std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& mo
     put_text(out, 1, task.task);
     put_tag(out, 2, 4 * task.count);
     put_floats(out, task);
+    put_uint(out, 3, task.width);
   }
   put_text(out, 5, how);
   return out;

@@ -10,8 +10,9 @@ namespace narsil::native {
 
 struct TaskScores {
   std::string task;
-  const uint8_t* values;  // float32
+  const uint8_t* values;  // float32, all numbers of row 0 first
   size_t count;
+  size_t width = 0;  // numbers for each row, where there may be more than one
 };
 
 // What narsil.v1 tells a client about how its answer came about.

@@ -89,7 +89,8 @@ class Call:
     def answer_scores(
         self, scores: Mapping[str, NDArray[np.float32]], requests: int, rows: int, queue_s: float, execute_s: float
     ) -> None:
-        """Answers a decoded call: (B,) scores by task, and the batch it was scored in. Sent by the next ``flush``.
+        """Answers a decoded call: (B,) or (B, k) scores by task, and the batch it was scored in. Sent by the next
+        ``flush``.
 
         Raises ValueError unless decoded, and where scores are of another shape.
         """

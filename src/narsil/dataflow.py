@@ -5,7 +5,8 @@
     Scores   one array per task                          backend   -> engine
     Result   scores or one error, plus stage times       engine    -> transport
 
-Letters in shapes: B rows, D dense columns, T sparse features, N ids in all bags together.
+Letters in shapes: B rows, D dense columns, T sparse features, N ids in all bags together, k numbers of a task for each
+row (its width).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from narsil.errors import RequestError
 Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger[Any]]
 
-Scores = Mapping[str, Floats]  # task -> (B,) float32
+Scores = Mapping[str, Floats]  # task -> (B,) float32 where its width is 1, else (B, k) float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,18 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value & 0x80000000 else value
 
 
+def packed_uints(data: bytes, field: Field, name: str) -> list[int]:
+    """A repeated uint32: packed, or one by one, as protobuf allows both."""
+    if field[1] == VARINT:
+        return [field[2]]
+    expect(field, LEN, name)
+    values, at = [], field[2]
+    while at < field[3]:
+        value, at = varint(data, at, field[3])
+        values.append(value)
+    return values
+
+
 def text(data: bytes, start: int, stop: int, name: str) -> str:
     """A string field. Raises InvalidRequest where it is not UTF-8."""
     try:

@@ -19,10 +19,10 @@ from narsil.bench.workload import narsil_body, predictor_body
 from narsil.catalog.catalog import Catalog
 from narsil.catalog.manager import ModelManager
 from narsil.client import Client, TransportError, read_response
-from narsil.dataflow import Features, Result
+from narsil.dataflow import Features, OneHot, Result
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ModelNotFound
+from narsil.errors import InvalidRequest, ModelNotFound
 from narsil.telemetry.observer import CountingObserver
 from narsil.transports import endpoints
 from narsil.transports.base import Transport
@@ -58,10 +58,13 @@ def kind(request) -> str:
 
 
 @contextmanager
-def serving(kind: str, *models: ServedModel, lanes: int = 2) -> Iterator[tuple[str, ModelManager, CountingObserver]]:
+def serving(
+    kind: str, *models: ServedModel, lanes: int = 2, **policy: int
+) -> Iterator[tuple[str, ModelManager, CountingObserver]]:
     """These models behind one address, the first of them the default."""
     observer = CountingObserver()
-    with engine_with(lanes=lanes, model=models[0], policy=BatchPolicy(lanes=lanes), observer=observer) as engine:
+    policies = BatchPolicy(lanes=lanes, **policy)
+    with engine_with(lanes=lanes, model=models[0], policy=policies, observer=observer) as engine:
         manager = ModelManager(engine)
         for model in models:
             manager.add(model)
@@ -171,6 +174,42 @@ def test_without_any_model_calls_are_unavailable_and_with_the_next_one_they_are_
             client.predict(rows.dense, rows.sparse.ids.T)
         manager.add(fake_model(lanes=2, name="next"))
         assert client.predict(rows.dense, rows.sparse.ids.T).model_name == "next"
+
+
+def test_wide_tasks_and_names_of_any_text_come_through_whole_and_in_pieces(kind):
+    task, feature = '点击率 (7d) | "q"', Feature("user id", "table of users", rows=1000, dim=4)
+    schema = ModelSchema(2, (feature, Feature("b", "t", 9, 4)), ("one", task), (1, 3))
+    with (
+        serving(kind, fake_model(lanes=2, schema=schema), max_rows=32) as (address, *_),
+        Client(address) as client,
+        grpc.insecure_channel(address) as channel,
+    ):
+        assert client.model().schema == schema
+        for count in (1, 2, 77):
+            random = np.random.default_rng(count)
+            sparse = OneHot(random.integers(0, 9, (2, count), np.int32))
+            rows = Features(count, random.random((count, 2), np.float32), sparse)
+            one = scores_alone(rows, schema)
+            wide = one[:, None] + np.arange(3, dtype=np.float32)
+            named: dict[str, Any] = {"feature_names": ["b", "user id"]}
+            for ids, names in ((sparse.ids.T, {}), (sparse.ids[::-1].T, named)):
+                found = client.predict(rows.dense, ids, **names).scores
+                assert list(found) == ["one", task]
+                np.testing.assert_array_equal(found["one"], one)
+                np.testing.assert_array_equal(found[task], wide)
+            reply = unary(channel, PREDICTOR)(predictor_body(rows), timeout=PATIENCE_S)
+            np.testing.assert_array_equal(scores_in(reply, task), wide.ravel())
+            np.testing.assert_array_equal(scores_in(reply, "one"), one)
+
+
+def test_an_error_names_a_feature_of_any_text(kind):
+    schema = ModelSchema(1, (Feature("用户 %41 id", "t", 9, 4),))
+    with (
+        serving(kind, fake_model(lanes=2, schema=schema)) as (address, *_),
+        Client(address) as client,
+        pytest.raises(InvalidRequest, match="feature 用户 %41 id, row 1: id 9 is outside"),
+    ):
+        client.predict(np.zeros((2, 1)), np.array([[0], [9]]))
 
 
 class Traffic:

@@ -243,7 +243,7 @@ def test_deviation_is_the_largest_difference_of_any_score():
 
 @pytest.mark.parametrize("protocol", ["predictor", "narsil"])
 def test_the_scores_of_every_task_are_compared(client, protocol):
-    schema = replace(SCHEMA, tasks=("click", "buy"))
+    schema = replace(SCHEMA, tasks=("click", "buy"), widths=())
     workload = Workload(schema, rows=5, bodies=8)
     expected = reference_scores(FakeBackend(schema), workload, 8)
     expected[3][5 + 2] += 0.5  # the third row of the second task

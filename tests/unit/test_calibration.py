@@ -15,7 +15,7 @@ from narsil.errors import ArtifactError
 from tests.support import SCHEMA
 
 WEIGHTED = replace(SCHEMA, features=tuple(replace(feature, weighted=True) for feature in SCHEMA.features))
-TWO = replace(SCHEMA, tasks=("click", "buy"))
+TWO = replace(SCHEMA, tasks=("click", "buy"), widths=())
 ROWS = 5
 
 

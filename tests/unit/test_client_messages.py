@@ -94,9 +94,12 @@ responses = st.builds(
     request_id=names,
     scores=st.lists(
         st.builds(
-            lambda task, count: narsil_pb2.TaskScores(task=task, values=np.arange(count, dtype="<f4").tobytes()),
+            lambda task, count, width: narsil_pb2.TaskScores(
+                task=task, values=np.arange(count * max(width, 1), dtype="<f4").tobytes(), width=width
+            ),
             names,
             st.integers(0, 5),
+            st.integers(0, 3),
         ),
         max_size=3,
     ),
@@ -114,6 +117,10 @@ def same(body: bytes, message: Message) -> None:
     found = read_response(body)
     assert {task: values.tobytes() for task, values in found.scores.items()} == {
         scores.task: scores.values for scores in message.scores
+    }
+    widths = {scores.task: scores.width for scores in message.scores}
+    assert {task: values.shape[1:] for task, values in found.scores.items()} == {
+        task: (width,) if width > 1 else () for task, width in widths.items()
     }
     about = message.provenance
     assert (found.model_name, found.model_version, found.request_id) == (
@@ -164,12 +171,27 @@ def test_any_bytes_are_a_model_or_refused(body):
         read_model(body)
 
 
+A_MODEL = narsil_pb2.Model(
+    name="m",
+    tasks=["a"],
+    features=[narsil_pb2.Feature(name="a", table="t", rows=9, dim=4, pooling="sum")],
+).SerializeToString()
+
+
+@pytest.mark.parametrize("written", [b"\x52\x02\x01\x05", b"\x50\x01\x50\x05"])
+def test_widths_are_read_packed_and_one_by_one(written):
+    body = A_MODEL + narsil_pb2.Model(tasks=["b"]).SerializeToString() + written
+    assert read_model(body).schema.outputs == {"a": 1, "b": 5}
+
+
 @pytest.mark.parametrize(
     ("read", "body", "why"),
     [
         (read_response, b"\xff", "not a valid protobuf message"),
         (read_response, b"\x0a\x01\xff", "a name is not UTF-8"),
         (read_response, b"\x22\x05\x12\x03abc", "3 bytes are no whole number of float32"),
+        (read_response, b"\x22\x08\x12\x04abcd\x18\x02", "4 bytes are no whole number of rows of 2 float32"),
+        (read_model, A_MODEL + b"\x52\x02\x01\x02", "widths must be positive integers, one for each of 1 task"),
         (read_model, b"\x0a\x05", "field 1 claims 5 bytes"),
         (read_model, b"", "no sparse feature"),
     ],

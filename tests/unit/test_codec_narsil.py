@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -400,7 +401,11 @@ def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
 
 def test_a_response_carries_scores_names_and_provenance():
     asked = narsil_v1.read(build_request(**GOOD, request_id="r-7"))
-    scores = {"click": np.array([0.25, 0.5], np.float32), "buy": np.array([0.1, 0.2], np.float32)}
+    scores = {
+        "click": np.array([0.25, 0.5], np.float32),
+        "which of 3": np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], np.float32),
+        "点击": np.array([0.1, 0.2], np.float32),
+    }
     body = narsil_v1.encode(asked.request_id, "dlrm", "3", scores, StageTimes(1.25, 0.0, 2.5, 2, 17))
     prediction = read_response(body)
     assert {task: values.tolist() for task, values in prediction.scores.items()} == {
@@ -423,10 +428,12 @@ def test_a_model_is_asked_for_by_name():
         narsil_v1.decode_get_model(b"\x0a\x01\xff")
 
 
-def test_a_schema_survives_the_wire():
+@pytest.mark.parametrize("widths", [(1, 1), (1, 200)])
+def test_a_schema_survives_the_wire(widths):
+    schema = replace(WEIGHTED, tasks=("click", "点击率 (7d)"), widths=widths)
     limits = RequestLimits(1000, 1 << 31, 16 << 20)
-    body = narsil_v1.encode_model("dlrm", "3", "torch", WEIGHTED, limits)
+    body = narsil_v1.encode_model("dlrm", "3", "torch", schema, limits)
     info = read_model(body)
-    assert (info.name, info.version, info.backend, info.schema) == ("dlrm", "3", "torch", WEIGHTED)
+    assert (info.name, info.version, info.backend, info.schema) == ("dlrm", "3", "torch", schema)
     assert info.limits == limits
     assert narsil_pb2.Model.FromString(body).SerializeToString() == body

@@ -44,6 +44,13 @@ def decode(message: Message) -> Features:
     return predictor.decode(message.SerializeToString(), SCHEMA, LIMITS)
 
 
+def test_the_numbers_of_a_wide_task_go_flattened_row_by_row():
+    wide = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    reply = predictor_pb2.PredictionResponse.FromString(predictor.encode({"a (3)": wide, "b": wide[:, 0]}))
+    assert list(reply.predictions["a (3)"].data) == [0, 3, 1, 4, 2, 5]
+    assert list(reply.predictions["b"].data) == [0, 1, 2]
+
+
 @settings(deadline=None)
 @given(st.sampled_from([one_hot, jagged]), st.integers(1, 20), st.integers(0, 10_000))
 def test_a_request_reads_as_the_rows_that_were_written(make, rows, seed):

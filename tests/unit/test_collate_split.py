@@ -68,16 +68,20 @@ def test_a_batch_holds_every_part_s_bags_in_order_for_every_feature(group):
 @given(parts)
 def test_every_part_gets_the_scores_it_would_get_alone(group):
     scores = {"default": fake_scores(Collator(SCHEMA).collate(group))}
+    scores["which"] = np.outer(scores["default"], [1, 2, 3])
     for part, piece in zip(group, split(scores, [part.rows for part in group]), strict=True):
         np.testing.assert_array_equal(piece["default"], scores_alone(part))
+        np.testing.assert_array_equal(piece["which"], np.outer(scores_alone(part), [1, 2, 3]))
 
 
 @settings(deadline=None)
 @given(st.sampled_from([one_hot, jagged]), st.integers(1, 30), st.integers(1, 30), st.integers(0, 100))
 def test_a_request_run_in_slices_and_joined_scores_as_if_whole(make, rows, step, seed):
     whole = make(rows, seed)
-    pieces = [{"default": scores_alone(whole.slice(start, min(start + step, rows)))} for start in range(0, rows, step)]
-    np.testing.assert_array_equal(join(pieces)["default"], scores_alone(whole))
+    alone = [scores_alone(whole.slice(start, min(start + step, rows))) for start in range(0, rows, step)]
+    found = join([{"default": scores, "which": np.outer(scores, [1, 2, 3])} for scores in alone])
+    np.testing.assert_array_equal(found["default"], scores_alone(whole))
+    np.testing.assert_array_equal(found["which"], np.outer(scores_alone(whole), [1, 2, 3]))
 
 
 def test_the_buffers_of_a_lane_serve_batches_of_changing_size():

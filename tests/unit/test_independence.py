@@ -106,7 +106,7 @@ def test_every_task_is_held_to_its_own_scores():
     class Two(Scored):
         def __init__(self, change):
             super().__init__(change)
-            self.schema = replace(SCHEMA, tasks=("coarse", "fine"))
+            self.schema = replace(SCHEMA, tasks=("coarse", "fine"), widths=())
 
         def run(self, batch):
             found = super().run(batch)["default"]

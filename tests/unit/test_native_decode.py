@@ -337,8 +337,8 @@ def test_fusing_natively_gives_the_tensors_of_the_portable_collator(loops, name,
 
 @SLOW
 @given(
-    count=st.integers(1, 40),
-    tasks=st.lists(st.text(max_size=6), unique=True, max_size=3),
+    count=st.integers(1, 30),  # an answer has to fit the client's window, which nobody reads here meanwhile
+    tasks=st.dictionaries(st.text(max_size=6), st.sampled_from([1, 1, 2, 130]), max_size=3),
     batch=st.tuples(st.integers(0, 300), st.integers(0, 1 << 40)),
     times=st.tuples(st.floats(0, 10), st.floats(0, 1e-3)),
     request_id=st.text(st.characters(max_codepoint=127), max_size=200),
@@ -348,7 +348,10 @@ def test_answers_are_byte_for_byte_the_portable_codec_s(loops, count, tasks, bat
     loop = loops["narrow"]
     random = np.random.default_rng(seed)
     dense, ids = random.random((count, 3), np.float32), random.integers(0, 7, (count, 4))
-    scores = {task: random.standard_normal(count, dtype=np.float32) for task in tasks}
+    scores = {
+        task: random.standard_normal(count if width == 1 else (count, width), dtype=np.float32)
+        for task, width in tasks.items()
+    }
     stage = StageTimes(times[0], 0.0, times[1], *batch)
     for method, body in (
         (narsil_v1.METHOD, build_request(dense, ids, request_id=request_id)),
@@ -444,11 +447,15 @@ def test_a_call_is_answered_once(loops):
 def test_scores_of_another_type_or_layout_are_answered_right_and_of_another_shape_refused(loops):
     loop = loops["narrow"]
     call = loop.take(narsil_v1.METHOD, build_request(np.zeros((3, 3)), np.zeros((3, 4), int)))
-    with pytest.raises(ValueError, match="float32"):
-        call.answer_scores({"default": np.zeros((3, 1), np.float32)}, 1, 3, 0.0, 0.0)
-    call.answer_scores({"default": np.arange(6, dtype=np.float64)[::2]}, 1, 3, 0.0, 0.0)
+    for scores in (np.zeros((3, 1, 1), np.float32), np.float32(1)):
+        with pytest.raises(ValueError, match="float32"):
+            call.answer_scores({"default": scores}, 1, 3, 0.0, 0.0)
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    call.answer_scores({"default": np.arange(6, dtype=np.float64)[::2], "wide": turned}, 1, 3, 0.0, 0.0)
     reply = narsil_pb2.PredictResponse.FromString(loop.end(call).messages[0])
     assert np.frombuffer(reply.scores[0].values, np.float32).tolist() == [0.0, 2.0, 4.0]
+    assert np.frombuffer(reply.scores[1].values, np.float32).tolist() == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
+    assert [scores.width for scores in reply.scores] == [0, 2]
 
 
 def test_one_hot_and_jagged_company(loops):

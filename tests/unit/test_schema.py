@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.errors import ArtifactError, ConfigError
 from narsil.packaging.dlrm import DlrmConfig, check_weights, random_weights
 
-names = st.from_regex(r"[A-Za-z0-9_.\-/:]{1,24}", fullmatch=True)
+names = st.text(min_size=1, max_size=24).filter(str.isprintable)
 features = st.builds(
     Feature,
     name=names,
@@ -25,7 +26,10 @@ schemas = st.builds(
     ModelSchema,
     dense_dim=st.integers(0, 10_000),
     features=st.lists(features, min_size=1, max_size=8, unique_by=lambda feature: feature.name).map(tuple),
+    tasks=st.lists(names, min_size=2, max_size=2, unique=True).map(tuple),
+    widths=st.sampled_from([(), (1, 1), (1, 5), (2**31 - 1, 3)]),
 )
+FEATURE: dict[str, Any] = {"name": "user", "table": "t_user", "rows": 10, "dim": 8}
 
 
 @given(schemas)
@@ -40,9 +44,9 @@ def test_a_schema_survives_its_manifest(schema: ModelSchema) -> None:
         ({"rows": True}, "rows must be a positive integer"),
         ({"rows": "10"}, "rows must be a positive integer"),
         ({"dim": -4}, "dim must be a positive integer"),
-        ({"name": "a b"}, "is not made of letters"),
-        ({"name": ""}, "is not made of letters"),
-        ({"table": None}, "is not made of letters"),
+        ({"name": "a\nb"}, "is no printable text of 1 to 256 characters"),
+        ({"name": ""}, "is no printable text of 1 to 256 characters"),
+        ({"table": None}, "is no printable text of 1 to 256 characters"),
         ({"pooling": "max"}, "pooling must be sum or mean"),
         ({"colour": "red"}, "the schema is damaged"),
     ],
@@ -57,6 +61,43 @@ def test_a_damaged_feature_is_refused(change: dict[str, object], message: str) -
 def test_missing_and_unknown_keys_are_refused(data: dict[str, object]) -> None:
     with pytest.raises(ArtifactError, match="a schema has dense_dim, features and tasks"):
         ModelSchema.from_dict(data)
+
+
+@pytest.mark.parametrize("widths", [[2], [1, 0], [1, True], [1, 2.0], [1, 2**31], [1, "2"], [1, None], "11", 2])
+def test_widths_are_one_positive_integer_for_each_task(widths: object) -> None:
+    with pytest.raises(ArtifactError, match="widths must be positive integers, one for each of 2 tasks"):
+        ModelSchema.from_dict({"dense_dim": 1, "features": [FEATURE], "tasks": ["a", "b"], "widths": widths})
+
+
+def test_a_manifest_tells_widths_only_where_one_is_not_1() -> None:
+    plain = {"dense_dim": 1, "features": [asdict(Feature(**FEATURE))], "tasks": ["a", "b"]}
+    schema = ModelSchema.from_dict(plain)
+    assert schema.widths == (1, 1)
+    assert schema.to_dict() == plain
+    assert ModelSchema.from_dict({**plain, "widths": [1, 1]}) == schema
+    assert ModelSchema.from_dict({**plain, "widths": [3, 1]}).to_dict() == {**plain, "widths": [3, 1]}
+
+
+@pytest.mark.parametrize("name", ["user id", "点击率", "p(click)|7d", "é", "x" * 256, "%s{}\\", "🛒"])
+def test_features_tables_and_tasks_have_names_of_any_printable_text(name: str) -> None:
+    schema = ModelSchema(1, (Feature(name, name, 10, 8),), (name,))
+    assert ModelSchema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, "a\x00", "a\x1b[31m", "a\u202eb", "a\ud800", "a\u2028b", 7, None])
+def test_a_name_that_would_upset_a_terminal_or_a_wire_is_refused(name: Any) -> None:
+    with pytest.raises(ArtifactError, match="printable text of 1 to 256 characters"):
+        Feature(name, "t", 10, 8)
+    with pytest.raises(ArtifactError, match="printable texts of 1 to 256 characters"):
+        ModelSchema(1, (Feature("a", "t", 10, 8),), (name,))
+
+
+def test_tasks_are_picked_with_their_widths_in_the_order_given() -> None:
+    schema = ModelSchema(1, (Feature("a", "t", 10, 8),), ("click", "buy", "scroll"), (1, 3, 2))
+    picked = schema.picking(["scroll", "buy"])
+    assert (picked.tasks, picked.widths, picked.features) == (("scroll", "buy"), (2, 3), schema.features)
+    with pytest.raises(ConfigError, match="no task 'sell'; it has click, buy, scroll"):
+        schema.picking(["buy", "sell"])
 
 
 def test_two_features_cannot_share_a_name() -> None:
@@ -93,7 +134,7 @@ def test_a_dlrm_has_one_feature_per_table_in_order() -> None:
         ({"pooling": "max"}, "pooling must be sum or mean"),
         ({"tables": 2, "feature_names": ("a", "a")}, "share one name"),
         ({"tables": 1, "table_names": ("a.b",)}, "has a dot"),
-        ({"tables": 1, "feature_names": ("a b",)}, "is not made of letters"),
+        ({"tables": 1, "feature_names": ("a\tb",)}, "is no printable text"),
     ],
 )
 def test_an_architecture_that_does_not_fit_together_names_its_option(options: dict[str, object], message: str) -> None:

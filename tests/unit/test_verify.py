@@ -22,7 +22,7 @@ from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError
 from tests.support import SCHEMA
 
-TWO = replace(SCHEMA, tasks=("click", "buy"))
+TWO = replace(SCHEMA, tasks=("click", "buy"), widths=())
 DEVIATION = 0.125
 
 

@@ -169,7 +169,7 @@ class CompiledInfo:
             or not (mixed or poolings == {self.pooling})
             or len(counts) != 1
             or self.dense_dim != schema.dense_dim
-            or len(schema.tasks) != 1
+            or schema.widths != (1,)
         ):
             raise ArtifactError("the manifest's schema and compiled section differ; compile the model again")
         if self.engine == "fused":
@@ -184,7 +184,7 @@ class CompiledInfo:
     def _check_plan(self, plan: Plan, schema: ModelSchema, tables_bytes: int) -> None:
         if self.engine != "fused" or self.layers or self.offsets:
             raise ArtifactError("the manifest has a plan beside a DLRM's layers; compile the model again")
-        plan.check(schema.num_features, schema.dense_dim, [1] * len(schema.tasks), tables_bytes)
+        plan.check(schema.num_features, schema.dense_dim, list(schema.widths), tables_bytes)
 
     def _check_layers(self) -> None:
         """Raises ArtifactError unless each layer takes what comes before it: the code trusts their sizes."""

@@ -6,20 +6,21 @@ nor onnx, so that clients can use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.errors import ArtifactError, first_line
-from narsil.names import is_name
+from narsil.errors import ArtifactError, ConfigError, first_line
+from narsil.names import MOST_CHARACTERS, is_label
 
 Pooling = Literal["sum", "mean"]
 
 _MOST = 2**63 - 1  # rows and dims are int64
+_MOST_WIDTH = 2**31 - 1  # of a task, which the wire has as uint32
 
 
 def _shown(value: object) -> str:
@@ -40,8 +41,10 @@ class Feature:
 
     def __post_init__(self) -> None:
         for value in (self.name, self.table):
-            if not is_name(value):
-                raise ArtifactError(f"feature or table name {_shown(value)} is not made of letters, digits and _.-/:")
+            if not is_label(value):
+                raise ArtifactError(
+                    f"feature or table name {_shown(value)} is no printable text of 1 to {MOST_CHARACTERS} characters"
+                )
         for label, number in (("rows", self.rows), ("dim", self.dim)):
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST:
                 raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {_shown(number)}")
@@ -53,11 +56,15 @@ class Feature:
 
 @dataclass(frozen=True)
 class ModelSchema:
-    """The shape of a request: D dense columns, T sparse features in their key-major order, and the tasks scored."""
+    """The shape of a request: D dense columns, T sparse features in their key-major order, and the tasks scored.
+
+    ``widths`` may be given empty, which means a 1 for every task; it is as long as ``tasks`` from then on.
+    """
 
     dense_dim: int
     features: tuple[Feature, ...]
     tasks: tuple[str, ...] = ("default",)
+    widths: tuple[int, ...] = ()  # numbers that each task gives for a row
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
@@ -67,13 +74,35 @@ class ModelSchema:
         names = [feature.name for feature in self.features]
         if len(set(names)) != len(names):
             raise ArtifactError("two sparse features share one name")
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(map(is_name, self.tasks)):
-            raise ArtifactError("tasks must be names, at least one and no two alike")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks) or not all(map(is_label, self.tasks)):
+            raise ArtifactError(
+                f"tasks must be printable texts of 1 to {MOST_CHARACTERS} characters, at least one and no two alike"
+            )
+        if not self.widths:
+            object.__setattr__(self, "widths", (1,) * len(self.tasks))
+        if len(self.widths) != len(self.tasks) or not all(
+            type(width) is int and 1 <= width <= _MOST_WIDTH for width in self.widths
+        ):
+            raise ArtifactError(
+                f"widths must be positive integers, one for each of {len(self.tasks)} tasks, not {_shown(self.widths)}"
+            )
 
     @property
     def num_features(self) -> int:
         """T."""
         return len(self.features)
+
+    @cached_property
+    def outputs(self) -> dict[str, int]:
+        """Task -> the numbers that it gives for a row, in order."""
+        return dict(zip(self.tasks, self.widths, strict=True))
+
+    def picking(self, tasks: Sequence[str]) -> ModelSchema:
+        """The same with these of its tasks alone, in this order. Raises ConfigError on one that it has not."""
+        for task in tasks:
+            if task not in self.outputs:
+                raise ConfigError(f"the model has no task {_shown(task)}; it has {', '.join(self.tasks)}")
+        return replace(self, tasks=tuple(tasks), widths=tuple(self.outputs[task] for task in tasks))
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -102,22 +131,26 @@ class ModelSchema:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
-        return {
+        plain = {
             "dense_dim": self.dense_dim,
             "features": [asdict(feature) for feature in self.features],
             "tasks": list(self.tasks),
         }
+        # As before there were any, where they say nothing.
+        return plain if set(self.widths) == {1} else {**plain, "widths": list(self.widths)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSchema:
         """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
         try:
-            if set(data) != {"dense_dim", "features", "tasks"}:
+            if set(data) - {"widths"} != {"dense_dim", "features", "tasks"}:
                 raise ArtifactError(f"a schema has dense_dim, features and tasks, not {_shown(sorted(data))}")
+            widths = data.get("widths", [])
             return cls(
                 dense_dim=data["dense_dim"],
                 features=tuple(Feature(**feature) for feature in data["features"]),
                 tasks=tuple(data["tasks"]) if isinstance(data["tasks"], list) else (),
+                widths=tuple(widths) if isinstance(widths, list) else (widths,),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"the schema is damaged: {first_line(error)}") from None

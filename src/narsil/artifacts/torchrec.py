@@ -176,9 +176,7 @@ def _probed(
     if weighted:
         features = tuple(replace(feature, weighted=True) for feature in features)
     tasks, widths = tuple(found.outputs), tuple(found.outputs.values())
-    if max(widths) != 1:
-        raise ArtifactError(f"{name}: the output {tasks[widths.index(max(widths))]} has {max(widths)} numbers a row")
-    schema = ModelSchema(dense_dim=found.dense_dim, features=features, tasks=tasks)
+    schema = ModelSchema(dense_dim=found.dense_dim, features=features, tasks=tasks, widths=widths)
     return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), found.readings)
 
 

@@ -22,7 +22,8 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, batch: Batch) -> Scores:
-        """One forward. Returns (B,) float32 per task, in the batch's row order. Raises whatever the model raises."""
+        """One forward. Returns (B,) float32 for each task of ``schema``, (B, k) where its width is k, in the
+        batch's row order. Raises whatever the model raises."""
 
     @abstractmethod
     def share(self) -> Backend:

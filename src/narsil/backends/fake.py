@@ -26,7 +26,10 @@ class FakeBehaviour:
 
 
 class FakeBackend(Backend):
-    """Scores a row by a hash-like sum over its dense values and its ids by feature, so that mixed-up rows show."""
+    """Scores a row by a hash-like sum over its dense values and its ids by feature, so that mixed-up rows show.
+
+    The numbers that a wider task gives for a row are that one, one more, two more ...
+    """
 
     name = "fake"
 
@@ -47,7 +50,10 @@ class FakeBackend(Backend):
         if behaviour.fail_if is not None and behaviour.fail_if(batch):
             raise RuntimeError("the fake backend was told to fail")
         scores = fake_scores(batch)
-        return dict.fromkeys(self.schema.tasks, scores)
+        return {
+            task: scores if width == 1 else np.add.outer(scores, np.arange(width, dtype=np.float32), dtype=np.float32)
+            for task, width in self.schema.outputs.items()
+        }
 
     def share(self) -> FakeBackend:
         """See Backend.share."""

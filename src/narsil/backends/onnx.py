@@ -33,7 +33,6 @@ class OnnxBackend(Backend):
         self.schema = schema
         self.device = "cpu"
         self._session = session
-        self._tasks = list(schema.tasks)
 
     @classmethod
     def load(
@@ -68,20 +67,22 @@ class OnnxBackend(Backend):
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run."""
+        outputs = self.schema.outputs
         scores = self._session.run(
-            self._tasks,
+            list(outputs),
             {
                 "float_features": batch.dense,
                 "id_list_features.lengths": batch.lengths,
                 "id_list_features.values": batch.values.astype(self.schema.id_dtype, copy=False),
             },
         )
-        for task, array in zip(self._tasks, scores, strict=True):
-            if array.shape != (batch.rows,) or array.dtype != np.float32:
+        for (task, width), array in zip(outputs.items(), scores, strict=True):
+            shape = (batch.rows,) if width == 1 else (batch.rows, width)
+            if array.shape != shape or array.dtype != np.float32:
                 raise ArtifactError(
                     f"the model returned {task} as {array.dtype} of shape {array.shape} for {batch.rows} rows"
                 )
-        return dict(zip(self._tasks, scores, strict=True))
+        return dict(zip(outputs, scores, strict=True))
 
     def share(self) -> OnnxBackend:
         """Another instance over the same session."""

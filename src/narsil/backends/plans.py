@@ -8,7 +8,7 @@ place. The structures are program.hpp's.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from typing import Any
 
@@ -126,13 +126,18 @@ class PlanNetwork:
         return cls(ForwardLibrary(artifact.compiled), plan, layers, plan.read_arrays(weights[used:]), tables)
 
 
+Columns = Mapping[str, tuple[int, int]]  # task -> the first of its columns among all tasks', and how many
+
+
 class PlanBackend(Backend):
     """A program's forward in one call."""
 
     name = "compiled"
 
-    def __init__(self, network: PlanNetwork, schema: ModelSchema) -> None:
+    def __init__(self, network: PlanNetwork, schema: ModelSchema, columns: Columns | None = None) -> None:
+        """``columns``: those of each task, where the schema has some of the plan's tasks alone."""
         self.schema = schema
+        self._columns = columns or dict(zip(schema.tasks, network.plan.outputs, strict=True))
         self.device = "cpu"
         self._network = network
         self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -140,8 +145,7 @@ class PlanBackend(Backend):
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; the batch's arrays are lent to the library, not copied."""
         scores = self.score(batch)
-        columns = zip(self.schema.tasks, self._network.plan.outputs, strict=True)
-        return {task: _own(scores, first, width) for task, (first, width) in columns}
+        return {task: _own(scores, *self._columns[task]) for task in self.schema.tasks}
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """(B, columns) float32: all tasks' beside each other.
@@ -200,7 +204,7 @@ class PlanBackend(Backend):
 
     def share(self) -> PlanBackend:
         """Another instance over the same weights and tables: scratch memory alone."""
-        return PlanBackend(self._network, self.schema)
+        return PlanBackend(self._network, self.schema, self._columns)
 
 
 def _own(scores: NDArray[np.float32], first: int, width: int) -> NDArray[np.float32]:

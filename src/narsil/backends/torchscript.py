@@ -20,7 +20,8 @@ from narsil.artifacts.torchrec import Binding, read_module
 from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, interface_of, load_torchscript
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
-from narsil.dataflow import Batch, Floats, Scores
+from narsil.backends.outputs import scores_of
+from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, first_line
 
 __all__ = ["TorchScriptBackend"]
@@ -92,7 +93,7 @@ class TorchScriptBackend(Backend):
         inputs = self._inputs(batch)
         with torch.inference_mode():
             outputs = self._module(inputs) if self._stream is None else self._run_on_stream(inputs, self._stream)
-        return {task: self._checked(task, outputs, batch.rows) for task in self.schema.tasks}
+        return scores_of(outputs, self.schema.outputs, batch)
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         binding = self._binding
@@ -115,17 +116,6 @@ class TorchScriptBackend(Backend):
             # TorchRec's modules copy their scores back without waiting for the copy to end.
             stream.synchronize()
         return outputs
-
-    def _checked(self, task: str, outputs: Any, rows: int) -> Floats:
-        scores = outputs.get(task) if isinstance(outputs, dict) else None
-        if scores is None:
-            raise ArtifactError(f"the model returned no scores named {task}")
-        if tuple(scores.shape) != (rows,) or scores.dtype != torch.float32:
-            raise ArtifactError(
-                f"the model returned {task} as {scores.dtype} of shape {tuple(scores.shape)} for {rows} rows"
-            )
-        result: Floats = scores.detach().cpu().numpy()
-        return result
 
     def share(self) -> TorchScriptBackend:
         """Another instance over the same module."""

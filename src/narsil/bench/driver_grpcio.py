@@ -126,11 +126,13 @@ class _Loop:
     def _check(self, reply: bytes, body: int) -> str | None:
         """What is wrong with a reply; keeps it if it is asked for."""
         try:
-            counts = {len(read(reply)) for read in self._readers}
+            counts = [len(read(reply)) for read in self._readers]
         except Exception:  # whatever a hostile or broken server sends must not stall the loop
             return "unreadable reply"
-        if wrong := counts - {self._load.workload.rows}:
-            return f"{min(wrong)} scores for {self._load.workload.rows} rows"
+        rows = self._load.workload.rows
+        for count, width in zip(counts, self._load.workload.schema.widths, strict=True):
+            if count != rows * width:
+                return f"{count} scores for {rows} rows" + (f" of {width}" if width > 1 else "")
         if body < self._load.keep:
             self._replies[body] = reply
         return None

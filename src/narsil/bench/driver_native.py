@@ -25,7 +25,7 @@ class NativeDriver:
                 load.workload.serialized(load.protocol),
                 wire=load.protocol,
                 task=load.workload.schema.tasks[0],
-                rows=load.workload.rows,
+                rows=load.workload.rows * load.workload.schema.widths[0],
                 connections=load.connections,
                 timeout_s=load.timeout_s,
             )

@@ -55,7 +55,7 @@ class Outcome:
     errors: dict[str, int]
     wall_s: float
     client_cpu_s: float
-    scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # body number -> (tasks x B,), task-major
+    scores: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # body number -> task-major, flattened
     late_s: float = 0.0  # open loop: the furthest that sending fell behind its schedule
     client: ClientName = "grpcio"  # what made the load
 

@@ -111,11 +111,11 @@ def deviation(outcome: Outcome, expected: Sequence[NDArray[np.float32]]) -> floa
 
 
 def reference_scores(backend: Backend, workload: Workload, count: int) -> list[NDArray[np.float32]]:
-    """What a direct call of the model scores for the first ``count`` bodies, one request a forward: (tasks x B,) each,
+    """What a direct call of the model scores for the first ``count`` bodies, one request a forward: flattened,
     task-major."""
     collator, tasks = Collator(backend.schema), backend.schema.tasks
     found = (backend.run(collator.collate([payload])) for payload in workload.payloads(count))
-    return [np.concatenate([scores[task] for task in tasks]) for scores in found]
+    return [np.concatenate([scores[task].ravel() for task in tasks]) for scores in found]
 
 
 def summarize(runs: Sequence[Measurement]) -> Measurement:

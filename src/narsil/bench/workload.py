@@ -87,13 +87,13 @@ def method(protocol: Protocol) -> str:
 
 
 def score_reader(protocol: Protocol, task: str) -> Callable[[bytes], NDArray[np.float32]]:
-    """A function that takes a response body to the task's scores; none where the task is not in it.
+    """A function that takes a response body to the task's scores, flattened; none where the task is not in it.
 
     The function raises InvalidRequest where the body is no response.
     """
 
     def read_narsil(body: bytes) -> NDArray[np.float32]:
-        return read_response(body).scores.get(task, np.empty(0, dtype=np.float32))
+        return read_response(body).scores.get(task, np.empty(0, dtype=np.float32)).ravel()
 
     return (lambda body: _predictor_scores(body, task)) if protocol == "predictor" else read_narsil
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.dataflow import RequestLimits
 from narsil.errors import InvalidRequest
-from narsil.wire import LEN, VARINT, Field, expect, scan, text
+from narsil.wire import LEN, VARINT, Field, expect, packed_uints, scan, text
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Scores by task, and how they came about."""
 
-    scores: dict[str, NDArray[np.float32]]  # (B,) each
+    scores: dict[str, NDArray[np.float32]]  # (B,) each; (B, k) where a task gives k numbers for each row
     model_name: str
     model_version: str
     request_id: str
@@ -74,16 +74,21 @@ def read_response(body: bytes) -> Prediction:
 
 
 def _task_scores(body: bytes, message: Field) -> tuple[str, NDArray[np.float32]]:
-    task, values = "", b""
+    task, values, width = "", b"", 0
     for found in scan(body, message[2], message[3]):
         if found[0] == 1:
             task = _text(body, found, "task")
         elif found[0] == 2:
             expect(found, LEN, "values")
             values = body[found[2] : found[3]]
-    if len(values) % 4:
-        raise InvalidRequest(f"scores of task {task}: {len(values)} bytes are no whole number of float32")
-    return task, np.frombuffer(values, "<f4")
+        elif found[0] == 3:
+            expect(found, VARINT, "width")
+            width = found[2] & 0xFFFFFFFF
+    if len(values) % (4 * max(width, 1)):
+        rows = f"rows of {width} float32" if width else "float32"
+        raise InvalidRequest(f"scores of task {task}: {len(values)} bytes are no whole number of {rows}")
+    scores = np.frombuffer(values, "<f4")
+    return task, scores.reshape(-1, width) if width > 1 else scores
 
 
 def read_model(body: bytes) -> ModelInfo:
@@ -93,6 +98,7 @@ def read_model(body: bytes) -> ModelInfo:
     numbers = {4: 0, 7: 0, 8: 0, 9: 0, 11: 0}
     features: list[Feature] = []
     tasks: list[str] = []
+    widths: list[int] = []
     for found in scan(body, 0, len(body)):
         number = found[0]
         if number in strings:
@@ -105,7 +111,9 @@ def read_model(body: bytes) -> ModelInfo:
             features.append(_feature(body, found))
         elif number == 6:
             tasks.append(_text(body, found, "tasks"))
-    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks))
+        elif number == 10:
+            widths += packed_uints(body, found, "task_widths")
+    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks), tuple(widths))
     limits = RequestLimits(numbers[7], numbers[8], numbers[9])
     told = all((limits.max_rows, limits.max_ids, limits.max_bytes))
     return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None, bool(numbers[11]))

@@ -150,8 +150,8 @@ def read_parts(reading: ModuleReading, name: str) -> DlrmParts:
     Raises NoDlrm where it is no DLRM with INT8 tables of one dim, and ArtifactError where it cannot be compiled at all.
     """
     schema = reading.schema
-    if len(schema.tasks) != 1:
-        raise NoDlrm(f"{name} scores {len(schema.tasks)} tasks, and a DLRM one")
+    if schema.widths != (1,):
+        raise NoDlrm(f"{name} gives {sum(schema.widths)} numbers for a row, and a DLRM one")
     dlrm = recognised(program_of(reading, name), schema.tasks[0], name)
     poolings = {feature.pooling for feature in schema.features}
     return DlrmParts(

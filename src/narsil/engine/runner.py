@@ -46,18 +46,20 @@ class Runner:
 
     def _checked(self, scores: Scores, batch: Batch, rows: int) -> Scores:
         wanted = {}
-        for task in self.backend.schema.tasks:
+        for task, width in self.backend.schema.outputs.items():
             values = scores.get(task)
-            if values is None or values.shape != (batch.rows,):
+            shape = (batch.rows,) if width == 1 else (batch.rows, width)
+            if values is None or values.shape != shape:
                 found = "nothing" if values is None else values.shape
-                raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows")
+                raise ForwardFailed(f"task {task}: the model gave {found} for {batch.rows} rows, and not {shape}")
             wanted[task] = values = values[:rows]
-            if np.count_nonzero(np.isfinite(values)) != rows:
-                row = int(np.flatnonzero(~np.isfinite(values))[0])
+            if np.count_nonzero(np.isfinite(values)) != rows * width:
+                row, *place = (int(index) for index in np.argwhere(~np.isfinite(values))[0])
+                number, which = values[row, *place], "".join(f", number {column}" for column in place)
                 # Which row of the batch it was says nothing to a client; in a batch of its own it does.
-                log.error("model %s, task %s: row %d of %d scored %s", self.name, task, row, rows, values[row])
+                log.error("model %s, task %s: row %d%s of %d scored %s", self.name, task, row, which, rows, number)
                 raise ForwardFailed(
-                    f"task {task}: the model scored row {row} as {values[row]}, which is no answer; look at this row's "
-                    "values and at the model's weights"
+                    f"task {task}: the model scored row {row}{which} as {number}, which is no answer; look at this "
+                    "row's values and at the model's weights"
                 )
         return wanted

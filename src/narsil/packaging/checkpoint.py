@@ -18,7 +18,7 @@ from narsil.artifacts.files import check_readable
 from narsil.artifacts.schema import Pooling
 from narsil.dataflow import Floats
 from narsil.errors import ArtifactError, first_line
-from narsil.names import is_name
+from narsil.names import is_label
 from narsil.packaging.dlrm import DlrmConfig, check_weights, table_key
 
 __all__ = ["load_checkpoint"]
@@ -108,7 +108,7 @@ def _canonical(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Tensors under TorchRec's own names, whatever wrapped the model when it was saved."""
     named: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if (match := _TABLE.fullmatch(name)) and is_name(match.group(1)):
+        if (match := _TABLE.fullmatch(name)) and is_label(match.group(1)):
             canonical = table_key(match.group(1))
         elif match := _LINEAR.fullmatch(name):
             canonical = match.group(1)

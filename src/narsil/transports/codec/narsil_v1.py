@@ -15,7 +15,20 @@ from narsil.dataflow import Features, Jagged, OneHot, Scores, StageTimes
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest
 from narsil.transports import validate
-from narsil.wire import GET_MODEL, LEN, PREDICT, VARINT, Field, expect, put_len, put_uint, scan, text, varint
+from narsil.wire import (
+    GET_MODEL,
+    LEN,
+    PREDICT,
+    VARINT,
+    Field,
+    expect,
+    packed_uints,
+    put_len,
+    put_uint,
+    put_varint,
+    scan,
+    text,
+)
 
 METHOD, METHOD_GET_MODEL = PREDICT, GET_MODEL
 
@@ -104,7 +117,8 @@ def encode(request_id: str, name: str, version: str, scores: Scores, times: Stag
     if request_id:
         out += put_len(3, request_id.encode())
     for task, values in scores.items():
-        out += put_len(4, put_len(1, task.encode()) + put_len(2, values.astype("<f4", copy=False).tobytes()))
+        width = put_uint(3, values.shape[1]) if values.ndim == 2 else b""
+        out += put_len(4, put_len(1, task.encode()) + put_len(2, values.astype("<f4", copy=False).tobytes()) + width)
     provenance = (
         put_uint(1, times.batch_requests)
         + put_uint(2, times.batch_rows)
@@ -143,6 +157,8 @@ def encode_model(
     for task in schema.tasks:
         out += put_len(6, task.encode())
     out += put_uint(7, limits.max_rows) + put_uint(8, limits.max_ids) + put_uint(9, limits.max_bytes)
+    if set(schema.widths) != {1}:
+        out += put_len(10, b"".join(map(put_varint, schema.widths)))
     return out + put_uint(11, int(whole))
 
 
@@ -166,7 +182,9 @@ def _read_context(body: bytes, spans: Sequence[tuple[int, int]], schema: ModelSc
     out = _Context()
     for found in fields:
         if found[0] == 1:
-            out.columns += _packed_uints(body, found, "context.dense_columns", schema.dense_dim)
+            if found[1] == LEN and found[3] - found[2] > 10 * schema.dense_dim:  # a varint has at most ten bytes
+                raise InvalidRequest(f"context.dense_columns holds more than the model's {schema.dense_dim} columns")
+            out.columns += packed_uints(body, found, "context.dense_columns")
         elif found[0] == 2:
             expect(found, LEN, "context.dense")
             out.dense = validate.array(body, found[2], found[3], validate.FLOAT32, "context.dense")
@@ -195,20 +213,6 @@ def _read_tensors(body: bytes, fields: Sequence[Field], base: int, name: str, ou
         out.lengths = validate.array(body, *spans[3], validate.INT32, f"{name}.lengths")
     if 4 in spans:
         out.weights = validate.array(body, *spans[4], validate.FLOAT32, f"{name}.weights")
-
-
-def _packed_uints(body: bytes, found: Field, name: str, most: int) -> list[int]:
-    """A repeated uint32 of at most ``most`` numbers: packed, or one by one, as protobuf allows both."""
-    if found[1] == VARINT:
-        return [found[2]]
-    expect(found, LEN, name)
-    if found[3] - found[2] > 10 * most:  # a varint has at most ten bytes
-        raise InvalidRequest(f"{name} holds more than the model's {most} columns")
-    values, at = [], found[2]
-    while at < found[3]:
-        value, at = varint(body, at, found[3])
-        values.append(value)
-    return values
 
 
 def _sparse(rows: int, sparse: _Sparse, schema: ModelSchema) -> OneHot | Jagged:

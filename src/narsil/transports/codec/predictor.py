@@ -89,7 +89,8 @@ def decode(body: bytes, schema: ModelSchema, limits: RequestLimits) -> Features:
 
 
 def encode(scores: Scores) -> bytes:
-    """Scores as a serialized PredictionResponse, byte for byte as the protobuf runtime writes it."""
+    """Scores as a serialized PredictionResponse, byte for byte as the protobuf runtime writes it. Those of a task that
+    gives several numbers for a row go row by row."""
     out = b""
     for task, values in scores.items():
         packed = values.astype("<f4", copy=False).tobytes()
