@@ -241,6 +241,14 @@ REFUSALS = {
         change(context__dense_columns=[0] * 31, context__dense=b"\0" * 124),
         "context.dense_columns holds more than the model's 3 columns",
     ),
+    "weights beside a context": (
+        change(sparse__weights=b"\0" * 32, context__dense_columns=[0], context__dense=b"\0" * 4, dense=b"\0" * 16),
+        "weights together with a context are not supported; send the rows without a context",
+    ),
+    "weights in a context": (
+        change(context__dense_columns=[0], context__dense=b"\0" * 4, context__weights=b"\0" * 4, dense=b"\0" * 16),
+        "weights together with a context are not supported; send the rows without a context",
+    ),
     "a context without lengths and with too few ids": (
         change(
             context__feature_names=["user", "item"],
@@ -399,8 +407,9 @@ def test_any_damage_is_either_refused_or_leaves_every_id_inside_its_table(data):
     assert ((batch.values >= 0) & (batch.values < limits)).all()
 
 
-def test_a_response_carries_scores_names_and_provenance():
-    asked = narsil_v1.read(build_request(**GOOD, request_id="r-7"))
+@pytest.mark.parametrize("request_id", ["r-7", ""])
+def test_a_response_carries_scores_names_and_provenance(request_id):
+    asked = narsil_v1.read(build_request(**GOOD, request_id=request_id))
     scores = {
         "click": np.array([0.25, 0.5], np.float32),
         "which of 3": np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], np.float32),
@@ -411,7 +420,7 @@ def test_a_response_carries_scores_names_and_provenance():
     assert {task: values.tolist() for task, values in prediction.scores.items()} == {
         task: values.tolist() for task, values in scores.items()
     }
-    assert (prediction.model_name, prediction.model_version, prediction.request_id) == ("dlrm", "3", "r-7")
+    assert (prediction.model_name, prediction.model_version, prediction.request_id) == ("dlrm", "3", request_id)
     assert (prediction.batch_requests, prediction.batch_rows) == (2, 17)
     assert (prediction.queue_us, prediction.execute_us) == (1_250_000, 2_500_000)
     assert narsil_pb2.PredictResponse.FromString(body).SerializeToString() == body
@@ -428,12 +437,13 @@ def test_a_model_is_asked_for_by_name():
         narsil_v1.decode_get_model(b"\x0a\x01\xff")
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("widths", [(1, 1), (1, 200)])
-def test_a_schema_survives_the_wire(widths):
+def test_a_schema_survives_the_wire(widths, whole):
     schema = replace(WEIGHTED, tasks=("click", "点击率 (7d)"), widths=widths)
     limits = RequestLimits(1000, 1 << 31, 16 << 20)
-    body = narsil_v1.encode_model("dlrm", "3", "torch", schema, limits)
+    body = narsil_v1.encode_model("dlrm", "3", "torch", schema, limits, whole=whole)
     info = read_model(body)
     assert (info.name, info.version, info.backend, info.schema) == ("dlrm", "3", "torch", schema)
-    assert info.limits == limits
+    assert (info.limits, info.whole_requests) == (limits, whole)
     assert narsil_pb2.Model.FromString(body).SerializeToString() == body

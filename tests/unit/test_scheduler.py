@@ -46,6 +46,9 @@ def test_where_every_lane_s_share_is_a_full_batch_a_full_batch_is_taken():
 def test_the_dead_count_for_nobody_s_share():
     dead, alive = [request(deadline=1.0) for _ in range(4)], [request() for _ in range(4)]
     assert form(dead + alive, BatchPolicy(lanes=2), now=5.0).take == tuple(alive[:2])
+    for gone in dead:
+        gone.reply.cancelled = True
+    assert form(dead + alive, BatchPolicy(lanes=2), now=0.0).take == tuple(alive[:2])
 
 
 def test_lanes_that_share_wait_for_company_all_the_same():

@@ -24,6 +24,7 @@ from narsil.wire import (
     expect,
     packed_uints,
     put_len,
+    put_text,
     put_uint,
     put_varint,
     scan,
@@ -113,9 +114,7 @@ def decode(body: bytes, schema: ModelSchema, limits: RequestLimits) -> Features:
 
 def encode(request_id: str, name: str, version: str, scores: Scores, times: StageTimes) -> bytes:
     """A serialized PredictResponse."""
-    out = put_len(1, name.encode()) + put_len(2, version.encode())
-    if request_id:
-        out += put_len(3, request_id.encode())
+    out = put_len(1, name.encode()) + put_len(2, version.encode()) + put_text(3, request_id)
     for task, values in scores.items():
         width = put_uint(3, values.shape[1]) if values.ndim == 2 else b""
         out += put_len(4, put_len(1, task.encode()) + put_len(2, values.astype("<f4", copy=False).tobytes()) + width)
