@@ -141,7 +141,7 @@ def test_a_status_s_text_is_cut_to_what_clients_take(kind, monkeypatch):
                 return error.details()
         raise AssertionError("it was not refused")
 
-    monkeypatch.setattr(predictor, "decode", refuse)
+    monkeypatch.setattr(predictor, "read", refuse)
     with serving(kind) as (address, _):
         found = run(ask(address))
         assert found.startswith("zażółć %41 \r\n\x00 ééé")

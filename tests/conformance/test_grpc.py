@@ -405,7 +405,7 @@ def test_what_should_not_happen_is_internal_and_tells_the_client_nothing(kind, m
     def broken(*_: object) -> None:
         raise ValueError("/a/path/of/the/server")
 
-    monkeypatch.setattr(predictor, "decode", broken)
+    monkeypatch.setattr(predictor, "read", broken)
     with serving(kind) as (address, _), grpc.insecure_channel(address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             unary(channel, predictor.METHOD)(b"", timeout=PATIENCE_S)

@@ -287,7 +287,7 @@ def test_a_status_s_text_arrives_as_it_was(kind, text, monkeypatch):
     def refuse(*_: object) -> None:
         raise InvalidRequest(text)
 
-    monkeypatch.setattr(predictor, "decode", refuse)
+    monkeypatch.setattr(predictor, "read", refuse)
     with serving(kind) as (address, _), grpc.insecure_channel(address) as channel, RawClient(address) as raw:
         with pytest.raises(grpc.RpcError) as caught:
             unary(channel, PREDICT)(b"x", timeout=30)

