@@ -216,7 +216,7 @@ void apply(int64_t function, const float* x, const float* y, const float* z, con
     case F_RECIPROCAL:
       return each(width, out, [=](int64_t i) { return 1.0f / x[i]; });
     case F_SIGN:
-      return each(width, out, [=](int64_t i) { return x[i] > 0 ? 1.0f : x[i] < 0 ? -1.0f : x[i]; });
+      return each(width, out, [=](int64_t i) { return x[i] > 0 ? 1.0f : x[i] < 0 ? -1.0f : 0.0f; });
     case F_FLOOR:
       return each(width, out, [=](int64_t i) { return std::floor(x[i]); });
     case F_NAN_TO_NUM:

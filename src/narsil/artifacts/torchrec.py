@@ -8,6 +8,7 @@ What is read, and where from:
     order of the features   the key list that forward's own graph gives to KeyedJaggedTensor      torchscript.py
     tables, rows, dims      attributes of FBGEMM's inference operators                            tbe.py
     which table is whose    the lookups of a forward that is run on probe rows and written down   probing.py, program/
+    branches on rows        the graph, inlined                                                    branches.py
     ids a request may hold  what that forward does to ids before it looks them up                 program/bounds.py
     dense columns, scores   the same forward
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from narsil.artifacts.branches import branch_on_rows
 from narsil.artifacts.finite import bad_weights, first_bad_row
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
 from narsil.artifacts.tbe import (
@@ -177,7 +179,10 @@ def _probed(
         features = tuple(replace(feature, weighted=True) for feature in features)
     tasks, widths = tuple(found.outputs), tuple(found.outputs.values())
     schema = ModelSchema(dense_dim=found.dense_dim, features=features, tasks=tasks, widths=widths)
-    return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), found.readings)
+    readings = found.readings
+    if readings.program is not None and (branch := branch_on_rows(module)):
+        readings = replace(readings, program=None, problem=branch)
+    return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), readings)
 
 
 def _table_of(tbes: Sequence[Any], name: str) -> Any:

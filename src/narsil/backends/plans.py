@@ -190,8 +190,7 @@ class PlanBackend(Backend):
                 if weighing is None:
                     weights.append(None)
                     continue
-                # As floats: what becomes a weight was one before it was divided or multiplied.
-                weight = evaluate_ids(weighing, batch.values.astype(np.float64), batch.weights)
+                weight = evaluate_ids(weighing, batch.values, batch.weights)
                 weights.append(np.ascontiguousarray(np.broadcast_to(weight, batch.values.shape), np.float32))
         return values, weights
 

@@ -153,6 +153,10 @@ def read_parts(reading: ModuleReading, name: str) -> DlrmParts:
     if schema.widths != (1,):
         raise NoDlrm(f"{name} gives {sum(schema.widths)} numbers for a row, and a DLRM one")
     dlrm = recognised(program_of(reading, name), schema.tasks[0], name)
+    for position, (lookup, place) in dlrm.tables.items():
+        feature, table = schema.features[position], lookup.tables[place]
+        if (feature.pooling, feature.rows, feature.dim) != (lookup.pooling, table.rows, table.dim):
+            raise NoDlrm(f"{name} looks {feature.name} up in another table too")
     poolings = {feature.pooling for feature in schema.features}
     return DlrmParts(
         tuple(map(_linear, dlrm.dense)),

@@ -67,6 +67,7 @@ class _Matcher:
         layers = [last]
         while (before := self._layer_before(layers[0])) is not None:
             layers.insert(0, before)
+        self._check_layers(layers)
         joined = self._origins_of(layers[0].source)
         products = {
             int(value) for value in np.unique(joined.values) if isinstance(self.made_by.get(int(value)), MatMul)
@@ -95,16 +96,17 @@ class _Matcher:
         layers = [layer]
         while (before := self._layer_before(layers[0])) is not None:
             layers.insert(0, before)
-        if self._origins_of(layers[0].source).lone() not in self.program.dense.values():
+        self._check_layers(layers)
+        if self._lone(layers[0].source) not in self.program.dense.values():
             raise _Unlike(f"its dense arch takes {self._tell(int(self._origins_of(layers[0].source).values.flat[0]))}")
         return tuple(layers)
 
     def _layer_before(self, layer: Linear) -> Linear | None:
         """The layer whose relu a layer takes; None where it takes anything else."""
-        activation = self.made_by.get(self._origins_of(layer.source).lone() or 0)
+        activation = self.made_by.get(self._lone(layer.source) or 0)
         if not isinstance(activation, Elementwise) or activation.function != "relu":
             return None
-        before = self.made_by.get(self._origins_of(self._operand(activation)).lone() or 0)
+        before = self.made_by.get(self._lone(self._operand(activation)) or 0)
         return before if isinstance(before, Linear) else None
 
     def _vectors(self, matmul: MatMul) -> tuple[int, list[int], dict[int, tuple[Lookup, int]]]:
@@ -132,7 +134,7 @@ class _Matcher:
                 _check_lookup(step)
                 tables[feature] = step, position
                 features.append(feature)
-            elif hidden is None and places[0] == 0 and len(places) == self.program.shapes[int(values[0])][-1]:
+            elif hidden is None and places[0] == 0 and (len(places),) == self.program.shapes[int(values[0])]:
                 hidden = int(values[0])
                 features.append(-1)
             else:
@@ -164,7 +166,7 @@ class _Matcher:
 
     def _computed(self, number: int, what: str) -> Step:
         """The step that computes a value, behind those that move it. Raises where it is put together of several."""
-        lone = self._origins_of(number).lone()
+        lone = self._lone(number)
         step = None if lone is None else self.made_by.get(lone)
         if step is None:
             raise _Unlike(
@@ -177,6 +179,21 @@ class _Matcher:
         if not isinstance(operand, int):
             raise _Unlike(f"it applies {step.function} to a constant")
         return operand
+
+    def _lone(self, number: int) -> int | None:
+        """The value that another is, whole and in its own order; None where it is no one's, or a part of one."""
+        origins = self._origins_of(number)
+        lone = origins.lone()
+        return lone if lone is not None and self._size(lone) == origins.values.size else None
+
+    def _size(self, number: int) -> int:
+        return int(np.prod(self.program.shapes[number], dtype=np.int64))
+
+    def _check_layers(self, layers: list[Linear]) -> None:
+        """Raises where a layer runs over several vectors of a row."""
+        for layer in layers:
+            if self.program.shapes[layer.source] != (layer.weight.shape[1],):
+                raise _Unlike("a linear layer runs over several vectors of a row")
 
     def _origins_of(self, number: int) -> Origins:
         return self.trace.of(number)

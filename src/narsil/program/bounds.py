@@ -1,11 +1,12 @@
 """Which ids a request may hold, so that whatever the model does to them leads inside its tables.
 
-What an expression can be is followed as a range, from what the ids can be. Whole numbers wrap around: a sum, a
-difference or a product that leaves its kind's range can be anything.
+What an expression can be is followed as a range, from what the ids can be. Whole numbers wrap around: what leaves its
+kind's range can be anything in it. Floats round: what they do not hold exactly is not known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ __all__ = ["id_limit"]
 
 Range = tuple[float, float]  # least and most, both included
 
-_EXACT = 2**53  # beyond, floats leave whole numbers out
+_WHOLE: Range = (-(2**63), 2**63 - 1)  # in which whole numbers are computed
+_EXACT = {"to_float32": 2**24, "to_float64": 2**53, "to_float16": 2**11, "to_bfloat16": 2**8}  # all that they hold
 
 
 def id_limit(expression: IdExpression, rows: int, most: int) -> int:
@@ -24,12 +26,11 @@ def id_limit(expression: IdExpression, rows: int, most: int) -> int:
     ``most`` is 2^31 where ids are int32, and 2^63 - 1 where they are int64. 0 where there is no such R, or where what
     is done to the ids is not known well enough.
     """
-    if expression.is_plain:
+    if expression.function == "ids":
         return min(rows, most)
-    whole = (-(2**31), 2**31 - 1) if most <= 2**31 else (-(2**63), 2**63 - 1)
 
     def fits(limit: int) -> bool:
-        found = _Ranges((0, limit - 1), whole).of(expression)
+        found = _Ranges((0, limit - 1)).of(expression)
         return found is not None and found[0] >= 0 and found[1] <= rows - 1
 
     if not fits(1):
@@ -42,18 +43,15 @@ def id_limit(expression: IdExpression, rows: int, most: int) -> int:
 
 
 class _Ranges:
-    def __init__(self, ids: Range, whole: Range) -> None:
+    def __init__(self, ids: Range) -> None:
         self.ids = ids
-        self.whole = whole  # of all numbers that ids' kind has
 
     def of(self, expression: Any) -> Range | None:
         """What an expression can be; None where that is not known."""
-        if isinstance(expression, int | float) and not isinstance(expression, bool):
+        if isinstance(expression, int | float) and abs(expression) < math.inf:
             return expression, expression
-        if not isinstance(expression, IdExpression):
-            return None
-        if expression.function == "ids":
-            return self.ids
+        if not isinstance(expression, IdExpression) or expression.function == "ids":
+            return self.ids if isinstance(expression, IdExpression) else None
         if expression.function == "clamp":
             return self._clamped(*expression.arguments)
         arguments = [self.of(argument) for argument in expression.arguments]
@@ -61,11 +59,9 @@ class _Ranges:
         if function is None or any(argument is None for argument in arguments):
             return None
         found: Range | None = function(*arguments)
-        return found if found is None or self._is_exact(found) else self.whole
-
-    def _is_exact(self, found: Range) -> bool:
-        inside = self.whole[0] <= found[0] and found[1] <= self.whole[1]
-        return inside and all(isinstance(end, int) or abs(end) <= _EXACT for end in found)
+        if found is None or not all(isinstance(end, int) for end in found):
+            return found
+        return found if _lies_in(found, _WHOLE) else _WHOLE
 
     def _clamped(self, expression: Any, least: Any = None, most: Any = None) -> Range | None:
         found = self.of(expression)
@@ -75,6 +71,24 @@ class _Ranges:
         if least is not None:
             low, high = max(low, least), max(high, least)
         return (low, high) if most is None else (min(low, most), min(high, most))
+
+
+def _lies_in(found: Range, kind: Range) -> bool:
+    return kind[0] <= found[0] and found[1] <= kind[1]
+
+
+def _in_32_bits(x: Range) -> Range | None:
+    kind = (-(2**31), 2**31 - 1)
+    return x if _lies_in(x, kind) else kind
+
+
+def _rounded(kind: str) -> Callable[[Range], Range | None]:
+    """Of the floats of a kind: whole numbers that it holds exactly, and any others of its own."""
+
+    def rounded(x: Range) -> Range | None:
+        return x if max(map(abs, x)) <= _EXACT[kind] else None
+
+    return rounded
 
 
 def _multiplied(x: Range, y: Range) -> Range:
@@ -103,5 +117,8 @@ _FUNCTIONS: dict[str, Callable[..., Range | None]] = {
     "minimum": lambda x, y: (min(x[0], y[0]), min(x[1], y[1])),
     "where": lambda condition, x, y: (min(x[0], y[0]), max(x[1], y[1])),
     "relu": lambda x: (max(x[0], 0), max(x[1], 0)),
+    "to_int32": _in_32_bits,
+    "to_integer": lambda x: (math.trunc(x[0]), math.trunc(x[1])),
+    **{kind: _rounded(kind) for kind in _EXACT},
     **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne", "to_bool", "not", "and", "or"), _truth),
 }

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from narsil.program.ragged import per_id, rearranged
+from narsil.program.ragged import converted, per_id, rearranged
 from narsil.program.reader import Reader, fixed_array, has_varying, reads
 from narsil.program.recording import Op, Varying
 from narsil.program.steps import (
@@ -52,16 +52,15 @@ _KINDS = {
 
 def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], numbers: tuple[Any, ...] = ()) -> Known:
     """A function of values, constants and numbers, or of numbers for each id."""
-    if any(isinstance(operand, Varying) for operand in (*operands, *numbers)):
-        raise Unread("a number that it takes follows from how many rows there are")
     known = [reader.of(operand) if not _is_number(operand) else operand for operand in operands]
     if any(isinstance(item, PerId) for item in known):
         return per_id(reader, op, function, known, numbers)
+    if any(isinstance(item, Structure) for item in known):
+        raise Unread("it takes lengths of bags")
     columns = [item for item in known if isinstance(item, Column)]
     if not columns:
-        if all(isinstance(item, Fixed) or _is_number(item) for item in known):
-            return Fixed(reader.recording.tensors[_only(op)])
-        raise Unread("it takes lengths of bags")
+        return Fixed(reader.recording.tensors[_only(op)])
+    _check_kind(reader.recording.tensors[_only(op)].dtype, function)
     folded = columns[0].folded
     rank = len(columns[0].shape)
     for column in columns:
@@ -76,13 +75,25 @@ def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], 
     return reader.add(op, Elementwise(_only(op), function, sources, numbers), shape, folded)
 
 
+def _check_kind(kind: torch.dtype, function: str) -> None:
+    """Raises Unread where whole numbers, or truth values, are not computed as numbers are."""
+    if kind == torch.bool and function == "add":
+        raise Unread("it adds truth values")
+    if not kind.is_floating_point and kind != torch.bool:
+        if function in ("and", "or", "not"):
+            raise Unread("it computes with the bits of whole numbers")
+        if function == "pow" or (function in ("add", "mul", "sub", "neg", "abs") and kind != torch.int64):
+            raise Unread(f"it computes with {kind}, which wraps around")
+
+
 def _operand(item: Any, rank: int, folded: int, kind: torch.dtype) -> Operand:
     """A constant must mean the same for every row."""
     if isinstance(item, Column):
         return item.number
     if not isinstance(item, Fixed):
         # torch computes in the tensor's kind, to which it rounds a number first.
-        return np.asarray(item, np.float64 if kind == torch.float64 else np.float32).astype(np.float64)
+        exact = kind == torch.float64 or not kind.is_floating_point
+        return np.asarray(item, np.float64 if exact else np.float32).astype(np.float64)
     array = fixed_array(item.tensor).astype(np.float64)
     tail = rank - folded
     if array.ndim > tail:
@@ -142,14 +153,12 @@ def read_where(reader: Reader, op: Op) -> Known:
 @reads("aten.clamp", "aten.clamp_", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
 def read_clamp(reader: Reader, op: Op) -> Known:
     """Between two numbers, either of which may be missing."""
-    limits = [
-        op.args[1] if len(op.args) > 1 else op.kwargs.get("min"),
-        op.args[2] if len(op.args) > 2 else op.kwargs.get("max"),
-    ]
+    names = ("min_val", "max_val") if op.name == "aten.hardtanh" else ("min", "max")
+    limits = [op.args[n + 1] if len(op.args) > n + 1 else op.kwargs.get(name) for n, name in enumerate(names)]
     if op.name == "aten.clamp_max":
-        limits = [None, limits[0] if op.args[1:] else op.kwargs.get("max")]
-    if op.name == "aten.hardtanh" and len(op.args) < 3:
-        limits = [-1.0 if limits[0] is None else limits[0], 1.0]
+        limits = [None, op.args[1] if op.args[1:] else op.kwargs.get("max")]
+    if op.name == "aten.hardtanh":
+        limits = [standard if limit is None else limit for limit, standard in zip(limits, (-1.0, 1.0), strict=True)]
     if not all(map(_is_number, limits)):
         raise Unread("its limits are no numbers")
     return elementwise(reader, op, "clamp", op.args[:1], tuple(limits))
@@ -159,8 +168,13 @@ def read_clamp(reader: Reader, op: Op) -> Known:
 def read_nan_to_num(reader: Reader, op: Op) -> Known:
     """NaN and infinities replaced."""
     names = ("nan", "posinf", "neginf")
-    given = tuple(op.args[n + 1] if len(op.args) > n + 1 else op.kwargs.get(name) for n, name in enumerate(names))
-    return elementwise(reader, op, "nan_to_num", op.args[:1], given)
+    given = [op.args[n + 1] if len(op.args) > n + 1 else op.kwargs.get(name) for n, name in enumerate(names)]
+    kind = reader.recording.tensors[_only(op)].dtype
+    if not kind.is_floating_point:
+        raise Unread(f"it takes {kind}")
+    most = torch.finfo(kind).max
+    whole = (given[0] or 0.0, most if given[1] is None else given[1], -most if given[2] is None else given[2])
+    return elementwise(reader, op, "nan_to_num", op.args[:1], whole)
 
 
 @reads("aten.gelu", "aten.leaky_relu", "aten.leaky_relu_")
@@ -180,17 +194,20 @@ def read_copy(reader: Reader, op: Op) -> Known:
     if isinstance(known, Fixed):
         return Fixed(reader.recording.tensors[_only(op)])
     before = reader.recording.tensors[op.args[0].number].dtype
-    if (
-        isinstance(known, Structure)
-        or kind == before
-        or (kind.is_floating_point and kind.itemsize >= 4 and not isinstance(known, PerId))
-    ):
+    if isinstance(known, Structure) and kind not in (torch.int32, torch.int64):
+        raise Unread(f"it makes {kind} of lengths of bags")
+    if isinstance(known, PerId) and kind != before:
+        return converted(known, before, kind)
+    if isinstance(known, Structure) or kind == before or (kind.is_floating_point and kind.itemsize >= 4):
         return known
     if kind not in _KINDS:
         raise Unread(f"it makes {kind}")
     function = _KINDS[kind]
-    whole = not before.is_floating_point
-    if function is None or (function == "to_integer" and whole):
+    if function == "to_integer" and not before.is_floating_point:
+        if before == torch.int64:
+            raise Unread("it makes 32 bits of 64")
+        return known
+    if function is None:
         return known
     return elementwise(reader, op, function, op.args[:1])
 
@@ -202,16 +219,7 @@ def read_of_weights(reader: Reader, op: Op) -> Known:
     if isinstance(known, Fixed):
         if op.name == "aten.t":
             return Fixed(known.tensor.t())
-        if (
-            all(
-                size in (-1, own) or isinstance(size, Varying)
-                for size, own in zip(op.args[1][1:], known.tensor.shape[1:], strict=False)
-            )
-            and len(op.args[1]) == known.tensor.dim()
-            and known.tensor.shape[0] == 1
-        ):
-            return known
-        raise Unread("it repeats a constant")
+        return Fixed(reader.recording.tensors[_only(op)])
     if op.name == "aten.expand" and isinstance(known, Column) and not known.folded:
         return _broadcast(reader, op, known)
     raise Unread("it transposes rows")
@@ -222,7 +230,7 @@ def _broadcast(reader: Reader, op: Op, column: Column) -> Known:
     if per_row != 1 or len(tail) != len(column.shape):
         raise Unread("it repeats rows")
     places = np.broadcast_to(np.arange(int(np.prod(column.shape))).reshape(column.shape), tail)
-    return reader.add(op, Take(_only(op), column.number, np.ascontiguousarray(places)), tail)
+    return reader.add(op, Take(_only(op), column.number, places.copy()), tail)
 
 
 @reads("aten.addmm", "aten.mm", "aten.linear", "mkldnn._linear_pointwise")
@@ -293,6 +301,8 @@ def read_bmm(reader: Reader, op: Op) -> Known:
 def read_reshape(reader: Reader, op: Op) -> Known:
     """The same numbers in the same order, in another shape."""
     known = reader.of(op.args[0])
+    if any(isinstance(argument, torch.dtype) for argument in (*op.args[1:], *op.kwargs.values())):
+        raise Unread("it reads the bits of numbers as others")
     if isinstance(known, Fixed):
         return Fixed(reader.recording.tensors[_only(op)])
     if isinstance(known, PerId | Structure):
@@ -300,7 +310,7 @@ def read_reshape(reader: Reader, op: Op) -> Known:
     if not isinstance(known, Column):
         raise Unread("it takes no rows of numbers")
     per_row, tail = reader.tail(_only(op))
-    if op.args[0].number and not _is_row_major(reader, op):
+    if not _is_row_major(reader, op):
         raise Unread("it reinterprets memory that is not in order")
     total = int(np.prod(known.shape, dtype=np.int64))
     if per_row * int(np.prod(tail, dtype=np.int64)) != total:
@@ -365,13 +375,14 @@ def _taken(reader: Reader, op: Op, column: Column, pick: Any, output: int = 0) -
     """The entries of the row that numpy's indexing picks."""
     size = int(np.prod(column.shape, dtype=np.int64))
     try:
-        places = np.arange(size).reshape(1, *column.shape)[(slice(None), *pick)][0]
+        # As an array, that of a lone number too, which has no axes.
+        places = np.array(np.arange(size).reshape(1, *column.shape)[(slice(None), *pick)][0])
     except IndexError as error:
         raise Unread(str(error)) from None
     number = op.outputs[output]
     if number is None:
         raise Unread("it makes no tensor")
-    return reader.add(op, Take(number, column.number, np.ascontiguousarray(places)), places.shape, output=output)
+    return reader.add(op, Take(number, column.number, places.copy()), places.shape, output=output)
 
 
 @reads("aten.slice", "aten.narrow", "aten.select")
@@ -381,7 +392,7 @@ def read_slice(reader: Reader, op: Op) -> Known:
     if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     if isinstance(known, Fixed):
-        if any(isinstance(argument, Varying) for argument in op.args):
+        if has_varying(op):
             raise Unread("it takes a part of a constant that follows from how many rows there are")
         return Fixed(reader.recording.tensors[_only(op)])
     column = reader.column(op.args[0])
@@ -389,28 +400,27 @@ def read_slice(reader: Reader, op: Op) -> Known:
     if op.name == "aten.select":
         pick: Any = op.args[2]
     elif op.name == "aten.narrow":
+        if has_varying(op):
+            raise Unread("what it takes follows from how many rows there are")
         pick = slice(op.args[2], op.args[2] + op.args[3])
     else:
         start, stop, step = (*op.args[2:], None, None, None)[:3]
         pick = slice(start, stop, step)
     if axis < 0:
-        if (
-            op.name == "aten.slice"
-            and pick.start in (0, None)
-            and pick.step in (1, None)
-            and _takes_all(pick.stop, reader)
-        ):
+        if op.name == "aten.slice" and _takes_all(pick, reader):
             return column
         raise Unread("it takes some rows")
-    if isinstance(pick, Varying) or (isinstance(pick, slice) and isinstance(pick.stop, Varying)):
+    if has_varying(op):
         raise Unread("what it takes follows from how many rows there are")
     return _taken(reader, op, column, (*(slice(None),) * axis, pick))
 
 
-def _takes_all(stop: Any, reader: Reader) -> bool:
-    if isinstance(stop, Varying):
-        return (stop.first, stop.second) == reader.rows
-    return stop is None or stop >= 2**31
+def _takes_all(pick: slice, reader: Reader) -> bool:
+    if pick.start not in (0, None) or pick.step not in (1, None):
+        return False
+    if isinstance(pick.stop, Varying):
+        return (pick.stop.first, pick.stop.second) == reader.rows
+    return pick.stop is None or pick.stop >= 2**31
 
 
 @reads("aten.index")
@@ -469,7 +479,7 @@ def read_split(reader: Reader, op: Op) -> Any:
 def read_reduce(reader: Reader, op: Op) -> Known:
     """Over axes of the row."""
     known = reader.of(op.args[0])
-    if isinstance(known, Structure):
+    if isinstance(known, Structure) and op.name == "aten.sum":
         return known
     column = reader.column(op.args[0])
     axes = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
@@ -535,6 +545,4 @@ def read_batch_norm(reader: Reader, op: Op) -> Any:
 )
 def read_made(reader: Reader, op: Op) -> Known:
     """A constant that forward makes each time."""
-    if has_varying(op):
-        raise Unread("its size follows from how many rows there are")
     return Fixed(reader.recording.tensors[_only(op)])

@@ -21,10 +21,16 @@ from narsil.program.recording import Constant, Op, Ref, Varying
 from narsil.program.steps import ELEMENTWISE, IdExpression, Lookup, Pooling, Table
 from narsil.program.values import Fixed, Known, Opaque, PerId, Structure, Unread
 
-__all__ = ["IDS", "WEIGHTS", "per_id", "rearranged"]
+__all__ = ["IDS", "WEIGHTS", "converted", "per_id", "rearranged"]
 
 IDS, WEIGHTS = IdExpression("ids"), IdExpression("weights")
 _POOLING: dict[int, Pooling] = {0: "sum", 1: "mean"}
+_KINDS = {
+    torch.int32: "to_int32", torch.int64: "", torch.float32: "to_float32", torch.float64: "to_float64",
+    torch.float16: "to_float16", torch.bfloat16: "to_bfloat16", torch.bool: "to_bool",
+}  # fmt: skip
+_OWN_PLACES = (9, 12)  # arguments of bucketize: where each device's ids begin, and how many there are
+_EVERYTHING = 2**62  # an end at least so far away is none
 
 
 def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tuple[Any, ...]) -> PerId:
@@ -45,14 +51,32 @@ def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tup
             raise Unread("it takes ids together with something else")
     if function not in ELEMENTWISE:
         raise Unread("no step for it over ids")
-    return PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
+    made = PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
+    kind = reader.recording.tensors[op.outputs[0] or 0].dtype
+    return made if kind == torch.bool else converted(made, torch.int64, kind)
+
+
+def converted(known: PerId, before: torch.dtype, kind: torch.dtype) -> PerId:
+    """Numbers for each id as another kind has them."""
+    if kind not in _KINDS:
+        raise Unread(f"it makes {kind} of ids")
+    expression = known.expression
+    if before.is_floating_point and not kind.is_floating_point and kind != torch.bool:
+        expression = IdExpression("to_integer", (expression,))
+    keeps = kind in (torch.int64, before) or (before, kind) == (torch.float32, torch.float64)
+    if not keeps and before != torch.bool:
+        expression = IdExpression(_KINDS[kind], (expression,))
+    return PerId(known.group, expression, known.positions)
 
 
 def rearranged(reader: Reader, op: Op) -> Any:
     """What an operation makes that moves ids, or lengths, and looks at neither."""
     sources = [known for leaf in _tensors(op) if isinstance(known := reader.of(leaf), PerId)]
+    if op.name in ("aten.slice", "aten.split"):
+        _check_reached(reader, op)
     if not sources:
         return _structure(reader, op)
+    _check_taken(reader, op)
     for source in sources:
         if (source.group, source.expression) != (sources[0].group, sources[0].expression):
             raise Unread("it mixes ids of different groups, or to which different things were done")
@@ -61,6 +85,27 @@ def rearranged(reader: Reader, op: Op) -> Any:
         PerId(sources[0].group, sources[0].expression, (first, second)) for first, second in zip(*made, strict=True)
     ]
     return tuple(results) if len(op.outputs) > 1 else results[0]
+
+
+def _check_taken(reader: Reader, op: Op) -> None:
+    """Raises Unread where positions alone would not show what an operation does: other numbers among the ids, ids as
+    places of ids, or an end that the recorded ids do not reach."""
+    moves = op.args[0] if isinstance(op.args[0], tuple) else op.args[:1]
+    if not all(isinstance(reader.of(item), PerId) for item in moves):
+        raise Unread("it puts other numbers beside ids")
+    if any(isinstance(leaf, Ref) and isinstance(reader.of(leaf), PerId) for leaf in op.args[1:]):
+        raise Unread("it takes ids by ids")
+
+
+def _check_reached(reader: Reader, op: Op) -> None:
+    """Raises Unread where a fixed end of a stretch lies beyond what was recorded: more ids would be cut there."""
+    first, second = (tensor.shape for tensor in reader.pair(op.args[0]))
+    axis = op.args[1] if op.name == "aten.slice" and len(op.args) > 1 else op.args[2] if len(op.args) > 2 else 0
+    size = min(first[axis], second[axis])
+    ends = op.args[2:4] if op.name == "aten.slice" else op.args[1:2]
+    for end in ends:
+        if isinstance(end, int) and size < abs(end) < _EVERYTHING:
+            raise Unread(f"it cuts at {end}, which no row that was recorded has")
 
 
 def _structure(reader: Reader, op: Op) -> Any:
@@ -140,6 +185,9 @@ def read_bucketize(reader: Reader, op: Op) -> Any:
     """Ids divided among devices: of one device, nothing changes."""
     if op.args[5] != 1 or op.args[2]:
         raise Unread("it divides ids among several devices; package the model for one")
+    given = dict(enumerate(op.args))
+    if any(given.get(place) is not None for place in _OWN_PLACES) or op.kwargs:
+        raise Unread("it divides ids by places of its own")
     lengths, ids = reader.of(op.args[0]), reader.of(op.args[1])
     if not isinstance(lengths, Structure) or not isinstance(ids, PerId):
         raise Unread("it does not divide ids by their lengths")
@@ -157,7 +205,9 @@ def read_bucketize(reader: Reader, op: Op) -> Any:
 
 @reads("fbgemm.bounds_check_indices")
 def read_bounds_check(reader: Reader, op: Op) -> Any:
-    """Ids inside their tables stay what they are; others are never let in."""
+    """Ids inside their tables stay what they are; others are never let in. The lookup's tables must be those."""
+    if isinstance(op.args[1], Ref):
+        reader.checked[op.args[1].number] = fixed_array(reader.fixed(op.args[0])).tolist()
     return (None,) * len(op.outputs)
 
 
@@ -171,13 +221,21 @@ def read_lookup(reader: Reader, op: Op) -> Known:
     tables = tuple(reader.table_of(data, position) for position in range(len(dims)))
     if [table.dim for table in tables] != dims:
         raise Unread("its tables have other dims than it says")
+    if (rows := reader.checked.get(getattr(op.args[12], "number", -1))) and rows != [table.rows for table in tables]:
+        raise Unread("ids were held against other numbers of rows")
+    told = [fixed_array(reader.fixed(argument)).tolist() for argument in op.args[3:5]]
+    if told != [[table.start for table in tables], [table.kind for table in tables]]:
+        raise Unread("its tables lie in other places than the module says")
     return _lookup(reader, op, op.args[12], op.args[13], given_weights, tables, pooling)
 
 
 @reads("aten._embedding_bag", "aten._embedding_bag_forward_only")
 def read_embedding_bag(reader: Reader, op: Op) -> Any:
     """torch's own lookup over a table of floats."""
-    table = fixed_array(reader.fixed(op.args[0]))
+    weight = reader.fixed(op.args[0])
+    if weight.dtype == torch.float64:
+        raise Unread("its table is of 64-bit floats")
+    table = fixed_array(weight)
     arguments = dict(zip(("scale", "mode", "sparse", "weights", "last", "padding"), op.args[3:], strict=False))
     if arguments.get("scale") or arguments.get("padding", -1) not in (-1, None) or not arguments.get("last", False):
         raise Unread("it scales gradients, has a padding row, or no last offset")
@@ -208,10 +266,16 @@ def _lookup(
     number = op.outputs[0]
     if number is None:
         raise Unread("it makes no tensor")
-    step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), known.expression, weighing)
+    expression = known.expression
+    if expression.function == "to_int32" and expression.arguments[0].is_plain:
+        expression = expression.arguments[0]  # ids below a table's rows stay what they are
+    step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), expression, weighing)
     reader.lookups.append(step)
     if pooling not in _POOLING:
-        return Opaque(f"{op.name}: sequences of vectors, one for each id, are not read")
+        kind = (
+            "pooling by the largest is" if op.name.startswith("aten.") else "sequences of vectors, one for each id, are"
+        )
+        return Opaque(f"{op.name}: {kind} not read")
     return reader.add(op, step, (sum(table.dim for table in tables),))
 
 

@@ -7,6 +7,9 @@ that matters comes of it: an output that does is refused with the operation's na
 
 Sizes are never taken from one recording alone: a value's shape must have the rows of either where they belong and be
 the same elsewhere.
+
+What leaves the tensors for the model's own code, as a number or as a size that follows from data, cannot be followed:
+no program is made of such a recording.
 """
 
 from __future__ import annotations
@@ -26,6 +29,14 @@ from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure
 __all__ = ["Reader", "Readings", "TableOf", "fixed_array", "reads"]
 
 ROUNDED = {torch.float16: "to_float16", torch.bfloat16: "to_bfloat16"}
+
+# What moves ids or columns, whose places and sizes may follow from the rows: the outcome is held against them.
+_MAY_VARY = frozenset(
+    f"aten.{name}"
+    for name in ("view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "slice", "narrow", "split")
+) | {"aten.split_with_sizes", "aten.select", "fbgemm.permute_2D_sparse_data", "fbgemm.permute_1D_sparse_data"}
+# Ids that are let in are none that it would change.
+_WRITES_NOTHING = frozenset({"fbgemm.bounds_check_indices"})
 
 _READERS: dict[str, Callable[[Reader, Op], Any]] = {}
 
@@ -77,6 +88,9 @@ class Reader:
         self.known: dict[int, Known] = {}
         self.lookups: list[Lookup] = []
         self.unknown_ids = ""
+        self.left = ""  # what left the tensors
+        self.checked: dict[int, list[int]] = {}  # number of some ids -> the tables' rows that they were held against
+        self._written = self._written_to()
 
     def read(self, dense: Mapping[str, int], inputs: Mapping[int, Known]) -> Readings:
         """The program. ``dense``: input name -> number of the recording's tensor; ``inputs``: what the others are."""
@@ -87,6 +101,7 @@ class Reader:
         for op in self.recording.ops:
             self._read_op(op)
         outputs, problem = self._outputs()
+        problem = problem or self.left
         program = None
         if not problem:
             groups = {name: len(lengths[0]) for name, lengths in self.groups.items()}
@@ -96,12 +111,15 @@ class Reader:
     def of(self, argument: Any) -> Known:
         """What is known of an argument that is a tensor. Raises Unread where it is none, or opaque."""
         if isinstance(argument, Constant):
-            return Fixed(argument.tensor)
-        if not isinstance(argument, Ref):
+            found: Known = Fixed(argument.tensor)
+        elif isinstance(argument, Ref):
+            found = self.known.get(argument.number, Opaque("comes from nowhere"))
+        else:
             raise Unread(f"an argument is {argument!r:.64}, not a tensor")
-        found = self.known.get(argument.number, Opaque("comes from nowhere"))
         if isinstance(found, Opaque):
             raise Unread(found.reason)
+        if isinstance(found, Fixed) and _memory(found.tensor) in self._written:
+            raise Unread("it takes a tensor of the model's own that an operation changes in place")
         return found
 
     def column(self, argument: Any) -> Column:
@@ -176,16 +194,38 @@ class Reader:
         try:
             if op.name not in _READERS:
                 raise Unread("no step for it")
+            if has_varying(op) and op.name not in _MAY_VARY:
+                raise Unread("a number that it takes follows from how many rows there are")
             made = _READERS[op.name](self, op)
         except Unread as problem:
             inherited = self._inherited(op)
             made = Opaque(inherited or f"{op.name}: {problem}")
+            self._note_unread(op, made.reason)
         results = made if isinstance(made, tuple) else (made,) * len(op.outputs)
         for number, result in zip(op.outputs, results, strict=True):
             if number is not None and result is not None:
                 self.known[number] = self._settled(op, number, result)
-        if op.name.endswith("_"):
-            self._forget_aliases(op)
+        if op.name not in _WRITES_NOTHING and (written := op.writes()):
+            self._forget_aliases(op, written)
+
+    def _note_unread(self, op: Op, reason: str) -> None:
+        """What an operation that is not read may do beside making an unknown tensor."""
+        taken = [leaf for leaf in _flat((*op.args, *op.kwargs.values())) if isinstance(leaf, Ref)]
+        known = [self.known.get(leaf.number, Opaque("")) for leaf in taken]
+        rows = any(not isinstance(item, Fixed) for item in known)
+        # The bookkeeping of bags takes numbers out of lengths; what is done with them shows in what is looked up.
+        if op.tells(torch.Tag.data_dependent_output) and any(not isinstance(item, Fixed | Structure) for item in known):
+            self.left = self.left or f"{op.name}: a number of what a request brings leaves the tensors ({reason})"
+        if op.tells(torch.Tag.dynamic_output_shape) and rows:
+            self.left = self.left or f"{op.name}: a size follows from what a request brings ({reason})"
+        # torch's own operations hold what they look up against the size of what they look up in.
+        unsafe = not op.name.startswith(("aten.", "prims."))
+        if unsafe and any(map(self._may_be_ids, taken, known)):
+            self.unknown_ids = self.unknown_ids or reason
+
+    def _may_be_ids(self, argument: Ref, known: Known) -> bool:
+        kind = self.recording.tensors[argument.number].dtype
+        return isinstance(known, PerId | Opaque) and not kind.is_floating_point and kind != torch.bool
 
     def _settled(self, op: Op, number: int, result: Known) -> Known:
         """A constant must have one shape, whatever the rows."""
@@ -201,12 +241,26 @@ class Reader:
                 return found.reason
         return ""
 
-    def _forget_aliases(self, op: Op) -> None:
+    def _forget_aliases(self, op: Op, written: Sequence[Any]) -> None:
         """What shares memory with a tensor that an operation changed in place is no longer what it was."""
-        changed = {self.recording.tensors[n].untyped_storage().data_ptr() for n in op.outputs if n is not None}
+        changed = {_memory(tensor) for tensor in self._tensors_in(written)} - {0}
         for number, tensor in enumerate(self.recording.tensors):
-            if number in self.known and number not in op.outputs and tensor.untyped_storage().data_ptr() in changed:
+            if number in self.known and number not in op.outputs and _memory(tensor) in changed:
                 self.known[number] = Opaque(f"{op.name}: it changes a tensor in place")
+
+    def _written_to(self) -> frozenset[int]:
+        """The memory that operations change in place. A constant there is not the same throughout."""
+        written = [op.writes() for op in self.recording.ops if op.name not in _WRITES_NOTHING]
+        return frozenset(_memory(tensor) for tensor in self._tensors_in(written)) - {0}
+
+    def _tensors_in(self, value: Any) -> list[torch.Tensor]:
+        found = []
+        for leaf in _flat(tuple(value)):
+            if isinstance(leaf, Ref):
+                found.append(self.recording.tensors[leaf.number])
+            elif isinstance(leaf, Constant):
+                found.append(leaf.tensor)
+        return found
 
     def _outputs(self) -> tuple[dict[str, int], str]:
         outputs = {}
@@ -240,6 +294,10 @@ def fixed_array(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
 def _told(known: Known) -> str:
     return {
         Column: "rows laid out as more than one",
@@ -250,7 +308,7 @@ def _told(known: Known) -> str:
 
 
 def _flat(value: Any) -> list[Any]:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]
 

@@ -22,7 +22,7 @@ from narsil.errors import ArtifactError
 
 __all__ = ["Constant", "Op", "Recording", "Ref", "Varying", "merged", "record"]
 
-_FEW = 64  # numbers of a constant that forward makes each time it runs
+_FEW = 1 << 16  # numbers of a constant that forward makes each time it runs
 
 Guard = Callable[[str, Sequence[Any]], None]  # an operation and its arguments, before it runs
 
@@ -43,10 +43,10 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Varying:
-    """A number that was one thing in the first recording and another in the second."""
+    """What was one thing in the first recording and another in the second: a number, or the model's own tensor."""
 
-    first: int
-    second: int
+    first: Any
+    second: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,21 @@ class Op:
     kwargs: Mapping[str, Any]
     outputs: tuple[int | None, ...]
     call: Any  # the operation itself
+
+    def writes(self) -> tuple[Any, ...]:
+        """The arguments that it changes in place."""
+        schema = getattr(self.call, "_schema", None)
+        if schema is None:
+            return ()
+        given = zip(schema.arguments, self.args, strict=False)
+        named = [(item, self.kwargs[item.name]) for item in schema.arguments if item.name in self.kwargs]
+        return tuple(
+            value for item, value in (*given, *named) if item.alias_info is not None and item.alias_info.is_write
+        )
+
+    def tells(self, tag: torch.Tag) -> bool:
+        """Whether torch says so of the operation."""
+        return tag in getattr(self.call, "tags", ())
 
 
 @dataclass(frozen=True)
@@ -141,13 +156,18 @@ class _Recorder(TorchDispatchMode):
 def merged(first: Recording, second: Recording) -> Recording:
     """Two recordings of one model as one, its numbers that differ as Varying. Raises ArtifactError where the operations
     themselves differ."""
-    if len(first.ops) != len(second.ops) or first.outputs.keys() != second.outputs.keys():
+    if len(first.ops) != len(second.ops) or _places(first) != _places(second):
         raise ArtifactError(
             "forward does other operations for other rows, so that what it computes cannot be read from one of them; "
             "take the branch on data or on sizes out of the model"
         )
     ops = tuple(_merged_op(one, other) for one, other in zip(first.ops, second.ops, strict=True))
     return Recording(first.inputs, ops, first.outputs, first.tensors, second.tensors)
+
+
+def _places(recording: Recording) -> dict[str, int | None]:
+    """Task -> the number of its tensor."""
+    return {task: made.number if isinstance(made, Ref) else None for task, made in recording.outputs.items()}
 
 
 def _merged_op(one: Op, other: Op) -> Op:
@@ -157,24 +177,18 @@ def _merged_op(one: Op, other: Op) -> Op:
             f"out "
             "of the model"
         )
-    args = _merged_value(one.args, other.args, one.name)
-    kwargs = {key: _merged_value(value, other.kwargs[key], one.name) for key, value in one.kwargs.items()}
+    args = _merged_value(one.args, other.args)
+    kwargs = {key: _merged_value(value, other.kwargs[key]) for key, value in one.kwargs.items()}
     return Op(one.name, args, kwargs, one.outputs, one.call)
 
 
-def _merged_value(one: Any, other: Any, name: str) -> Any:
+def _merged_value(one: Any, other: Any) -> Any:
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        return tuple(_merged_value(a, b, name) for a, b in zip(one, other, strict=True))
-    if isinstance(one, Constant) and isinstance(other, Constant) and _same(one.tensor, other.tensor):
-        return one
-    if one == other and type(one) is type(other):
-        return one
-    if type(one) is int and type(other) is int:
-        return Varying(one, other)
-    raise ArtifactError(
-        f"an argument of {name} is {one!r:.64} for some rows and {other!r:.64} for others; only sizes may follow "
-        f"from rows"
-    )
+        return tuple(_merged_value(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Constant) and isinstance(other, Constant):
+        return one if _same(one.tensor, other.tensor) else Varying(one, other)
+    same = type(one) is type(other) and (one == other or str(one) == str(other) == "nan")
+    return one if same else Varying(one, other)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ELEMENTWISE",
+    "ID_FUNCTIONS",
     "Arrange",
     "Bags",
     "Concat",
@@ -88,7 +89,7 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "abs": np.abs,
     "neg": np.negative,
     "reciprocal": lambda x: 1.0 / x,
-    "sign": np.sign,
+    "sign": lambda x: np.where(np.isnan(x), 0.0, np.sign(x)),
     "floor": np.floor,
     "nan_to_num": _nan_to_num,
     "clamp": _clamp,
@@ -118,6 +119,16 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
 }
 
 
+# What is done to ids, beside: whole numbers are computed in 64 bits and then brought to their own kind.
+ID_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    **ELEMENTWISE,
+    "to_int32": lambda x: np.asarray(x).astype(np.int64).astype(np.int32).astype(np.int64),
+    "to_float32": lambda x: np.asarray(x).astype(np.float32).astype(np.float64),
+    "to_float64": lambda x: np.asarray(x).astype(np.float64),
+    "to_integer": lambda x: np.trunc(x).astype(np.int64),
+}
+
+
 @dataclass(frozen=True)
 class Bags:
     """The ids of one group of a request's features, as a program's reference takes them."""
@@ -138,7 +149,7 @@ class Bags:
 class IdExpression:
     """A number for each id: the id itself, its weight, a constant, or what an ELEMENTWISE function makes of such."""
 
-    function: str  # "ids", "weights", or a name of ELEMENTWISE
+    function: str  # "ids", "weights", or a name of ID_FUNCTIONS
     arguments: tuple[Any, ...] = ()  # IdExpression or numbers
 
     @property
@@ -148,15 +159,15 @@ class IdExpression:
 
 
 def evaluate_ids(expression: Any, ids: NDArray[Any], weights: NDArray[Any] | None) -> Any:
-    """The numbers of an expression, exact for whole numbers below 2^53."""
+    """The numbers of an expression: whole ones as torch computes them, wrap-around included."""
     if not isinstance(expression, IdExpression):
         return expression
     if expression.function == "ids":
-        return ids
+        return np.asarray(ids).astype(np.int64)
     if expression.function == "weights":
         return np.ones(len(ids)) if weights is None else weights
     arguments = [evaluate_ids(argument, ids, weights) for argument in expression.arguments]
-    return ELEMENTWISE[expression.function](*arguments)
+    return ID_FUNCTIONS[expression.function](*arguments)
 
 
 @dataclass(frozen=True, eq=False)
