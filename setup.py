@@ -70,12 +70,14 @@ def extension(name: str) -> Extension:
     """narsil.NAME from its folder of sources. BUILD_CXXFLAGS adds flags: `make sanitize` uses it.
 
     Warnings are errors in CI and with BUILD_NATIVE=1. What a user's newer compiler warns of stops no installation.
+    Loops are aligned: most are short, and where they came to lie moved decoding by a quarter from change to change.
     """
     import pybind11
 
     folder = Path("csrc") / name.lstrip("_")
     flags = os.environ.get("BUILD_CXXFLAGS", "").split()
     strict = ["-Werror"] if os.environ.get("BUILD_NATIVE") == "1" or os.environ.get("CI") else []
+    warnings = ["-Wall", "-Wextra", *strict]
     return Extension(
         f"narsil.{name}",
         sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.cpp")),
@@ -83,7 +85,7 @@ def extension(name: str) -> Extension:
         include_dirs=[pybind11.get_include(), "csrc"],
         libraries=["nghttp2"],
         language="c++",
-        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", *strict, "-g0", *flags],
+        extra_compile_args=["-std=c++17", "-O3", "-falign-loops=32", "-fvisibility=hidden", *warnings, "-g0", *flags],
         extra_link_args=flags,
     )
 

@@ -1,6 +1,7 @@
 #include "native/decode.hpp"
 
 #include <algorithm>
+#include <optional>
 
 #include "native/bytes.hpp"
 #include "wire/protobuf.hpp"
@@ -58,31 +59,30 @@ bool rows_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limi
   return !wrong;
 }
 
-// False where a length is below 0.
-bool add_up(const uint8_t* at, size_t count, uint64_t& sum) {
+// What the lengths add up to; nothing where one is below 0.
+std::optional<uint64_t> sum_of(const uint8_t* at, size_t count) {
   uint32_t negative = 0;
-  sum = 0;
+  uint64_t sum = 0;
   for (size_t i = 0; i < count; ++i) {
     const uint32_t length = load<uint32_t>(at + 4 * i);
     negative |= length & 0x80000000u;
     sum += length;
   }
-  return !negative;
+  if (negative) return std::nullopt;
+  return sum;
 }
 
-// Whether `size` bytes are exactly `count` numbers of `width` bytes.
-bool holds(size_t size, uint64_t count, size_t width) { return size % width == 0 && size / width == count; }
-
 // How many ids there are, by the lengths; false where the values are not that many. Where the message does not say how
-// wide ids are, they are int32 unless only int64 makes them that many.
+// wide ids are, they are int32 unless only int64 makes them that many. A gRPC message has less than 2^32 bytes, so that
+// 8 times the lengths' sum, each of less than 2^31, is no more than 64 bits hold.
 bool count_ids(Decoded& found, size_t size, Span lengths, size_t bags, bool typed) {
-  uint64_t ids = bags;
-  const bool may_be_one_each = holds(size, bags, 4) || holds(size, bags, 8);
+  const bool may_be_one_each = size == 4 * bags || size == 8 * bags;
   found.one_hot = may_be_one_each && (!lengths.given || all_ones(lengths.data, bags));
-  if (!found.one_hot && !(lengths.given && add_up(lengths.data, bags, ids))) return false;
-  if (!typed) found.wide = ids && holds(size, ids, 8);
-  found.ids = static_cast<int64_t>(ids);
-  return holds(size, ids, found.wide ? 8 : 4);
+  const std::optional<uint64_t> ids = found.one_hot ? bags : lengths.given ? sum_of(lengths.data, bags) : std::nullopt;
+  if (!ids) return false;
+  if (!typed) found.wide = *ids && size == 8 * *ids;
+  found.ids = static_cast<int64_t>(*ids);
+  return size == (found.wide ? 8 : 4) * *ids;
 }
 
 // Every id of every bag inside its table. Lengths have been found to add up.

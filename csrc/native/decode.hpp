@@ -21,9 +21,9 @@ struct Decoded {
 };
 
 // Both take only the plain, common form of a message that is right in every point: each field once, no feature names,
-// no weights, no context, a model that is in the set. `model` stays null for all else, and nothing is said about why:
-// the portable decoder is the one place that explains. Spans point into `data`. `named` is what the request's metadata
-// says; a message that names another model than its metadata is left alone.
+// no weights, no context, lengths in int32, a model that is in the set. `model` stays null for all else, and nothing is
+// said about why: the portable decoder is the one place that explains. Spans point into `data`. `named` is what the
+// request's metadata says; a message that names another model than its metadata is left alone.
 Decoded decode_predictor(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named);
 Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, const ModelName& named);
 

@@ -244,6 +244,17 @@ def test_an_int64_id_is_not_taken_by_its_low_half(loops, outside, longest):
         assert (loops["narrow"].decode(predictor.METHOD, message.SerializeToString()) is not None) == taken
 
 
+@pytest.mark.parametrize("longest", [1, 2])
+def test_ids_whose_width_is_told_are_read_in_no_other(loops, longest):
+    """narsil.v1 tells it; bytes that would do as int64 are left to the portable codec, which says so."""
+    lengths, ids = np.array([longest, *[1] * 7], np.int32), np.ones(7 + longest, np.int64)
+    own = narsil_pb2.PredictRequest(batch_size=2, dense=bytes(24))
+    own.sparse.num_features, own.sparse.lengths, own.sparse.values = 4, lengths.tobytes(), ids.tobytes()
+    for id_type, read in ((0, False), (1, True)):
+        own.sparse.id_type = id_type
+        assert (loops["narrow"].decode(narsil_v1.METHOD, own.SerializeToString()) is not None) == read
+
+
 def numbers(field: int, value: int) -> bytes:
     return bytes([field << 3]) + put_uint(1, value)[1:]
 

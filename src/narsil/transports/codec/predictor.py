@@ -178,10 +178,12 @@ def _sparse(body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: 
     weights = None if begin == end else validate.array(body, begin, end, validate.FLOAT32, f"{name}.weights")
     start, stop = group.get(3, _NOTHING)
     size = stop - start
-    one_each = size in (4 * lengths.size, 8 * lengths.size) and bool((lengths == 1).all())
+    one_each = size == 4 * lengths.size and bool(
+        (lengths == 1).all()
+    )  # int32: by far the most common, and quickly seen
     # Ids are int32 unless they are as many as the lengths say as int64 alone: as both they are that many only where
     # there are none.
-    wide = size > 0 and size == 8 * (lengths.size if one_each else int(lengths.sum(dtype=np.int64)))
+    wide = size > 0 and not one_each and size == 8 * int(lengths.sum(dtype=np.int64))
     values = validate.array(body, start, stop, validate.INT64 if wide else validate.INT32, "id_list_features.values")
     validate.id_count(len(values), limits)
     if one_each and weights is None:
