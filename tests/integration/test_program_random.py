@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -210,7 +209,7 @@ def trimmed(steps: Any) -> Model:
 
 @settings(
     deadline=None,
-    max_examples=int(os.environ.get("N", "300")),
+    max_examples=300,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 @given(STEPS)

@@ -167,7 +167,9 @@ def _form(forward: Any, takes: Takes, dense_dim: int | None, guard: Any, name: s
     for wide in (False, True):
         for widths in (range(most + 1), range(most + 1, MOST_COLUMNS + 1)):
             found = [width for width in widths if _runs(forward, takes, width, wide, guard) is None]
-            # One column is broadcast to as many as a constant has.
+            # Nothing is wrong with no numbers at all, and one column is broadcast to as many as a constant has.
+            if len(found) > 1 and found[0] == 0:
+                found = found[1:]
             if len(found) == 2 and found[0] == 1:
                 found = found[1:]
             if len(found) == 1:

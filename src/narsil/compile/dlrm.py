@@ -205,7 +205,10 @@ class _Matcher:
 
 def _check_lookup(lookup: Lookup) -> None:
     if not lookup.ids.is_plain:
-        raise _Unlike(f"it does something to its ids before it looks them up ({lookup.ids.function})")
+        does = lookup.ids
+        while does.function.startswith("to_"):
+            does = does.arguments[0]
+        raise _Unlike(f"it does something to its ids before it looks them up ({does.function})")
     if lookup.weights is not None:
         raise _Unlike("its bags are weighted")
 

@@ -53,7 +53,9 @@ def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tup
         raise Unread("no step for it over ids")
     made = PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
     kind = reader.recording.tensors[op.outputs[0] or 0].dtype
-    return made if kind == torch.bool else converted(made, torch.int64, kind)
+    whole = not kind.is_floating_point
+    stays = whole and (kind == torch.bool or function not in ("add", "sub", "mul", "neg", "abs", "pow"))
+    return made if stays else converted(made, torch.int64, kind)
 
 
 def converted(known: PerId, before: torch.dtype, kind: torch.dtype) -> PerId:
