@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS
-from narsil.errors import ArtifactError, first_line
+from narsil.errors import ArtifactError, last_line
 from narsil.program.ragged import IDS
 from narsil.program.ragged import WEIGHTS as WEIGHTS_OF_IDS
 from narsil.program.reading import Readings, merged, read, record
@@ -109,7 +109,7 @@ def probe(forward: Any, takes: Takes, dense_dim: int | None, table_of: TableOf, 
     except ArtifactError:
         raise
     except Exception as error:  # whatever a model raises
-        raise ArtifactError(f"{name}: forward does not run on bags of 0 to 3 ids: {first_line(error)}") from None
+        raise ArtifactError(f"{name}: forward does not run on bags of 0 to 3 ids: {last_line(error)}") from None
     recording = merged(*recorded)
     readings = read(recording, ROWS, _both(rows), table_of, takes.columns, _known(recording, takes, rows))
     return Probed(dense_dim, wide_ids, readings, _outputs(recording, name), recording)
@@ -194,7 +194,7 @@ def _runs(forward: Any, takes: Takes, width: int, wide: bool, guard: Any) -> str
     except ArtifactError:
         raise
     except Exception as error:  # whatever a model raises
-        return first_line(error)
+        return last_line(error)
     return None
 
 

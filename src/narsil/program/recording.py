@@ -93,8 +93,13 @@ def record(
     """One forward over ``inputs``, written down. Raises whatever the model or the ``guard`` raises."""
     recorder = _Recorder(guard)
     numbers = {name: recorder.given(tensor) for name, tensor in inputs.items()}
-    with torch.no_grad(), torch.jit.optimized_execution(False), recorder:
-        result = forward(dict(inputs))
+    try:
+        with torch.no_grad(), torch.jit.optimized_execution(False), recorder:
+            result = forward(dict(inputs))
+    except Exception:
+        if recorder.raised is not None:  # of which TorchScript makes an error without words
+            raise recorder.raised from None
+        raise
     outputs = {name: recorder.described(tensor) for name, tensor in named_outputs(result).items()}
     return Recording(numbers, tuple(recorder.ops), outputs, recorder.tensors)
 
@@ -125,6 +130,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._constants: dict[int, Constant] = {}
         self._guard = guard
+        self.raised: Exception | None = None  # by the guard or by an operation
 
     def given(self, tensor: Tensor) -> int:
         """The number of a tensor that is an input or an operation's result."""
@@ -145,8 +151,12 @@ class _Recorder(TorchDispatchMode):
         """Runs an operation and writes it down."""
         name = str(func.overloadpacket)
         described = self.described(args), {key: self.described(value) for key, value in (kwargs or {}).items()}
-        self._guard(name, args)
-        result = func(*args, **(kwargs or {}))
+        try:
+            self._guard(name, args)
+            result = func(*args, **(kwargs or {}))
+        except Exception as error:
+            self.raised = error
+            raise
         made = result if isinstance(result, tuple | list) else (result,)
         outputs = tuple(self.given(item) if isinstance(item, Tensor) else None for item in made)
         self.ops.append(Op(name, *described, outputs, func))

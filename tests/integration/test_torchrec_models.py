@@ -1,0 +1,219 @@
+"""Models as TorchRec's users write and package them: each has the schema that its forward says, and is scored by the
+torch backend as a direct call scores it, alone and beside padding."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchrec")
+    from torchrec.distributed.global_settings import set_propogate_device
+    from torchrec.fx.tracer import Tracer
+    from torchrec.inference.modules import (
+        PredictModule,
+        assign_weights_to_tbe,
+        get_table_to_weights_from_tbe,
+        quantize_inference_model,
+        shard_quant_model,
+    )
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from narsil.artifacts.artifact import open_artifact
+from narsil.artifacts.torchrec import read_module
+from narsil.artifacts.torchscript import load_torchscript
+from narsil.backends.registry import load_backend
+from narsil.dataflow import Batch
+from narsil.errors import ArtifactError
+from narsil.program.steps import Bags
+from tests.fixtures_models import batch_of, rows_of
+from tests.integration.test_torchrec_artifact import distinct_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+DENSE = 5
+NARROW = 2**31
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a model is made."""
+
+    tables: tuple[tuple[str, int, int, str, str], ...] = (  # name, rows, dim, pooling, features
+        ("t_a", 40, 8, "sum", "a"),
+        ("t_bc", 30, 16, "mean", "b c"),
+    )
+    keys: tuple[str, ...] = ("c", "a", "b")
+    columns: str | None = "float_features"
+    group: str = "id_list_features"
+    change: str = ""  # what is done to ids
+    kjts: int = 1  # KeyedJaggedTensors that are built of the same ids
+    quantized: bool = True
+    sharded: bool = True
+    dtype: Any = torch.qint8
+    rows: tuple[int, ...] = (30, 40, 30)  # that the schema gives, in the keys' order
+
+
+class Towers(torch.nn.Module):  # type: ignore[name-defined]
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        pooling = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+        tables = [
+            EmbeddingBagConfig(
+                name=name, num_embeddings=rows, embedding_dim=dim, feature_names=names.split(), pooling=pooling[how]
+            )
+            for name, rows, dim, how, names in kind.tables
+        ]
+        self.embedding_bag_collection = distinct_rows(tables)
+        width = sum(table.embedding_dim * len(table.feature_names) for table in tables) * kind.kjts
+        self.over = torch.nn.Linear(width + (DENSE if kind.columns else 0), 1)
+        torch.nn.init.normal_(self.over.weight, std=0.2)
+
+    def forward(self, dense: Any, every: list[Any]) -> Any:
+        pooled = [self.embedding_bag_collection(sparse).values() for sparse in every]
+        return self.over(torch.cat(pooled if dense is None else [dense, *pooled], 1))
+
+
+class Predict(PredictModule):
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(Towers(kind), torch.device("cpu"))
+        self.kind = kind
+
+    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        kind = self.kind
+        values, lengths = batch[f"{kind.group}.values"], batch[f"{kind.group}.lengths"]
+        if kind.change == "+ 1":
+            values = values + 1
+        if kind.change == "% 7":
+            values = values % 7
+        if kind.change == "clamp":
+            values = torch.clamp(values, max=9)
+        every = [KeyedJaggedTensor(keys=list(kind.keys), lengths=lengths, values=values) for _ in range(kind.kjts)]
+        dense = None if kind.columns is None else batch[kind.columns]
+        return {"default": self.predict_module(dense, every).sigmoid().reshape(-1)}
+
+
+def inputs_of(kind: Kind, batch: Batch) -> dict[str, Any]:
+    inputs = {
+        f"{kind.group}.lengths": torch.from_numpy(batch.lengths),
+        f"{kind.group}.values": torch.from_numpy(batch.values),
+    }
+    if kind.columns is not None:
+        inputs[kind.columns] = torch.from_numpy(batch.dense)
+    return inputs
+
+
+def packaged(kind: Kind, path: Path) -> None:
+    """TorchRec's steps, of which a team may leave some out."""
+    logging.disable(logging.WARNING)
+    try:
+        set_propogate_device(True)
+        module: Any = Predict(kind)
+        if kind.quantized:
+            dtypes = {name: kind.dtype for name, *_ in kind.tables}
+            module = quantize_inference_model(module, per_table_weight_dtype=dtypes)
+        if kind.sharded and kind.quantized:
+            weights = {
+                table: tuple(part.clone() for part in parts if part is not None)
+                for table, parts in get_table_to_weights_from_tbe(module).items()
+            }
+            module, _ = shard_quant_model(module, compute_device="cpu", sharding_device="cpu")
+            assign_weights_to_tbe(module, weights)
+        module(inputs_of(kind, batch_of([5] * len(kind.keys), DENSE, 2)))
+        leaves = ["IntNBitTableBatchedEmbeddingBagsCodegen"]
+        graph = Tracer(leaf_modules=leaves).trace(module.eval())
+        torch.jit.script(torch.fx.GraphModule(module, graph)).save(str(path))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+PLAIN = Kind()
+KINDS: dict[str, Kind] = {
+    "INT8": PLAIN,
+    "INT4": Kind(dtype=torch.quint4x2),
+    "FP16": Kind(dtype=torch.float16, sharded=False),
+    "FP32": Kind(dtype=torch.float32, sharded=False),
+    "not sharded": Kind(sharded=False),
+    "not quantized": Kind(quantized=False),
+    "no columns": Kind(columns=None),
+    "other names": Kind(columns="dense", group="sparse"),
+    "a feature that is never looked up": Kind(keys=("c", "idle", "a", "b"), rows=(30, NARROW, 40, 30)),
+    "a feature in two tables": Kind(
+        tables=(("deep", 30, 8, "sum", "a b"), ("wide", 20, 4, "sum", "a")), keys=("b", "a"), rows=(30, 20)
+    ),
+    "+ 1": Kind(change="+ 1", rows=(29, 39, 29)),
+    "% 7": Kind(change="% 7", rows=(NARROW,) * 3),
+    "clamp(max)": Kind(change="clamp", rows=(NARROW,) * 3),
+    "several KeyedJaggedTensors": Kind(kjts=2),
+}
+
+
+def batches(kind: Kind) -> Sequence[Batch]:
+    """Rows with one id in each bag, none to 4, and none to 60."""
+    limits, columns = (
+        [min(rows, 20 if kind.change == "clamp" else 10**6) for rows in kind.rows],
+        DENSE if kind.columns else 0,
+    )
+    return [batch_of(limits, columns, 9, longest=longest, seed=longest or 1) for longest in (None, 4, 60)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_scored_as_a_direct_call_scores_it(name: str, tmp_path: Path) -> None:
+    kind, path = KINDS[name], tmp_path / "model_default.pt"
+    packaged(kind, path)
+    artifact = open_artifact(path)
+    assert artifact.schema.dense_dim == (DENSE if kind.columns else 0)
+    assert [feature.name for feature in artifact.schema.features] == list(kind.keys)
+    assert tuple(feature.rows for feature in artifact.schema.features) == kind.rows
+    backend, module = load_backend(artifact, "torch", tune_kernels=False), torch.jit.load(str(path))
+    for batch in batches(kind):
+        with torch.inference_mode():
+            expected = module(inputs_of(kind, batch))["default"].numpy()
+        assert len(np.unique(expected)) > 5
+        np.testing.assert_array_equal(backend.run(batch)["default"], expected)
+        for row in (0, 4):
+            alone = backend.run(rows_of(batch, len(kind.keys), [row]))["default"]
+            np.testing.assert_allclose(alone, expected[row : row + 1], atol=1e-6)
+        padded = backend.run(rows_of(batch, len(kind.keys), [*range(9), 0, 0, 0]))["default"]
+        np.testing.assert_allclose(padded[:9], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_its_program_computes_the_same(name: str, tmp_path: Path) -> None:
+    kind, path = KINDS[name], tmp_path / "model_default.pt"
+    packaged(kind, path)
+    module = load_torchscript(path, "cpu")
+    readings = read_module(module, "m").readings
+    assert readings is not None
+    assert readings.program is not None, readings.problem
+    for batch in batches(kind):
+        with torch.inference_mode():
+            expected = module(inputs_of(kind, batch))["default"].numpy()
+        bags = Bags(batch.lengths.reshape(len(kind.keys), batch.rows), batch.values)
+        columns = {} if kind.columns is None else {kind.columns: batch.dense}
+        found = readings.program.reference(columns, {kind.group: bags})["default"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_ids_that_lead_outside_of_their_table_are_refused(tmp_path: Path) -> None:
+    one_row = Kind(tables=(("t_a", 1, 8, "sum", "a"),), keys=("a",), change="+ 1")
+    packaged(one_row, tmp_path / "model_default.pt")
+    with pytest.raises(ArtifactError, match=r"the id 0 becomes 1 to 1 on its way to the table .* of 1 rows"):
+        open_artifact(tmp_path / "model_default.pt")
+
+
+def test_what_a_model_raises_is_told_as_it_said_it(tmp_path: Path) -> None:
+    packaged(Kind(), tmp_path / "model_default.pt")
+    with pytest.raises(ArtifactError, match=r"does not run on rows of 4 columns: .*mat1 and mat2"):
+        read_module(load_torchscript(tmp_path / "model_default.pt", "cpu"), "m", 4)
