@@ -6,6 +6,7 @@ Precedence: command line, then environment (``NARSIL_BATCH_SIZE=8``), then the T
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import logging
@@ -58,6 +59,10 @@ class ServeSettings(BaseModel):
     model: Path = Field(description="Artifact folder, model_default.pt or .onnx file to serve.")
     model_name: str = Field("", description="Name that clients may ask for; empty: the artifact's own.")
     backend: Literal["auto", "torch", "onnx", "compiled"] = Field("auto", description="What runs the model.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="Of the model's tasks, those that answers have, in this order: a,b,... Quote a name with a comma.",
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
     dense_dim: int = Field(
         0, ge=0, le=1 << 20, description="Dense columns of a TorchScript file that takes any number; 0: as it says."
@@ -139,6 +144,18 @@ class ServeSettings(BaseModel):
         if name and not is_name(name):
             raise ValueError(f"{name[:80]!r} is no name: use 1 to 256 of letters, digits and _ . - / :")
         return name
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _a_line_of_names(cls, tasks: Any) -> Any:
+        return names_in(tasks) if isinstance(tasks, str) else tasks
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"{', '.join(tasks)!r} has a name twice, or an empty one")
+        return tasks
 
     @field_validator("host")
     @classmethod
@@ -231,6 +248,17 @@ class ServeSettings(BaseModel):
             return "".join(lines).encode().decode()
         except UnicodeEncodeError:
             raise ConfigError("a setting holds bytes that are not UTF-8, which no TOML file can hold") from None
+
+
+def names_in(line: str) -> tuple[str, ...]:
+    """The names of a comma-separated line; one that has a comma itself stands in double quotes. Raises ValueError."""
+    try:
+        (names,) = csv.reader([line], skipinitialspace=True, strict=True)
+    except (ValueError, csv.Error):
+        raise ValueError(
+            f"{line[:128]!r} is no line of names: separate them by commas, and quote one that has any"
+        ) from None
+    return tuple(name.strip() for name in names)
 
 
 # What one request or batch may have, and what all that wait may have together.

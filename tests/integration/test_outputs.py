@@ -19,11 +19,13 @@ from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.backends.outputs import scores_of
 from narsil.backends.registry import load_backend
 from narsil.backends.torchscript import TorchScriptBackend
+from narsil.catalog.loading import load_model
 from narsil.compile.compiler import compile_artifact
+from narsil.config import ServeSettings
 from narsil.dataflow import Batch, Features, OneHot, Scores
 from narsil.engine.collate import Collator
 from narsil.engine.runner import Runner
-from narsil.errors import ArtifactError, ForwardFailed
+from narsil.errors import ArtifactError, ConfigError, ForwardFailed
 from tests.fixtures_compiled import needs_compiler, needs_fused
 from tests.fixtures_models import batch_of
 
@@ -209,6 +211,28 @@ def test_names_and_widths_are_read_from_an_artifact_and_served(several: Artifact
     np.testing.assert_allclose(found["which"], np.stack([score, score * score, score * np.float32(0.5)], 1), rtol=1e-6)
 
 
+def served(model: Path, **settings: Any) -> tuple[ModelSchema, list[Scores]]:
+    """The schema that clients are told, and what each of two lanes scores."""
+    model_, _ = load_model(ServeSettings.model_validate({"model": model, "lanes": 2, **settings}))
+    batch = batch_of(model_.schema.rows.tolist(), model_.schema.dense_dim, 9, longest=2)
+    return model_.schema, [backend.run(batch) for backend in model_.backends]
+
+
+def test_tasks_are_picked_for_every_lane_in_the_order_given(several: Artifact) -> None:
+    _, (every, _) = served(several.path)
+    schema, lanes = served(several.path, tasks="which,p(click) | 点击")
+    assert schema.outputs == {"which": 3, "p(click) | 点击": 1}
+    for scores in lanes:
+        assert list(scores) == list(schema.tasks)
+        for task in schema.tasks:
+            np.testing.assert_array_equal(scores[task], every[task])
+
+
+def test_a_task_that_the_model_has_not_is_refused_with_those_that_it_has(several: Artifact) -> None:
+    with pytest.raises(ConfigError, match=r"no task 'sell'; it has p\(click\) \| 点击, unbounded, which"):
+        served(several.path, tasks="which,sell")
+
+
 @needs_fused
 @needs_compiler
 def test_several_numbers_for_a_row_are_compiled(several: Artifact, tmp_path: Path) -> None:
@@ -221,3 +245,10 @@ def test_several_numbers_for_a_row_are_compiled(several: Artifact, tmp_path: Pat
     for task in expected:
         assert found[task].shape == expected[task].shape
         np.testing.assert_allclose(found[task], expected[task], rtol=1e-5, atol=1e-6)
+    _, (every, _) = served(compiled.path, backend="compiled")
+    schema, lanes = served(compiled.path, backend="compiled", tasks="which,unbounded")
+    assert schema.outputs == {"which": 3, "unbounded": 1}
+    for scores in lanes:
+        assert list(scores) == ["which", "unbounded"]
+        for task in scores:
+            np.testing.assert_array_equal(scores[task], every[task])

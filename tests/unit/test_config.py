@@ -42,6 +42,28 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_settings(tmp_pat
     assert again.model_dump() == settings.model_dump()
 
 
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("click", ("click",)),
+        ("click, buy ,p(sell) 7d", ("click", "buy", "p(sell) 7d")),
+        ('"a,b", "c ""d"""', ("a,b", 'c "d"')),
+        ("点击", ("点击",)),
+        (["a,b", "c"], ("a,b", "c")),
+    ],
+)
+def test_tasks_are_a_line_of_names_or_a_list(tmp_path, line, names):
+    settings = load_settings({**GIVEN, "tasks": line})
+    assert settings.tasks == names
+    assert load_settings({}, config_file(tmp_path, settings.to_toml())).tasks == names
+
+
+@pytest.mark.parametrize("line", ["click,click", "a,,b", ",", " , a", 'a,"b', '"a"b', "a\nb", ["a", "a"], [""]])
+def test_tasks_that_cannot_be_meant_are_refused(line):
+    with pytest.raises(ConfigError, match=r"tasks: .*(twice, or an empty one|is no line of names)"):
+        load_settings({**GIVEN, "tasks": line})
+
+
 @given(
     text=st.text(min_size=1, max_size=20),
     worker=st.booleans(),

@@ -111,6 +111,42 @@ def test_every_task_is_told(run):
     assert {task: one["max_abs"] for task, one in told.items()} == {"click": 0, "buy": pytest.approx(DEVIATION, 1e-3)}
 
 
+def test_a_server_of_some_tasks_is_held_to_those_in_its_order_with_their_labels(run, monkeypatch, tmp_path):
+    rows, random = 40, np.random.default_rng(0)
+    labels = np.stack([np.arange(rows) % 2, np.arange(rows) < 5], 1)
+    np.savez(
+        tmp_path / "rows.npz",
+        dense=random.random((rows, SCHEMA.dense_dim), np.float32),
+        ids=random.integers(0, SCHEMA.rows, (rows, SCHEMA.num_features)),
+        labels=labels,
+    )
+    given = ("--calibration", str(tmp_path / "rows.npz"), "--json", "--max-deviation", "1")
+
+    def told(*tasks: str):
+        monkeypatch.setattr(Server, "schema", TWO.picking(tasks))
+        return json.loads(run((), *given).output)["tasks"]
+
+    both, some, turned = told("click", "buy"), told("buy"), told("buy", "click")
+    assert both["click"]["auc"] != both["buy"]["auc"]
+    assert some == {"buy": both["buy"]}
+    assert list(turned) == ["buy", "click"]
+    assert turned == both
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        replace(TWO, tasks=("click", "sell")),
+        replace(TWO, tasks=("sell",), widths=()),
+        replace(TWO, widths=(1, 2)),
+        replace(TWO, dense_dim=1),
+    ],
+)
+def test_a_server_of_another_model_is_refused(run, monkeypatch, schema):
+    monkeypatch.setattr(Server, "schema", schema)
+    assert "whose schema is not that of" in str(run(()).exception)
+
+
 def test_the_rows_that_are_sent_are_those_that_are_scored():
     lengths = np.array([2, 0, 1, 1, 3, 0], np.int32)  # two features, three rows
     place, sent = sample_major(Batch(3, np.zeros((3, 1), np.float32), lengths, np.arange(7) + 10, one_hot=False), 2)

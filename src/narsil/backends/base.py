@@ -17,7 +17,7 @@ class Backend(ABC):
     """
 
     name: str
-    schema: ModelSchema
+    schema: ModelSchema  # of the tasks that ``run`` gives: the model's, or some of them where others set it so
     device: str
 
     @abstractmethod

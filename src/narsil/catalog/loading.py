@@ -30,6 +30,7 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
     """The settings' artifact, loaded once and shared by as many backends as there are lanes, and what tells when its
     files change. Raises NarsilError."""
     artifact = open_artifact(settings.model, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
+    picked = artifact.schema.picking(settings.tasks) if settings.tasks else None
     backend = load_backend(
         artifact,
         settings.backend,
@@ -40,6 +41,8 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         copy_tables=settings.copy_tables,
     )
     log.info("loaded %s with the %s backend", settings.model, backend.name)
+    if picked is not None:
+        backend.schema = picked
     whole = _rows_depend(settings, backend)
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]

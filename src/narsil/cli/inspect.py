@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.schema import ModelSchema
 from narsil.cli.options import GivenPath, dense_dim_option
 from narsil.errors import ArtifactError
 
@@ -83,6 +84,11 @@ def _state(artifact: Artifact, role: str, verified: bool) -> str:
     return "ok" if verified and getattr(artifact, role) is not None else "not checked"
 
 
+def _outputs(schema: ModelSchema) -> list[str]:
+    """The tasks, and how many numbers a row has where there are several."""
+    return [task if width == 1 else f"{task} ({width} a row)" for task, width in schema.outputs.items()]
+
+
 def _print(artifact: Artifact, described: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -92,7 +98,7 @@ def _print(artifact: Artifact, described: dict[str, Any]) -> None:
     console.print(f"{artifact.name} version {artifact.version} for {artifact.device}", highlight=False)
     console.print(
         f"float_features (B, {schema.dense_dim}) float32; {schema.num_features} sparse features, key-major, in this "
-        f"order; ids {schema.id_dtype}; scores: {', '.join(schema.tasks)}",
+        f"order; ids {schema.id_dtype}; scores: {', '.join(_outputs(schema))}",
         highlight=False,
     )
     features = Table("#", "feature", "table", "valid ids", "dim", "pooling")

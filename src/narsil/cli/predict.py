@@ -51,7 +51,8 @@ def command(
         return
     for task, values in scores.items():
         for row, score in enumerate(values):
-            click.echo(f"{task}[{row}] = {score:.6f}")
+            numbers = score if isinstance(score, list) else [score]
+            click.echo(f"{task}[{row}] = {' '.join(f'{number:.6f}' for number in numbers)}")
     click.echo(
         f"{prediction.model_name} version {prediction.model_version}: {len(dense)} rows in a batch of "
         f"{prediction.batch_rows}, {prediction.queue_us} µs queued, {prediction.execute_us} µs in the model"

@@ -26,7 +26,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
     elif field.annotation is Path or Path in get_args(field.annotation):
         kind = GivenPath()
     text = field.description or ""
-    if field.default not in (PydanticUndefined, None, ""):
+    if field.default not in (PydanticUndefined, None, "", ()):
         text += f"  [default: {field.default}]"
     declaration = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     return click.Option([declaration, name], type=kind, default=None, help=text)

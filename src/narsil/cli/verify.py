@@ -46,7 +46,7 @@ def command(
     target: str, model: Path, calibration: Path | None, max_deviation: float, as_json: bool, timeout: float
 ) -> None:
     """Send 10,000 usual rows and some thousand extreme ones to a running server and hold its scores against the
-    artifact's, task by task.
+    artifact's, task by task: those tasks that the server serves.
 
     The artifact's TorchScript runs here as it was saved, also where MODEL is a compiled folder. Exits with 1 where, of
     any task, a score or its log-odds, the mean score, or the scores of extreme rows on average deviate by more than
@@ -64,17 +64,20 @@ def command(
     rows = None if calibration is None else load_calibration(calibration, schema)
     with Client(target) as client:
         served = client.model(timeout=timeout)
-        if served.schema != schema:
+        tasks = [task for task in served.schema.tasks if task in schema.outputs]
+        if not tasks or served.schema != schema.picking(tasks):
             raise ConfigError(
                 f"{target} serves {served.name}, whose schema is not that of {model}; give its own artifact"
             )
+        if rows is not None:
+            rows = rows.of_tasks([schema.tasks.index(task) for task in tasks])
 
         def ask(batch: Batch) -> Scores:
             place, lengths = sample_major(batch, schema.num_features)
             weights = None if batch.weights is None else batch.weights[place]
             return client.predict(batch.dense, batch.values[place], lengths, weights=weights, timeout=timeout).scores
 
-        found = compare(schema, reference.run, ask, rows)
+        found = compare(served.schema, reference.run, ask, rows)
     _tell(target, served, found, as_json)
     for task, deviation in found.items():
         if (problem := problem_of(deviation, limits_of(max_deviation))) is not None:

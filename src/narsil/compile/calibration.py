@@ -14,8 +14,8 @@ and produces a Calibration whose rows fit the schema. Nothing in the file is unp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self.dense)
+
+    def of_tasks(self, places: Sequence[int]) -> Calibration:
+        """The same with the labels of these tasks alone."""
+        return self if self.labels is None else replace(self, labels=self.labels[:, list(places)])
 
     def batches(self) -> Iterator[Batch]:
         """All rows, in order, key-major within each batch."""
