@@ -194,14 +194,6 @@ UNKNOWN: dict[str, tuple[Forward, str]] = {
         ids_of(lambda ids, lengths: ids, lambda lengths, rows: lengths.view(-1, FEATURES).t().reshape(-1)),
         "",
     ),
-    "weights of other ids": (
-        all_features(weigh=lambda ids, weights: torch.cat([weights[1:], weights[:1]])),
-        "its weights are not the ids' own",
-    ),
-    "weights made of lengths": (
-        lambda lengths, values, weights: feature(lengths, values, weights * lengths.sum(), 0),
-        "it takes ids together with something else",
-    ),
 }
 
 
@@ -212,6 +204,28 @@ def test_what_is_not_the_requests_is_not_known(name: str) -> None:
     assert readings.program is None
     assert readings.unknown_ids
     assert why in readings.unknown_ids
+
+
+OTHER_WEIGHTS: dict[str, tuple[Forward, str]] = {
+    "of other ids": (
+        all_features(weigh=lambda ids, weights: torch.cat([weights[1:], weights[:1]])),
+        "its weights are not the ids' own",
+    ),
+    "made of lengths": (
+        lambda lengths, values, weights: feature(lengths, values, weights * lengths.sum(), 0),
+        "it takes ids together with something else",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+def test_weights_that_are_not_known_leave_the_ids_bounded(name: str) -> None:
+    forward, why = OTHER_WEIGHTS[name]
+    readings = readings_of(forward)
+    assert readings.program is None
+    assert why in readings.problem
+    assert not readings.unknown_ids
+    assert id_limit(readings.lookups[0].ids, TABLE_ROWS, 2**31) == TABLE_ROWS
 
 
 def test_pooling_by_the_largest_is_not_read() -> None:

@@ -173,12 +173,12 @@ def read_permute(reader: Reader, op: Op) -> Any:
     alone = replace(op, args=(*op.args[:3], None, *op.args[4:]))
     made = [_moved(reader, alone, which) for which in (0, 1)]
     moved = PerId(ids.group, ids.expression, (made[0][1], made[1][1]))
-    weights = None
+    weights: Known | None = None
     if op.args[3] is not None:
-        given = reader.of(op.args[3])
-        if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, ids.positions)):
-            raise Unread("its weights are not the ids' own")
-        weights = PerId(given.group, given.expression, moved.positions)
+        try:
+            weights = PerId(ids.group, _weights_of(reader, ids, op.args[3]), moved.positions)
+        except Unread as problem:
+            weights = Opaque(f"{op.name}: {problem}")
     return lengths, moved, weights
 
 
@@ -256,12 +256,6 @@ def _lookup(
         if not isinstance(known, PerId) or not isinstance(bags, Structure) or bags.group != known.group:
             raise Unread("its ids or its offsets are not the request's")
         features = _features(reader, known, offsets, len(tables))
-        weighing = None
-        if weights is not None:
-            given = reader.of(weights)
-            if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, known.positions)):
-                raise Unread("its weights are not the ids' own")
-            weighing = given.expression
     except Unread as problem:
         reader.unknown_ids = reader.unknown_ids or f"{op.name}: {problem}"
         raise
@@ -271,14 +265,24 @@ def _lookup(
     expression = known.expression
     if expression.function == "to_int32" and expression.arguments[0].is_plain:
         expression = expression.arguments[0]  # ids below a table's rows stay what they are
-    step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), expression, weighing)
+    step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), expression)
     reader.lookups.append(step)
+    # Weights lead to no row of a table: where they are not known, the ids are bounded all the same.
+    if weights is not None:
+        step = replace(step, weights=_weights_of(reader, known, weights))
     if pooling not in _POOLING:
         kind = (
             "pooling by the largest is" if op.name.startswith("aten.") else "sequences of vectors, one for each id, are"
         )
         return Opaque(f"{op.name}: {kind} not read")
     return reader.add(op, step, (sum(table.dim for table in tables),))
+
+
+def _weights_of(reader: Reader, ids: PerId, weights: Any) -> IdExpression:
+    given = reader.of(weights)
+    if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, ids.positions)):
+        raise Unread("its weights are not the ids' own")
+    return given.expression
 
 
 def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int, ...]:

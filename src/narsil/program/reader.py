@@ -220,7 +220,8 @@ class Reader:
             self.left = self.left or f"{op.name}: a size follows from what a request brings ({reason})"
         # torch's own operations hold what they look up against the size of what they look up in.
         unsafe = not op.name.startswith(("aten.", "prims."))
-        if unsafe and any(map(self._may_be_ids, taken, known)):
+        looked_up = any(lookup.out in op.outputs for lookup in self.lookups)  # whose ids are known
+        if unsafe and not looked_up and any(map(self._may_be_ids, taken, known)):
             self.unknown_ids = self.unknown_ids or reason
 
     def _may_be_ids(self, argument: Ref, known: Known) -> bool:
