@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from narsil.artifacts.arguments import Arguments, read_schema_file, schema_file_of
 from narsil.artifacts.files import check_readable, unreadable
 from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError, first_line
@@ -115,6 +116,7 @@ class Artifact:
     compiled: Path | None = None
     tables: Path | None = None  # of the compiled model
     weights: Path | None = None  # of the fused engine
+    arguments: Arguments | None = None  # of a model with a schema file, whose file is ``torchscript`` all the same
     manifest: Mapping[str, Any] | None = None
     damage: Mapping[str, str] = field(default_factory=dict)  # role -> what is wrong with its file
     seen: Mapping[Path, FileState] = field(default_factory=dict)  # the files, before they were read
@@ -362,7 +364,7 @@ def _only_torchscript(path: Path) -> Path:
         return path
     if (path / TORCHSCRIPT_FILE).is_file():
         return path / TORCHSCRIPT_FILE
-    found = sorted(path.glob("*.pt"))
+    found = sorted((*path.glob("*.pt"), *path.glob("*.pt2")))
     if len(found) == 1:
         return found[0]
     raise ArtifactError(
@@ -374,9 +376,18 @@ def _from_torchscript(file: Path, dense_dim: int | None) -> Artifact:
     from narsil.artifacts.torchrec import derive_schema
 
     seen = {file: FileState.of(file)}
-    schema, device = derive_schema(file, dense_dim)
     generic = file.stem.startswith("model") and file.resolve().parent.name
     name = as_name(generic or file.stem)
+    if (told := schema_file_of(file)) is not None:
+        seen[told] = FileState.of(told)
+        arguments = read_schema_file(told)
+        return Artifact(file, name, "1", arguments.schema, "cpu", torchscript=file, arguments=arguments, seen=seen)
+    if file.suffix == ".pt2":
+        raise ArtifactError(
+            f"{file} needs a schema file beside it, {file.stem}.schema.json, that says what its inputs are: see "
+            "docs/artifacts.md"
+        )
+    schema, device = derive_schema(file, dense_dim)
     return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)
 
 

@@ -171,6 +171,10 @@ def _load_torch(artifact: Artifact, device: str, intra_op_threads: int, tune_ker
             f"{script} is packaged for {artifact.device} and cannot run on {device}; "
             f"package it with --device {device}, or serve it with --device {artifact.device}"
         )
+    if artifact.arguments is not None:
+        from narsil.backends.arguments import ArgumentsBackend
+
+        return ArgumentsBackend.load(artifact, intra_op_threads)
     # The module's own name for the device is the one that its constants hold.
     device = artifact.device
     if device != "cpu":

@@ -110,6 +110,10 @@ def _script_of(source: Artifact) -> Path:
     if source.torchscript is None:
         absent = f"{source.path} has no TorchScript file, which is what `narsil compile` reads"
         raise ArtifactError(source.damage.get("torchscript", absent))
+    if source.arguments is not None:
+        raise ArtifactError(
+            f"{source.path} has a schema file beside it, and such models do not compile; serve it with --backend torch"
+        )
     if source.device != "cpu":
         raise ArtifactError(
             f"{source.path} is packaged for {source.device}; package it with --device cpu to compile it"

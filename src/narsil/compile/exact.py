@@ -22,7 +22,7 @@ __all__ = ["exact_scorer", "scores_in_float64"]
 
 def exact_scorer(source: Artifact) -> Callable[[Batch], Mapping[str, NDArray[np.float64]]] | None:
     """Task -> scores in float64 for a Batch. Raises ArtifactError where the artifact's module cannot be read."""
-    if source.torchscript is None:
+    if source.torchscript is None or source.arguments is not None:
         return None
     module = load_torchscript(source.torchscript, "cpu")
     readings = read_module(module, source.torchscript.name, source.schema.dense_dim).readings

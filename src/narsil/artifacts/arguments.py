@@ -1,0 +1,145 @@
+"""Schema files: which argument of a model's forward is what, for models that say nothing of it themselves.
+
+Receives the JSON beside a model (NAME.schema.json, or schema.json in its folder), read as hostile input; produces an
+Arguments. Imports no torch. Whether the model does what the file says is for whoever loads it to find out.
+
+    format      narsil.schema/1
+    dense_dim, features, tasks, widths    as in a manifest's schema
+    inputs      one object for each argument, in the model's order:
+      name        the argument's; of a dict its key; of an exported program the program's own name for it
+      holds       dense, ids, weights, lengths or offsets
+      features    of which features, in this order; absent: of all
+      layout      flat: (N,) ids, or (T x B,) lengths, key-major
+                  by_feature: (T, B) lengths or offsets, each feature's offsets from 0 on
+                  list: a list of one tensor a feature, TorchScript alone
+      type        int32 or int64 (what is meant if nothing is said)
+      last        whether offsets end with the number of ids, as include_last_offset has it; false if nothing is said
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from narsil.artifacts.files import check_readable, unreadable
+from narsil.artifacts.schema import ModelSchema
+from narsil.errors import ArtifactError, first_line
+from narsil.names import MOST_CHARACTERS, is_label
+
+__all__ = ["FORMAT", "Argument", "Arguments", "read_schema_file", "schema_file_of"]
+
+FORMAT = "narsil.schema/1"
+_MAX_BYTES = 16 << 20
+_KEYS = frozenset({"format", "dense_dim", "features", "tasks", "inputs"})
+_INPUT_KEYS = frozenset({"name", "holds", "features", "layout", "type", "last"})
+_HOLDS = ("dense", "ids", "weights", "lengths", "offsets")
+_LAYOUTS: Mapping[str, tuple[str, ...]] = {
+    "dense": ("flat",),
+    "ids": ("flat", "list"),
+    "weights": ("flat", "list"),
+    "lengths": ("flat", "by_feature", "list"),
+    "offsets": ("flat", "by_feature", "list"),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a forward."""
+
+    name: str
+    holds: Literal["dense", "ids", "weights", "lengths", "offsets"]
+    features: tuple[int, ...]  # positions in the schema
+    layout: Literal["flat", "by_feature", "list"] = "flat"
+    wide: bool = True  # int64, else int32
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a schema file says."""
+
+    schema: ModelSchema
+    inputs: tuple[Argument, ...]
+
+
+def schema_file_of(model: Path) -> Path | None:
+    """The schema file that belongs to a model's file; None where there is none."""
+    for name in (f"{model.stem}.schema.json", "schema.json"):
+        if (model.parent / name).is_file():
+            return model.parent / name
+    return None
+
+
+def read_schema_file(file: Path) -> Arguments:
+    """What a schema file says. Raises ArtifactError on anything missing, unknown or of a wrong type."""
+    check_readable(file)
+    try:
+        if (size := file.stat().st_size) > _MAX_BYTES:
+            raise ArtifactError(f"{file} is {size} bytes; a schema file has at most {_MAX_BYTES}")
+        data: Any = json.loads(file.read_bytes())
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} cannot be read as JSON: {first_line(error)}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ArtifactError(f"{file} is no schema file: its format field must be {FORMAT!r}")
+    if set(data) - {"widths"} != _KEYS:
+        odd = sorted((set(data) - {"widths"}) ^ _KEYS)
+        raise ArtifactError(f"{file}: a schema file has {', '.join(sorted(_KEYS))}, not {odd[0][:64]!r} or without it")
+    try:
+        schema = ModelSchema.from_dict({key: data[key] for key in data if key not in ("format", "inputs")})
+    except ArtifactError as error:
+        raise ArtifactError(f"{file}: {error}") from None
+    if not isinstance(data["inputs"], list) or not data["inputs"]:
+        raise ArtifactError(f"{file}: inputs must be a list of objects, one for each argument of the model")
+    inputs = tuple(_argument(file, schema, item) for item in data["inputs"])
+    _check_all(file, schema, inputs)
+    return Arguments(schema, inputs)
+
+
+def _argument(file: Path, schema: ModelSchema, item: Any) -> Argument:
+    if not isinstance(item, dict) or not {"name", "holds"} <= set(item) <= _INPUT_KEYS:
+        raise ArtifactError(f"{file}: an input has name and holds, and may have features, layout, type and last")
+    name, holds = item["name"], item["holds"]
+    if not isinstance(name, str) or not is_label(name):
+        raise ArtifactError(f"{file}: the name of an input is no printable text of 1 to {MOST_CHARACTERS} characters")
+    if holds not in _HOLDS:
+        raise ArtifactError(f"{file}: input {name} holds {str(holds)[:64]!r}; it must be one of {', '.join(_HOLDS)}")
+    layout, kind, last = item.get("layout", "flat"), item.get("type", "int64"), item.get("last", False)
+    if layout not in _LAYOUTS[holds]:
+        raise ArtifactError(
+            f"{file}: input {name} has the layout {str(layout)[:64]!r}; {holds} are {' or '.join(_LAYOUTS[holds])}"
+        )
+    if kind not in ("int32", "int64") or not isinstance(last, bool):
+        raise ArtifactError(f"{file}: input {name}: type is int32 or int64, and last is true or false")
+    given = item.get("features", [feature.name for feature in schema.features])
+    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
+        raise ArtifactError(f"{file}: the features of input {name} must be a list of their names")
+    unknown = [one for one in given if one not in schema.index]
+    if unknown or len(set(given)) != len(given):
+        raise ArtifactError(f"{file}: input {name} has the feature {(unknown or given)[0][:64]!r} twice, or it is none")
+    return Argument(name, holds, tuple(schema.index[one] for one in given), layout, kind == "int64", last)
+
+
+def _check_all(file: Path, schema: ModelSchema, inputs: tuple[Argument, ...]) -> None:
+    """Every number that a request brings must reach the model once."""
+    names = [item.name for item in inputs]
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{file}: two inputs share one name")
+    if sum(item.holds == "dense" for item in inputs) != bool(schema.dense_dim):
+        raise ArtifactError(f"{file}: a model of {schema.dense_dim} dense columns has one input that holds them")
+    for holds in (("ids",), ("lengths", "offsets")):
+        found = sorted(feature for item in inputs if item.holds in holds for feature in item.features)
+        if found != list(range(schema.num_features)):
+            odd = next((at for at in range(schema.num_features) if found.count(at) != 1), 0)
+            raise ArtifactError(
+                f"{file}: the {' or '.join(holds)} of feature {schema.features[odd].name} are in "
+                f"{found.count(odd)} inputs where one is expected"
+            )
+    weighted = {feature for item in inputs if item.holds == "weights" for feature in item.features}
+    told = {at for at, feature in enumerate(schema.features) if feature.weighted}
+    if weighted != told:
+        raise ArtifactError(f"{file}: the features that are weighted and those of inputs that hold weights differ")
