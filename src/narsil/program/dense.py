@@ -35,7 +35,8 @@ _UNARY = {
     "aten.log": "log", "aten.log1p": "log1p", "aten.sqrt": "sqrt", "aten.abs": "abs", "aten.neg": "neg",
     "aten.reciprocal": "reciprocal", "aten.sign": "sign", "aten.floor": "floor", "aten.isnan": "isnan",
     "aten.logical_not": "not", "aten.bitwise_not": "not", "aten.relu_": "relu", "aten.sigmoid_": "sigmoid",
-    "aten.tanh_": "tanh", "aten.silu_": "silu",
+    "aten.tanh_": "tanh", "aten.silu_": "silu", "aten.exp_": "exp", "aten.log_": "log", "aten.log1p_": "log1p",
+    "aten.sqrt_": "sqrt", "aten.abs_": "abs", "aten.neg_": "neg", "aten.reciprocal_": "reciprocal", "aten.sgn": "sign",
 }  # fmt: skip
 _BINARY = {
     "aten.add": "add", "aten.add_": "add", "aten.sub": "sub", "aten.sub_": "sub", "aten.mul": "mul", "aten.mul_": "mul",
@@ -150,16 +151,22 @@ def read_where(reader: Reader, op: Op) -> Known:
     return elementwise(reader, op, "where", op.args)
 
 
-@reads("aten.clamp", "aten.clamp_", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
+@reads(
+    *("aten.clamp", "aten.clamp_", "aten.clamp_min", "aten.clamp_min_", "aten.clamp_max", "aten.clamp_max_"),
+    "aten.hardtanh",
+)
 def read_clamp(reader: Reader, op: Op) -> Known:
     """Between two numbers, either of which may be missing."""
     names = ("min_val", "max_val") if op.name == "aten.hardtanh" else ("min", "max")
     limits = [op.args[n + 1] if len(op.args) > n + 1 else op.kwargs.get(name) for n, name in enumerate(names)]
-    if op.name == "aten.clamp_max":
+    if op.name.startswith("aten.clamp_max"):
         limits = [None, op.args[1] if op.args[1:] else op.kwargs.get("max")]
     if op.name == "aten.hardtanh":
         limits = [standard if limit is None else limit for limit, standard in zip(limits, (-1.0, 1.0), strict=True)]
-    if not all(map(_is_number, limits)):
+    tensors = [limit for limit in limits if not _is_number(limit)]
+    if len(tensors) == 1 and None in limits:
+        return elementwise(reader, op, "minimum" if limits[0] is None else "maximum", (op.args[0], *tensors))
+    if tensors:
         raise Unread("its limits are no numbers")
     return elementwise(reader, op, "clamp", op.args[:1], tuple(limits))
 
