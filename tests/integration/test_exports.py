@@ -18,6 +18,7 @@ from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.exported import load_exported
 from narsil.backends.registry import load_backend
 from narsil.dataflow import Batch
+from narsil.engine.independence import dependence
 from narsil.errors import ArtifactError, ForwardFailed
 
 torchrec = pytest.importorskip("torchrec")
@@ -168,8 +169,34 @@ def test_scores_are_those_of_a_direct_call(tmp_path: Path, make: Any) -> None:
     assert np.array_equal(backend.share().run(nothing)[task], direct(nothing).detach().numpy())
 
 
-def test_batches_are_padded_to_the_fewest_rows_of_the_export(tmp_path: Path) -> None:
-    backend = load_backend(open_artifact(flat(tmp_path)[0]))
+class Centred(FlatTorchRec):
+    """Whose scores depend on their company."""
+
+    def forward(self, *given: Any) -> Any:
+        scores = super().forward(*given)
+        return scores - scores.mean()
+
+
+def exported_for_two(model: nn.Module, folder: Path) -> Path:
+    file = folder / "two.pt2"
+    every = ({0: AUTO}, {0: AUTO}, {0: AUTO})
+    given = (every,) if isinstance(model, Centred) else every
+    torch.export.save(torch.export.export(model.eval(), flat_of(batch_of(6)), dynamic_shapes=given, strict=False), file)
+    names = [*load_exported(file).names]
+    write_schema(file, [{**item, "name": name} for item, name in zip(flat_inputs(), names, strict=True)])
+    return file
+
+
+def test_a_lone_row_runs_where_it_scores_as_in_company(tmp_path: Path) -> None:
+    backend = load_backend(open_artifact(exported_for_two(FlatTorchRec(), tmp_path)))
+    assert load_exported(tmp_path / "two.pt2").sizes["float_features"][0] == (2, None)
+    assert backend.bucket(1) == 1
+    assert backend.run(batch_of(1))["default"].shape == (1,)
+    assert dependence(backend) is None
+
+
+def test_a_lone_row_is_refused_where_the_program_was_not_made_for_it(tmp_path: Path) -> None:
+    backend = load_backend(open_artifact(exported_for_two(Centred(), tmp_path)))
     assert [backend.bucket(rows) for rows in (1, 2, 3)] == [2, 2, 3]
     with pytest.raises(ForwardFailed, match="at least 2 rows"):
         backend.run(batch_of(1))

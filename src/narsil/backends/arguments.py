@@ -29,6 +29,7 @@ from narsil.program.recording import named_outputs
 __all__ = ["ArgumentsBackend"]
 
 _PROBED = 4  # rows of a trial
+_MOST_TRIED = 8  # rows of an export's smallest batch, below which fewer are tried
 
 Forward = Callable[[list[Any]], Any]  # arguments in the schema file's order
 
@@ -62,6 +63,7 @@ class ArgumentsBackend(Backend):
             forward = _scripted(load_torchscript(path, "cpu"), arguments.inputs, path.name)
         backend = cls(forward, arguments, least, intra_op_threads)
         backend._check(path.name)
+        backend._least = backend._settled_least()
         return backend
 
     def bucket(self, rows: int) -> int:
@@ -83,6 +85,22 @@ class ArgumentsBackend(Backend):
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""
         torch.set_num_threads(self._threads)
+
+    def _settled_least(self) -> int:
+        """The fewest rows of a batch: 1 where fewer than the program was exported for score as they do in company.
+
+        torch.export gives every axis at least two entries unless it is told otherwise, which says nothing of the model.
+        """
+        least, self._least = self._least, 1
+        for rows in range(1, least if least <= _MOST_TRIED else 1):
+            whole, part = (_drawn(self.schema, count) for count in (least, rows))
+            try:
+                found, alone = self.run(whole), self.run(part)
+            except Exception:  # whatever a model raises
+                return least
+            if not all(np.allclose(alone[task], found[task][:rows], rtol=1e-5, atol=1e-7) for task in found):
+                return least
+        return 1 if least <= _MOST_TRIED else least
 
     def _check(self, name: str) -> None:
         """Holds the model against its schema: names and widths of outputs, first and last ids, bags that are empty."""
@@ -111,6 +129,16 @@ def _rows(schema: ModelSchema, rows: int, ids: NDArray[np.int64], length: int) -
     lengths = np.full(rows * schema.num_features, length, np.int32)
     weights = np.ones(len(values), np.float32) if schema.weighted else None
     return Batch(rows, np.zeros((rows, schema.dense_dim), np.float32), lengths, values, length == 1, weights)
+
+
+def _drawn(schema: ModelSchema, rows: int) -> Batch:
+    """Rows by chance, bags of two: row i is the same whatever their number."""
+    random = np.random.default_rng(1)
+    dense = random.standard_normal((_MOST_TRIED, schema.dense_dim)).astype(np.float32)[:rows]
+    ids = random.integers(0, schema.rows[:, None], (schema.num_features, 2 * _MOST_TRIED))[:, : 2 * rows]
+    values = np.ascontiguousarray(ids).reshape(-1).astype(schema.id_dtype)
+    weights = np.ones(len(values), np.float32) if schema.weighted else None
+    return Batch(rows, dense, np.full(rows * schema.num_features, 2, np.int32), values, False, weights)
 
 
 def _given(item: Argument, batch: Batch, schema: ModelSchema) -> Any:
