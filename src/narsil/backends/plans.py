@@ -23,7 +23,7 @@ from narsil.backends.base import Backend
 from narsil.backends.fused import ForwardLibrary, described
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed
-from narsil.program.steps import IdExpression, evaluate_ids
+from narsil.program.steps import IdArray, IdExpression, evaluate_ids
 
 __all__ = ["PlanBackend", "PlanNetwork"]
 
@@ -86,7 +86,7 @@ class PlanNetwork:
         """``plan`` has been checked. Raises ArtifactError where the runs of a move leave what they move."""
         self.library = library
         self.plan = plan
-        self.streams = tuple(map(_stream, plan.streams))
+        self.streams = tuple(_stream(stream, arrays) for stream in plan.streams)
         for step in plan.steps:
             if step.operation == "move":
                 _check_runs(step, arrays[step.data[0]], plan)
@@ -244,10 +244,10 @@ def _check_runs(step: PlanStep, runs: NDArray[np.int64], plan: Plan) -> None:
         raise ArtifactError("a move of the plan leaves the values that it moves; compile the model again")
 
 
-def _stream(stream: Stream) -> tuple[IdExpression | None, IdExpression | None]:
+def _stream(stream: Stream, arrays: Sequence[NDArray[Any]]) -> tuple[IdExpression | None, IdExpression | None]:
     """(ids, weights) of a stream, once they have given a number for an id. Raises ArtifactError where they are no such
     expressions."""
-    found = None if stream.ids is None else _expression(stream.ids), _expression(stream.weights)
+    found = None if stream.ids is None else _expression(stream.ids, arrays), _expression(stream.weights, arrays)
     try:
         for expression in found:
             if expression is not None and not isinstance(expression, IdExpression):
@@ -262,12 +262,17 @@ def _stream(stream: Stream) -> tuple[IdExpression | None, IdExpression | None]:
     return found
 
 
-def _expression(data: Any) -> Any:
+def _expression(data: Any, arrays: Sequence[NDArray[Any]]) -> Any:
     """The inverse of how compile/lowering.py writes one."""
     if isinstance(data, str):
         return IdExpression(data)
+    if isinstance(data, list) and len(data) == 2 and data[0] == "array":
+        number = data[1]
+        if type(number) is not int or not 0 <= number < len(arrays) or arrays[number].dtype != np.int64:
+            raise ArtifactError("a stream of the plan takes ids out of no array; compile the model again")
+        return IdArray(arrays[number])
     if isinstance(data, list) and data and isinstance(data[0], str):
-        return IdExpression(data[0], tuple(_expression(item) for item in data[1:]))
+        return IdExpression(data[0], tuple(_expression(item, arrays) for item in data[1:]))
     if data is None or isinstance(data, int | float):
         return data
     raise ArtifactError("a stream of the plan is no expression; compile the model again")

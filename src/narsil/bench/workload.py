@@ -39,13 +39,13 @@ class Workload:
         for number in range(self.bodies if count is None else min(count, self.bodies)):
             random = np.random.default_rng((self.seed, number))
             dense = random.random((self.rows, self.schema.dense_dim), dtype=np.float32)
-            limits = self.schema.rows
+            limits, kind = self.schema.rows, self.schema.id_dtype
             if self.max_ids == 1:
-                ids = random.integers(0, limits[:, None], (features, self.rows)).astype(np.int32)
+                ids = random.integers(0, limits[:, None], (features, self.rows)).astype(kind)
                 yield Features(self.rows, dense, OneHot(ids))
                 continue
             lengths = random.integers(0, self.max_ids + 1, (features, self.rows)).astype(np.int32)
-            values = random.integers(0, np.repeat(limits, lengths.sum(axis=1))).astype(np.int32)
+            values = random.integers(0, np.repeat(limits, lengths.sum(axis=1))).astype(kind)
             yield Features(self.rows, dense, Jagged.laid_out(values, lengths))
 
     def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:

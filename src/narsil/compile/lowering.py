@@ -27,6 +27,7 @@ from narsil.errors import ArtifactError
 from narsil.program.origins import Origins, Trace
 from narsil.program.steps import (
     Elementwise,
+    IdArray,
     IdExpression,
     LayerNorm,
     Linear,
@@ -37,6 +38,7 @@ from narsil.program.steps import (
     Softmax,
     Step,
     Table,
+    of_feature,
 )
 
 __all__ = ["LinearLayer", "Lowered", "lowered"]
@@ -208,9 +210,9 @@ class _Lowering:
         return len(self.arrays) - 1
 
     def _lookup(self, step: Lookup) -> None:
-        stream = self._stream(step)
         first = len(self.tables)
         for feature, table in zip(step.features, step.tables, strict=True):
+            stream = self._stream(step, feature)
             place = PlanTable(
                 *(0, table.rows, table.row_bytes, table.dim, table.kind, table.scale_bytes if table.kind > 1 else 0),
                 *(step.pooling == "mean", feature, stream),
@@ -220,8 +222,9 @@ class _Lowering:
         sizes = (first, len(step.tables))
         self.drafts.append(_Draft(PlanStep("lookup", width=value.width, sizes=sizes), value))
 
-    def _stream(self, step: Lookup) -> int:
-        ids, weights = (None if part is None else _plain(part, self) for part in (step.ids, step.weights))
+    def _stream(self, step: Lookup, feature: int) -> int:
+        parts = (of_feature(part, feature) for part in (step.ids, step.weights))
+        ids, weights = (None if part is None else _plain(part, self) for part in parts)
         stream = Stream(None if ids == "ids" else ids, weights)
         if stream not in self.streams:
             self.streams.append(stream)
@@ -501,9 +504,9 @@ def _numbers(step: Elementwise) -> tuple[float | None, ...]:
 
 def _plain(expression: Any, lowering: _Lowering) -> Any:
     """An expression as nested lists, for a manifest."""
+    if isinstance(expression, IdArray):
+        return ["array", lowering._array(expression.values)]
     if not isinstance(expression, IdExpression):
-        if isinstance(expression, int) and not -(2**31) <= expression < 2**31:
-            raise lowering._unknown(f"ids together with {expression}")
         return expression
     if not expression.arguments:
         return expression.function

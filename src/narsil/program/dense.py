@@ -12,10 +12,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from narsil.program.ragged import converted, per_id, rearranged
+from narsil.program.ragged import chosen, converted, looked_up_in, per_id, rearranged
 from narsil.program.reader import Reader, fixed_array, has_varying, reads
 from narsil.program.recording import Op, Varying
 from narsil.program.steps import (
+    ELEMENTWISE,
     Concat,
     Elementwise,
     LayerNorm,
@@ -43,7 +44,9 @@ _BINARY = {
     "aten.div": "div", "aten.div_": "div", "aten.maximum": "maximum", "aten.minimum": "minimum", "aten.pow": "pow",
     "aten.remainder": "remainder", "aten.gt": "gt", "aten.ge": "ge", "aten.lt": "lt", "aten.le": "le", "aten.eq": "eq",
     "aten.ne": "ne", "aten.logical_and": "and", "aten.logical_or": "or", "aten.bitwise_and": "and",
-    "aten.bitwise_or": "or",
+    "aten.bitwise_or": "or", "aten.fmod": "fmod", "aten.floor_divide": "floor_divide", "aten.bitwise_xor": "bit_xor",
+    "aten.__lshift__": "shift_left", "aten.__rshift__": "shift_right", "aten.bitwise_left_shift": "shift_left",
+    "aten.bitwise_right_shift": "shift_right",
 }  # fmt: skip
 _KINDS = {
     torch.float32: None, torch.float64: None, torch.float16: "to_float16", torch.bfloat16: "to_bfloat16",
@@ -61,6 +64,8 @@ def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], 
     columns = [item for item in known if isinstance(item, Column)]
     if not columns:
         return Fixed(reader.recording.tensors[_only(op)])
+    if function not in ELEMENTWISE:
+        raise Unread("no step for it")
     _check_kind(reader.recording.tensors[_only(op)].dtype, function)
     folded = columns[0].folded
     rank = len(columns[0].shape)
@@ -126,8 +131,9 @@ def read_binary(reader: Reader, op: Op) -> Known:
     """Functions of two operands, of which either may be a number."""
     left, right = op.args[:2]
     alpha = op.kwargs.get("alpha", op.args[2] if len(op.args) > 2 else 1)
-    if op.kwargs.get("rounding_mode") is not None or (op.name.startswith("aten.div") and len(op.args) > 2):
-        raise Unread("it rounds what it divides")
+    if (mode := op.kwargs.get("rounding_mode")) is not None:
+        names = {"floor": "floor_divide", "trunc": "truncated_divide"}
+        return elementwise(reader, op, names[mode], (left, right))
     if alpha != 1:
         if not _is_number(right):
             raise Unread(f"it has alpha = {alpha}")
@@ -149,6 +155,12 @@ def read_where(reader: Reader, op: Op) -> Known:
     if len(op.args) != 3:
         raise Unread("it gives places, not numbers")
     return elementwise(reader, op, "where", op.args)
+
+
+@reads("aten.masked_fill", "aten.masked_fill_")
+def read_masked_fill(reader: Reader, op: Op) -> Known:
+    """A number where a condition is true."""
+    return elementwise(reader, op, "where", (op.args[1], op.args[2], op.args[0]))
 
 
 @reads(
@@ -438,7 +450,11 @@ def read_index(reader: Reader, op: Op) -> Known:
     if isinstance(known, Fixed):
         if all(index is None or isinstance(reader.of(index), Fixed) for index in indices):
             return Fixed(reader.recording.tensors[_only(op)])
+        if len(indices) == 1 and reader.recording.tensors[indices[0].number].dtype != torch.bool:
+            return looked_up_in(reader, op, known.tensor, reader.of(indices[0]), "take")
         raise Unread("it looks something up in a constant")
+    if isinstance(known, PerId) and len(indices) == 1:
+        return chosen(reader, op, known, reader.of(indices[0]))
     column = reader.column(op.args[0])
     if not indices or indices[0] is not None:
         raise Unread("it takes rows by their number")
@@ -452,6 +468,8 @@ def read_index_select(reader: Reader, op: Op) -> Known:
     known = reader.of(op.args[0])
     if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
+    if isinstance(known, Fixed):
+        return looked_up_in(reader, op, known.tensor, reader.of(op.args[2]), "take")
     column = reader.column(op.args[0])
     axis = op.args[1] % (len(column.shape) + 1) - 1
     if axis < 0:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from narsil.program.reader import Reader, fixed_array, reads
 from narsil.program.recording import Constant, Op, Ref, Varying
-from narsil.program.steps import ELEMENTWISE, IdExpression, Lookup, Pooling, Table
-from narsil.program.values import Fixed, Known, Opaque, PerId, Structure, Unread
+from narsil.program.steps import ID_FUNCTIONS, IdArray, IdExpression, Lookup, Pooling, Table, of_feature
+from narsil.program.values import Chosen, Fixed, Known, Opaque, PerId, Structure, Unread
 
-__all__ = ["IDS", "WEIGHTS", "converted", "per_id", "rearranged"]
+__all__ = ["IDS", "WEIGHTS", "chosen", "converted", "functions_of", "looked_up_in", "per_id", "rearranged"]
 
 IDS, WEIGHTS = IdExpression("ids"), IdExpression("weights")
 _POOLING: dict[int, Pooling] = {0: "sum", 1: "mean"}
@@ -29,6 +29,12 @@ _KINDS = {
     torch.int32: "to_int32", torch.int64: "", torch.float32: "to_float32", torch.float64: "to_float64",
     torch.float16: "to_float16", torch.bfloat16: "to_bfloat16", torch.bool: "to_bool",
 }  # fmt: skip
+# Of truth values, and else of whole numbers.
+_OF_BITS = {"and": "bit_and", "or": "bit_or", "not": "bit_not"}
+_BITWISE = ("aten.bitwise_and", "aten.bitwise_or", "aten.bitwise_not")
+_WRAPS = ("add", "sub", "mul", "neg", "abs", "pow", "shift_left")
+_DIVIDES = ("fmod", "floor_divide", "truncated_divide", "remainder")
+_UNSET = IdExpression("unset")
 _OWN_PLACES = (9, 12)  # arguments of bucketize: where each device's ids begin, and how many there are
 _EVERYTHING = 2**62  # an end at least so far away is none
 
@@ -49,13 +55,141 @@ def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tup
             arguments.append(item)
         else:
             raise Unread("it takes ids together with something else")
-    if function not in ELEMENTWISE:
-        raise Unread("no step for it over ids")
-    made = PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
     kind = reader.recording.tensors[op.outputs[0] or 0].dtype
     whole = not kind.is_floating_point
-    stays = whole and (kind == torch.bool or function not in ("add", "sub", "mul", "neg", "abs", "pow"))
+    if op.name in _BITWISE and kind != torch.bool:
+        function = _OF_BITS[function]
+    _check_function(function, arguments, kind)
+    _check_numbers(reader, op, function, (*arguments, *numbers))
+    made = PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
+    stays = whole and (kind == torch.bool or function not in _WRAPS)
     return made if stays else converted(made, torch.int64, kind)
+
+
+def _check_function(function: str, arguments: list[Any], kind: torch.dtype) -> None:
+    """Raises Unread where a function of ids is not followed."""
+    if function not in ID_FUNCTIONS:
+        raise Unread("no step for it over ids")
+    if kind.is_floating_point and (function in _DIVIDES or function.startswith(("bit_", "shift_"))):
+        raise Unread("it divides what are no whole numbers")
+    if function in _DIVIDES and not (isinstance(arguments[1], int) and 0 < arguments[1] < 2**63):
+        raise Unread("it divides by what is no positive whole number")
+    bits = torch.iinfo(kind).bits if not kind.is_floating_point and kind != torch.bool else 64
+    if function.startswith("shift_") and not (isinstance(arguments[1], int) and 0 <= arguments[1] < bits):
+        raise Unread("it shifts by what is no number of bits")
+
+
+def _check_numbers(reader: Reader, op: Op, function: str, numbers: tuple[Any, ...]) -> None:
+    """Raises Unread where a number would be another one in the kind in which it meets the ids."""
+    taken = [reader.recording.tensors[leaf.number].dtype for leaf in _tensors(op)]
+    kinds = [kind for kind in taken if not kind.is_floating_point and kind != torch.bool]
+    if not kinds:
+        return
+    limits = torch.iinfo(min(kinds, key=lambda kind: torch.iinfo(kind).bits))
+    for number in numbers:
+        if isinstance(number, int | float) and not limits.min <= number <= limits.max:
+            raise Unread(f"it takes {number}, which ids of {limits.dtype} are not compared or computed with")
+
+
+def looked_up_in(reader: Reader, op: Op, array: torch.Tensor, known: Known, function: str) -> Known:
+    """Ids as places in an array of the model's own, or searched in one that rises."""
+    kept = _id_array(array)
+    if function != "take" and not kept.rises:
+        raise Unread("it searches in numbers that do not rise")
+    source = known.of if isinstance(known, Chosen) else known
+    if not isinstance(source, PerId):
+        raise Unread("it looks up what are no ids")
+    made = PerId(source.group, IdExpression(function, (kept, source.expression)), source.positions)
+    return Chosen(made, known.condition) if isinstance(known, Chosen) else made
+
+
+def _id_array(array: torch.Tensor) -> IdArray:
+    if array.dim() != 1 or not array.numel() or array.is_floating_point() or array.is_complex():
+        raise Unread("it looks ids up in what is no list of whole numbers")
+    return IdArray(fixed_array(array).astype(np.int64, copy=False))
+
+
+@reads("aten.searchsorted", "aten.bucketize")
+def read_search(reader: Reader, op: Op) -> Known:
+    """Where ids stand among numbers that rise."""
+    numbers, ids = op.args[:2] if op.name == "aten.searchsorted" else (op.args[1], op.args[0])
+    names = ("out_int32", "right", "side", "sorter")
+    given = dict(zip(names, op.args[2:], strict=False)) | dict(op.kwargs)
+    if given.get("sorter") is not None:
+        raise Unread("it has an order of its own")
+    right = bool(given.get("right")) or given.get("side") == "right"
+    return looked_up_in(reader, op, reader.fixed(numbers), reader.of(ids), "search_right" if right else "search")
+
+
+@reads("aten.empty_like", "aten.ones_like", "aten.full_like")
+def read_like(reader: Reader, op: Op) -> Known:
+    """A number for each id, the same for all, or not set yet."""
+    known = reader.of(op.args[0])
+    if not isinstance(known, PerId):
+        raise Unread("it makes as many numbers as there are of something else")
+    if op.name == "aten.empty_like":
+        return PerId(known.group, _UNSET, known.positions)
+    number = 1 if op.name == "aten.ones_like" else op.args[1]
+    return _like(reader, op, known, number)
+
+
+def _like(reader: Reader, op: Op, known: PerId, number: Any) -> PerId:
+    if reader.recording.tensors[op.outputs[0] or 0].dtype.is_floating_point or not isinstance(number, int):
+        raise Unread("it makes floats")
+    nothing = IdExpression("mul", (IDS, 0))
+    return PerId(known.group, IdExpression("add", (nothing, number)), known.positions)
+
+
+def chosen(reader: Reader, op: Op, known: PerId, condition: Known) -> Chosen:
+    """Those ids for which a truth value is true."""
+    if not isinstance(condition, PerId) or reader.recording.tensors[op.args[1][0].number].dtype != torch.bool:
+        raise Unread("it takes ids by ids")
+    if known.group != condition.group or not all(map(torch.equal, known.positions, condition.positions)):
+        raise Unread("it chooses by a condition on other ids")
+    return Chosen(known, condition.expression)
+
+
+@reads("aten.index_put_", "aten.index_put")
+def read_index_put(reader: Reader, op: Op) -> Known:
+    """Numbers of those ids for which a condition is true, replaced."""
+    base = reader.of(op.args[0])
+    if not isinstance(base, PerId) or len(op.args[1]) != 1 or (len(op.args) > 3 and op.args[3]) or op.kwargs:
+        raise Unread("it puts numbers into what are none of ids, or adds them")
+    condition = chosen(reader, op, base, reader.of(op.args[1][0])).condition
+    value = reader.of(op.args[2])
+    if isinstance(value, Fixed) and value.tensor.numel() == 1:
+        put: Any = value.tensor.item()
+    elif isinstance(value, Chosen) and value.condition == condition and value.of.group == base.group:
+        if not all(map(torch.equal, value.of.positions, base.positions)):
+            raise Unread("it puts numbers of other ids")
+        put = value.of.expression
+    else:
+        raise Unread("it puts numbers of other ids")
+    return PerId(base.group, _where(condition, put, base.expression), base.positions)
+
+
+def _where(condition: IdExpression, yes: Any, no: Any) -> IdExpression:
+    """A choice. What the other side of the same condition has put is kept alone: nothing is left of what was before."""
+    before = no.arguments if isinstance(no, IdExpression) and no.function == "where" else (None,)
+    if condition.function == "not" and before[0] == condition.arguments[0]:
+        return IdExpression("where", (before[0], before[1], yes))
+    return IdExpression("where", (condition, yes, no))
+
+
+@reads("fbgemm.zero_collision_hash")
+def read_zero_collision_hash(reader: Reader, op: Op) -> Any:
+    """A place in the list of known ids, or one that an unknown id shares."""
+    schema = getattr(op.call, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    given = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
+    known, identities = reader.of(given["input"]), reader.fixed(given["identities"])
+    if not isinstance(known, PerId) or not given.get("readonly") or given.get("disable_fallback"):
+        raise Unread("it learns ids while it serves, or drops those that it does not know")
+    if given.get("local_sizes") is not None or given.get("offsets") is not None:
+        raise Unread("it puts ids into parts of a table")
+    last = identities.shape[0] - 1
+    made = IdExpression("zero_collision_hash", (known.expression, last))
+    return PerId(known.group, made, known.positions), Opaque("fbgemm.zero_collision_hash: what it drops")
 
 
 def converted(known: PerId, before: torch.dtype, kind: torch.dtype) -> PerId:
@@ -79,14 +213,30 @@ def rearranged(reader: Reader, op: Op) -> Any:
     if not sources:
         return _structure(reader, op)
     _check_taken(reader, op)
-    for source in sources:
-        if (source.group, source.expression) != (sources[0].group, sources[0].expression):
-            raise Unread("it mixes ids of different groups, or to which different things were done")
+    expression = _shared(reader, sources)
     made = [_moved(reader, op, which) for which in (0, 1)]
-    results = [
-        PerId(sources[0].group, sources[0].expression, (first, second)) for first, second in zip(*made, strict=True)
-    ]
+    results = [PerId(sources[0].group, expression, (first, second)) for first, second in zip(*made, strict=True)]
     return tuple(results) if len(op.outputs) > 1 else results[0]
+
+
+def _shared(reader: Reader, sources: list[PerId]) -> IdExpression:
+    """What was done to the ids of all sources: by feature, where it is not the same. Raises Unread where it is not even
+    the same for all ids of a feature."""
+    first = sources[0]
+    if any(source.group != first.group for source in sources):
+        raise Unread("it mixes ids of different groups")
+    if all(source.expression == first.expression for source in sources):
+        return first.expression
+    lengths = reader.groups[first.group]
+    done: dict[int, Any] = {}
+    for source in sources:
+        for positions, each in zip(source.positions, lengths, strict=True):
+            features = np.searchsorted(np.cumsum(each.sum(axis=1)), positions.ravel().numpy(), side="right")
+            for feature in np.unique(features).tolist():
+                own = of_feature(source.expression, feature)
+                if done.setdefault(feature, own) != own:
+                    raise Unread("it mixes ids of one feature to which different things were done")
+    return IdExpression("by_feature", tuple(done.get(feature, _UNSET) for feature in range(len(lengths[0]))))
 
 
 def _check_taken(reader: Reader, op: Op) -> None:
@@ -159,6 +309,8 @@ def read_zeros(reader: Reader, op: Op) -> Known:
     """Zeros beside lengths are the first offset."""
     if isinstance(known := reader.of(op.args[0]), Structure):
         return known
+    if op.name == "aten.zeros_like" and isinstance(known, PerId):
+        return _like(reader, op, known, 0)
     raise Unread("its size follows from how many rows there are")
 
 
@@ -270,6 +422,10 @@ def _lookup(
     # Weights lead to no row of a table: where they are not known, the ids are bounded all the same.
     if weights is not None:
         step = replace(step, weights=_weights_of(reader, known, weights))
+    if unknown := next(
+        (each for part in (expression, step.weights) for each in functions_of(part) if each not in _STEPS), ""
+    ):
+        return Opaque(f"fbgemm.{unknown}: no step for it" if unknown != "unset" else f"{op.name}: an id may be unset")
     if pooling not in _POOLING:
         kind = (
             "pooling by the largest is" if op.name.startswith("aten.") else "sequences of vectors, one for each id, are"
@@ -283,6 +439,16 @@ def _weights_of(reader: Reader, ids: PerId, weights: Any) -> IdExpression:
     if not isinstance(given, PerId) or not all(map(torch.equal, given.positions, ids.positions)):
         raise Unread("its weights are not the ids' own")
     return given.expression
+
+
+_STEPS = frozenset({"ids", "weights", "by_feature", *ID_FUNCTIONS})
+
+
+def functions_of(expression: Any) -> list[str]:
+    """The names of all functions in an expression."""
+    if not isinstance(expression, IdExpression):
+        return []
+    return [expression.function, *(name for part in expression.arguments for name in functions_of(part))]
 
 
 def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int, ...]:

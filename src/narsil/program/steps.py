@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Bags",
     "Concat",
     "Elementwise",
+    "IdArray",
     "IdExpression",
     "LayerNorm",
     "Linear",
@@ -38,6 +40,7 @@ __all__ = [
     "Table",
     "Take",
     "evaluate_ids",
+    "of_feature",
 ]
 
 Values = NDArray[np.float64]  # (B, *shape); truth values are 0 and 1
@@ -126,6 +129,20 @@ ID_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "to_float32": lambda x: np.asarray(x).astype(np.float32).astype(np.float64),
     "to_float64": lambda x: np.asarray(x).astype(np.float64),
     "to_integer": lambda x: np.trunc(x).astype(np.int64),
+    "relu": lambda x: np.maximum(x, 0),  # floats would not hold all whole numbers
+    "fmod": np.fmod,
+    "floor_divide": np.floor_divide,
+    "truncated_divide": lambda x, y: (x - np.fmod(x, y)) // y,
+    "bit_and": np.bitwise_and,
+    "bit_or": np.bitwise_or,
+    "bit_xor": np.bitwise_xor,
+    "bit_not": np.invert,
+    "shift_left": np.left_shift,
+    "shift_right": np.right_shift,
+    # Ids that are let in stay inside of the array: see program/bounds.py.
+    "take": lambda array, x: array.values[np.clip(x, 0, len(array.values) - 1)],
+    "search": lambda array, x: np.searchsorted(array.values, x),
+    "search_right": lambda array, x: np.searchsorted(array.values, x, side="right"),
 }
 
 
@@ -145,17 +162,54 @@ class Bags:
         return self.lengths[feature], self.values[start:stop], weights
 
 
+@dataclass(frozen=True, eq=False)
+class IdArray:
+    """Whole numbers of the model's own in which ids are looked up, or searched: not empty."""
+
+    values: NDArray[np.int64]  # (N,)
+
+    @cached_property
+    def rises(self) -> bool:
+        """Whether no number is less than the one before it."""
+        return bool((self.values[1:] >= self.values[:-1]).all())
+
+    def range(self, first: int, last: int) -> tuple[int, int]:
+        """The least and the most of the numbers from one place to another, both included."""
+        if (first, last) == (0, len(self.values) - 1):
+            return self._range
+        part = self.values[first : last + 1]
+        return int(part.min()), int(part.max())
+
+    @cached_property
+    def _range(self) -> tuple[int, int]:
+        return int(self.values.min()), int(self.values.max())
+
+
 @dataclass(frozen=True)
 class IdExpression:
-    """A number for each id: the id itself, its weight, a constant, or what an ELEMENTWISE function makes of such."""
+    """A number for each id: the id itself, its weight, a constant, or what an ELEMENTWISE function makes of such.
 
-    function: str  # "ids", "weights", or a name of ID_FUNCTIONS
-    arguments: tuple[Any, ...] = ()  # IdExpression or numbers
+    ``by_feature`` has one argument for each feature of the group: what is made of that feature's ids.
+    """
+
+    function: str  # "ids", "weights", "by_feature", or a name of ID_FUNCTIONS
+    arguments: tuple[Any, ...] = ()  # IdExpression, IdArray or numbers
 
     @property
     def is_plain(self) -> bool:
         """Whether it is what the request says, unchanged."""
         return self.function in ("ids", "weights")
+
+
+def of_feature(expression: Any, feature: int) -> Any:
+    """What an expression is for the ids of one feature."""
+    if not isinstance(expression, IdExpression) or not expression.arguments:
+        return expression
+    if expression.function == "by_feature":
+        return of_feature(expression.arguments[feature], feature)
+    arguments = tuple(of_feature(argument, feature) for argument in expression.arguments)
+    same = all(one is other for one, other in zip(arguments, expression.arguments, strict=True))
+    return expression if same else IdExpression(expression.function, arguments)
 
 
 def evaluate_ids(expression: Any, ids: NDArray[Any], weights: NDArray[Any] | None) -> Any:
@@ -244,9 +298,11 @@ class Lookup(Step):
 
     def _pooled(self, bags: Bags, feature: int, table: Table) -> Values:
         lengths, ids, weights = bags.of(feature)
-        rows = table.vectors(np.asarray(evaluate_ids(self.ids, ids, weights)).astype(np.int64))
+        own = of_feature(self.ids, feature)
+        rows = table.vectors(np.asarray(evaluate_ids(own, ids, weights)).astype(np.int64))
         if self.weights is not None:
-            rows = rows * np.asarray(evaluate_ids(self.weights, ids, weights), np.float64)[:, None]
+            weighing = evaluate_ids(of_feature(self.weights, feature), ids, weights)
+            rows = rows * np.asarray(weighing, np.float64)[:, None]
         sums = np.zeros((len(lengths), table.dim))
         np.add.at(sums, np.repeat(np.arange(len(lengths)), lengths), rows)
         return sums / np.maximum(lengths, 1)[:, None] if self.pooling == "mean" else sums

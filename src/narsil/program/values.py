@@ -8,7 +8,7 @@ from torch import Tensor
 
 from narsil.program.steps import IdExpression
 
-__all__ = ["Column", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread"]
+__all__ = ["Chosen", "Column", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread"]
 
 
 class Unread(Exception):
@@ -41,6 +41,14 @@ class PerId:
     positions: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A number for each of those ids for which a condition is true, in their order."""
+
+    of: PerId  # what it is, would it be of all ids
+    condition: IdExpression
+
+
 @dataclass(frozen=True)
 class Structure:
     """Lengths, offsets and sums of them, made of the request's lengths by nothing that looks at their values."""
@@ -55,4 +63,4 @@ class Opaque:
     reason: str
 
 
-Known = Column | Fixed | PerId | Structure | Opaque
+Known = Column | Fixed | PerId | Chosen | Structure | Opaque
