@@ -15,7 +15,7 @@ N rows, D = 13 dense features, T = 26 sparse features of one id each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from training import Floats, Report, auc, fit, training_bar
 
 from narsil.packaging.dlrm import DlrmConfig
 from narsil.packaging.modules import Dlrm
@@ -37,9 +37,7 @@ SPARSE_FEATURES = 26
 CRITEO_COLUMNS = 1 + DENSE_FEATURES + SPARSE_FEATURES
 MISSING_ROW = 0  # of every table: the id of an empty category
 
-Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
-Report = Callable[[int, int, float], None]  # steps done, steps in all, running loss
 
 
 class MalformedLineError(ValueError):
@@ -147,23 +145,6 @@ def split(log: ClickLog, held_out: float) -> tuple[ClickLog, ClickLog]:
     return log.take(slice(0, boundary)), log.take(slice(boundary, len(log)))
 
 
-def auc(labels: Floats, scores: Floats) -> float:
-    """The probability that a clicked row outscores an unclicked one, ties counting half; NaN with one class only.
-
-    Exact, by the rank sum of Mann and Whitney with tied scores at their mean rank.
-    """
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_ranks = last - (counts - 1) / 2
-    clicked = labels > 0.5
-    positives = int(clicked.sum())
-    negatives = len(labels) - positives
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    rank_sum = float(mean_ranks[inverse[clicked]].sum())
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
-
-
 def build_model(config: DlrmConfig) -> Dlrm:
     """A DLRM ready for training: small initial embeddings, and gradients of the touched rows alone."""
     with torch.random.fork_rng(devices=[]):
@@ -185,34 +166,13 @@ def logits(model: Dlrm, dense: Tensor, ids: Tensor) -> Tensor:
 
 def train(model: Dlrm, log: ClickLog, *, epochs: int, batch_size: int, seed: int, report: Report | None = None) -> None:
     """Minimise the log loss over `log` in place; the order of rows depends on `seed` alone."""
-    tables: list[nn.Parameter] = []
-    layers: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (tables if ".embedding_bags." in name else layers).append(parameter)
-    # Adagrad gives rare ids large steps, and only to the rows that a batch touches.
-    optimizers = [torch.optim.Adagrad(tables, lr=0.02), torch.optim.Adam(layers, lr=1e-3)]
-    order = torch.Generator().manual_seed(seed)
     dense, ids, labels = (torch.from_numpy(array) for array in (log.dense, log.ids, log.labels))
-    steps = epochs * -(-len(log) // batch_size)
-    done, running_loss = 0, float("nan")
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(logits(model, dense[rows], ids[rows]), labels[rows])
+
     model.train()
-    # Adagrad builds its own sparse tensors, from gradients that torch made: nothing to check, and torch warns of the
-    # choice being left open.
-    with torch.sparse.check_sparse_tensor_invariants(False):
-        for _ in range(epochs):
-            for rows in torch.randperm(len(log), generator=order).split(batch_size):
-                loss = nn.functional.binary_cross_entropy_with_logits(
-                    logits(model, dense[rows], ids[rows]), labels[rows]
-                )
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                done += 1
-                running_loss = loss.item() if done == 1 else 0.98 * running_loss + 0.02 * loss.item()
-                if report is not None:
-                    report(done, steps, running_loss)
+    fit(model.named_parameters(), loss_of, len(log), epochs=epochs, batch_size=batch_size, seed=seed, report=report)
 
 
 def predict(model: Dlrm, log: ClickLog, batch_size: int = 8192) -> Floats:
@@ -240,25 +200,6 @@ def save_held_out(log: ClickLog, scores: Floats, path: Path) -> None:
     """Write dense (N, D), ids (N, T), labels (N,) and the FP32 model's scores (N,) as `.npz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, dense=log.dense, ids=log.ids, labels=log.labels, scores=scores)
-
-
-def _train_with_progress(
-    model: Dlrm, log: ClickLog, console: Console, *, epochs: int, batch_size: int, seed: int
-) -> None:
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=None, loss=float("nan"))
-
-        def report(done: int, steps: int, loss: float) -> None:
-            progress.update(task, completed=done, total=steps, loss=loss)
-
-        train(model, log, epochs=epochs, batch_size=batch_size, seed=seed, report=report)
 
 
 def _checked_out(_context: click.Context, _option: click.Parameter, path: Path) -> Path:
@@ -308,7 +249,8 @@ def main(
     console.print(f"{len(training)} rows to train on, {len(validation)} held out, {log.labels.mean():.1%} clicked")
 
     model = build_model(config)
-    _train_with_progress(model, training, console, epochs=epochs, batch_size=batch_size, seed=seed)
+    with training_bar(console) as report:
+        train(model, training, epochs=epochs, batch_size=batch_size, seed=seed, report=report)
 
     scores = predict(model, validation)
     console.print(f"AUC in training   {auc(training.labels, predict(model, training)):.4f}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,21 +18,16 @@ from narsil.packaging.checkpoint import load_checkpoint  # noqa: E402
 from narsil.packaging.dlrm import DlrmConfig  # noqa: E402
 from narsil.packaging.modules import fp32_model, fp32_scores  # noqa: E402
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_dlrm.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 200
 SMALL = DlrmConfig(rows=ROWS, dim=8, dense_arch=(16, 8), over_arch=(16, 1))
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("train_dlrm", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules["train_dlrm"] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_dlrm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))  # as `python examples/train_dlrm.py` has it
+        yield importlib.import_module("train_dlrm")
 
 
 def criteo_line(label: str = "1", integers: str = "5", categories: str = "68fd1e64") -> str:

@@ -155,3 +155,4 @@ def test_rows_are_taken_with_their_bags():
 def test_bags_are_found_in_another_order():
     lengths = np.array([2, 0, 1, 3], np.int32)
     assert of_bags(lengths, np.array([3, 0, 1, 2])).tolist() == [3, 4, 5, 0, 1, 2]
+    assert of_bags(lengths, np.array([3])).tolist() == of_bags(lengths, np.array([3, 1])).tolist() == [3, 4, 5]

@@ -97,12 +97,12 @@ def rows_of(batch: Batch, keep: NDArray[np.bool_]) -> Batch:
 
 
 def of_bags(lengths: NDArray[np.integer[Any]], order: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """(N,) positions of the ids of bags that lie end to end, bag by bag in another order. ``lengths``: (bags,) as they
-    lie."""
+    """(N,) positions of the ids of bags that lie end to end, of all or some in another order. ``lengths``: (bags,) as
+    they lie."""
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     ordered = lengths[order]
     ends = np.cumsum(ordered, dtype=np.int64)
-    positions: NDArray[np.int64] = np.repeat(starts[order] - (ends - ordered), ordered) + np.arange(lengths.sum())
+    positions: NDArray[np.int64] = np.repeat(starts[order] - (ends - ordered), ordered) + np.arange(ordered.sum())
     return positions
 
 
