@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from narsil.program.ragged import per_id
 from narsil.program.reader import Reader, fixed_array, reads
 from narsil.program.recording import Op
 from narsil.program.steps import Elementwise, Operand, Reduce, Step, Take
-from narsil.program.values import Column, Fixed, Known, Opaque, Unread
+from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Unread
 
 
 class _Making:
@@ -202,6 +203,9 @@ def read_three(reader: Reader, op: Op) -> Known:
 @reads("aten.masked_fill", "aten.masked_fill_")
 def read_masked_fill(reader: Reader, op: Op) -> Known:
     """A number where a mask says so."""
+    if isinstance(reader.of(op.args[0]), PerId):
+        known = [item if isinstance(item, int | float) else reader.of(item) for item in op.args[:3]]
+        return per_id(reader, op, "where", [known[1], known[2], known[0]], ())
     making = _Making(reader, op)
     mask, value = making.other(op.args[1]), making.other(op.args[2])
     if isinstance(value, Column) or np.size(value) != 1:

@@ -157,12 +157,6 @@ def read_where(reader: Reader, op: Op) -> Known:
     return elementwise(reader, op, "where", op.args)
 
 
-@reads("aten.masked_fill", "aten.masked_fill_")
-def read_masked_fill(reader: Reader, op: Op) -> Known:
-    """A number where a condition is true."""
-    return elementwise(reader, op, "where", (op.args[1], op.args[2], op.args[0]))
-
-
 @reads(
     *("aten.clamp", "aten.clamp_", "aten.clamp_min", "aten.clamp_min_", "aten.clamp_max", "aten.clamp_max_"),
     "aten.hardtanh",
