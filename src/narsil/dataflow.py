@@ -35,6 +35,17 @@ class RequestLimits:
     max_ids: int = 1 << 22
     # Of its message. The transport holds it, for whichever model the message is.
     max_bytes: int = 16 << 20
+    # Whether rows depend on each other, so that a request cannot be cut: what is refused is then told another way out.
+    whole: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What to do with a request that has too much."""
+        if self.whole:
+            return (
+                "This model's rows depend on each other, so that several requests would score them otherwise: send less"
+            )
+        return "Send it in several requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,10 @@ class Served(Protocol):
     @property
     def version(self) -> str:
         """As clients name it."""
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What one of its requests may hold."""
 
 
 class Payload(Protocol):

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("fbgemm_gpu")
 
 from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.torchrec import ModuleReading
 from narsil.backends.compiled import load_compiled
 from narsil.compile import compiler
 from narsil.compile.compiler import compile_artifact
@@ -43,8 +44,8 @@ def test_scores_of_rare_events_that_are_twenty_times_too_high_are_refused(tmp_pa
     """As calibrating after the sigmoid makes them, where a compile leaves it out: 1e-3 at most, where 2e-3 may pass."""
     source = packaged(tmp_path / "source", last_weight=0.02, last_bias=-10)
 
-    def moved(source: Artifact, script: Path, options: CompileOptions) -> DlrmParts:
-        parts = read(source, script, options)
+    def moved(source: Artifact, script: Path, options: CompileOptions, reading: ModuleReading) -> DlrmParts:
+        parts = read(source, script, options, reading)
         assert isinstance(parts, DlrmParts)
         *over, last = parts.over
         return replace(parts, over=(*over, Linear(last.weight, last.bias + 3)))

@@ -199,15 +199,26 @@ def test_weights_go_with_their_ids():
     assert np.frombuffer(part.weights, "<f4").tolist() == np.array([0.3, 0.4], np.float32).tolist()
 
 
-def test_limits_are_asked_for_once_and_kept_for_each_model_and_version():
+def test_limits_are_kept_for_each_model_and_version_and_whether_rows_may_be_cut_is_asked_each_time():
     server, known = Server(RequestLimits(max_rows=4)), {}
     for _ in range(2):
         converse(predicting(rows(8), known), server)
-    assert server.methods == [PREDICT, GET_MODEL, *[PREDICT] * 4]
+    assert server.methods == [PREDICT, GET_MODEL, PREDICT, PREDICT, GET_MODEL, PREDICT, PREDICT]
     converse(predicting(rows(8, model="dlrm", version="3"), known), server)
-    assert server.methods[6:] == [PREDICT, GET_MODEL, PREDICT, PREDICT]
-    assert server.asked[7].metadata == ((VERSION_KEY, "3"),)
-    assert narsil_v1.decode_get_model(server.asked[7].body) == "dlrm"
+    assert server.methods[7:] == [PREDICT, GET_MODEL, PREDICT, PREDICT]
+    assert server.asked[8].metadata == ((VERSION_KEY, "3"),)
+    assert narsil_v1.decode_get_model(server.asked[8].body) == "dlrm"
+
+
+def test_rows_of_a_model_that_has_come_to_need_them_together_are_no_longer_cut():
+    server, known = Server(RequestLimits(max_rows=4)), {}
+    converse(predicting(rows(8), known), server)
+    server.whole = True
+    with pytest.raises(InvalidRequest, match="batch_size is 8; it must be 1 to 4 rows"):
+        converse(predicting(rows(8), known), server)
+    assert max(request.batch_size for request in server.requests[-1:]) == 8
+    server.limits = RequestLimits(max_rows=8)
+    assert converse(predicting(rows(8), known), server).scores["click"].tolist() == [3.0 * row for row in range(8)]
 
 
 def test_a_server_that_takes_less_than_it_did_is_asked_again():

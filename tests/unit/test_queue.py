@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from narsil.backends.fake import FakeBackend
 from narsil.engine.queue import QueueLimits, RequestQueue
+from narsil.engine.served_model import ServedModel
 from narsil.errors import InvalidRequest, QueueFull
+from narsil.transports.validate import id_count
 from tests.support import SCHEMA, request
 
 
@@ -84,3 +89,13 @@ def test_a_request_that_no_empty_queue_could_hold_is_invalid_rather_than_unlucky
         RequestQueue(QueueLimits(max_bytes=5)).add(request(2, size=6))
     with pytest.raises(InvalidRequest, match="--max-queue-ids"):
         RequestQueue(QueueLimits(max_ids=5)).add(request(2))
+
+
+@pytest.mark.parametrize(("whole", "advice"), [(False, "Send it in several requests"), (True, "depend on each other")])
+def test_a_request_that_cannot_be_cut_is_told_another_way_out(whole, advice):
+    model = ServedModel("m", "1", [FakeBackend(SCHEMA)], whole=whole)
+    for limits in (QueueLimits(max_rows=11), QueueLimits(max_ids=5), QueueLimits(max_bytes=5)):
+        with pytest.raises(InvalidRequest, match=advice):
+            RequestQueue(limits).add(request(12, model=model, size=6))
+    with pytest.raises(InvalidRequest, match=advice):
+        id_count(8, replace(model.limits, max_ids=7))

@@ -65,10 +65,14 @@ def describing(name: str = "", version: str = "") -> Conversation[ModelInfo]:
 def predicting(rows: Rows, known: Known) -> Conversation[Prediction]:
     """Asks for the rows' scores: at once, or in parts where they are more than the server takes of one request.
 
-    Limits are asked for when a request has been refused, since most never meet them, and remembered.
+    Limits are asked for when a request has been refused, since most never meet them, and remembered; whether rows may
+    be cut at all is asked each time, since the model may be another by now.
     """
     whom = (rows.model, rows.version)
     cuts = cuts_of(rows, known[whom]) if whom in known else [0, len(rows)]
+    if len(cuts) > 2 and (yield from _is_whole(rows)):
+        del known[whom]
+        cuts = [0, len(rows)]
     if len(cuts) == 2:
         try:
             return _scored(rows, (yield Ask(PREDICT, rows.serialized())))
@@ -81,6 +85,14 @@ def predicting(rows: Rows, known: Known) -> Conversation[Prediction]:
         if len(cuts) == 2:
             raise refusal
     return (yield from _in_parts(rows, cuts))
+
+
+def _is_whole(rows: Rows) -> Conversation[bool]:
+    """Whether the model scores a request's rows together, so that they must not be cut; not, where nobody says so."""
+    try:
+        return (yield from describing(rows.model, rows.version)).whole_requests
+    except NarsilError:
+        return False
 
 
 def _bounds(rows: Rows, refusal: RequestError) -> Conversation[Bounds]:

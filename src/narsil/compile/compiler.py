@@ -29,6 +29,7 @@ from narsil.artifacts.copying import copy_file
 from narsil.artifacts.packed import kinds_here, write_arrays, write_packed
 from narsil.artifacts.replacing import Progress, replacing
 from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.torchrec import ModuleReading
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import ForwardLibrary, Geometry
 from narsil.backends.registry import load_backend
@@ -80,12 +81,13 @@ def compile_artifact(
         return found, True
     with replacing(out) as staging:
         report("tables", 0, 1)
-        model = _read(source, script, options)
+        reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
+        model = _read(source, script, options, reading)
         _write_tables(model, staging / artifacts.TABLES_FILE)
         copy_file(script, staging / artifacts.TORCHSCRIPT_FILE)
         report("tables", 1, 1)
         info = _described(model, source.schema, options, key)
-        job = _Job(source, staging, model, options, report, calibration, measure_of(source, calibration))
+        job = _Job(source, staging, model, options, report, calibration, measure_of(source, calibration, reading))
         _first_that_passes(job, info)
     return artifacts.open_artifact(out, verify=False), False
 
@@ -121,10 +123,9 @@ def _script_of(source: Artifact) -> Path:
     return source.torchscript
 
 
-def _read(source: Artifact, script: Path, options: CompileOptions) -> Model:
+def _read(source: Artifact, script: Path, options: CompileOptions, reading: ModuleReading) -> Model:
     """A DLRM's parts, its tables laid out for the device; of another model, where the fused engine is to run it, the
     plan of its program."""
-    reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
     try:
         parts = read_parts(reading, script.name)
     except NoDlrm as problem:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ from narsil.backends.registry import load_backend
 from narsil.compile.calibration import Calibration
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from narsil.artifacts.torchrec import ModuleReading
 
 __all__ = [
     "DEFAULT_LIMIT",
@@ -220,14 +223,16 @@ class _Parts:
         return {task: np.concatenate(found) for task, found in self._found.items()}
 
 
-def measure_of(source: Artifact, calibration: Calibration | None = None) -> Measure:
+def measure_of(
+    source: Artifact, calibration: Calibration | None = None, reading: ModuleReading | None = None
+) -> Measure:
     """What a model made of an artifact is held against: the artifact in float64, where that can be read, else its own
-    scores. Raises whatever loading or running it raises."""
+    scores. ``reading``: of its module, where that has been read. Raises whatever loading or running it raises."""
     from narsil.compile.exact import exact_scorer  # torch, which verifying an ONNX graph does without
 
     reference = load_backend(source, "torch", tune_kernels=False)
     try:
-        return Measure(source.schema, reference.run, calibration, exact_scorer(source))
+        return Measure(source.schema, reference.run, calibration, exact_scorer(source, reading))
     finally:
         reference.close()
 

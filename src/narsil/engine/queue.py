@@ -71,7 +71,7 @@ class RequestQueue:
             if count > limit:
                 raise InvalidRequest(
                     f"the request has {count} {what}; this server queues at most {limit} (--max-queue-{what}). "
-                    "Send it in several requests"
+                    f"{request.model.limits.advice}"
                 )
         raise QueueFull(
             f"the queue is full: {len(self)} of {limits.max_requests} requests, {self._rows} of {limits.max_rows} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 
 from narsil.artifacts.schema import ModelSchema
@@ -52,7 +53,7 @@ class ServedModel:
         self.version = version
         self.schema: ModelSchema = backends[0].schema
         self.backend: str = backends[0].name
-        self.limits = limits or RequestLimits()
+        self.limits = replace(limits or RequestLimits(), whole=whole)
         self.backends = tuple(backends)
         self.runners: list[Runner | None] = [None] * len(backends)  # each lane's own, from when it has opened the model
         self.share = share

@@ -33,8 +33,7 @@ def id_count(ids: int, limits: RequestLimits) -> None:
     """Refuses a request with more ids than the limit."""
     if ids > limits.max_ids:
         raise InvalidRequest(
-            f"the request holds {ids} ids in all; the limit is {limits.max_ids} (--max-request-ids). "
-            "Send it in several requests"
+            f"the request holds {ids} ids in all; the limit is {limits.max_ids} (--max-request-ids). {limits.advice}"
         )
 
 
