@@ -26,3 +26,4 @@ def _classes(name: str) -> Any:
 narsil_pb2 = _classes("narsil.proto")
 predictor_pb2 = _classes("predictor.proto")
 health_pb2 = _classes("grpc/health/v1/health.proto")
+inference_pb2 = _classes("inference.proto")

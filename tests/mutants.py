@@ -49,6 +49,8 @@ CORE = {
     "transports/validate.py": ["test_codec_predictor.py", "test_predictor_widths.py", "test_codec_narsil.py"],
     "transports/codec/predictor.py": ["test_codec_predictor.py", "test_predictor_widths.py"],
     "transports/codec/narsil_v1.py": ["test_codec_narsil.py"],
+    "transports/codec/oip.py": ["test_codec_oip.py"],
+    "transports/codec/tensors.py": ["test_codec_tensors.py"],
     "wire.py": ["test_wire.py", "test_codec_predictor.py", "test_codec_narsil.py"],
     "artifacts/rows.py": ["test_rows.py"],
     "compile/calibration.py": ["test_calibration.py"],

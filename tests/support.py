@@ -24,7 +24,7 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.extension import AVAILABLE
-from narsil.telemetry.observer import Observer
+from narsil.telemetry.observer import ModelCounts, Observer
 from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
@@ -198,6 +198,7 @@ def grpc_transport(
     limits: RequestLimits | None = None,
     kind: str = "grpcio",
     observer: Observer | None = None,
+    counts: Callable[[str, str], ModelCounts] | None = None,
     **options: Any,
 ) -> Iterator[tuple[Transport, str, OnLoop]]:
     """The engine's model behind a real gRPC socket on loopback, on an event loop in a thread of its own.
@@ -217,9 +218,9 @@ def grpc_transport(
         if kind == "native":
             from narsil.transports.native import NativeOptions, NativeTransport
 
-            transport = NativeTransport(engine, NativeOptions(**options), observer)
+            transport = NativeTransport(engine, NativeOptions(**options), observer, counts)
         else:
-            transport = GrpcAioTransport(engine, GrpcOptions(**options), observer)
+            transport = GrpcAioTransport(engine, GrpcOptions(**options), observer, counts)
         engine.model.limits = limits or engine.model.limits
         transport.serve(Catalog([engine.model]))
         return transport, await transport.start()

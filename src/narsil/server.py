@@ -8,6 +8,7 @@ import gc
 import logging
 import ssl
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from narsil.engine.served_model import ServedModel
 from narsil.errors import ConfigError, NarsilError, first_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
-from narsil.telemetry.observer import CountingObserver, Observer
+from narsil.telemetry.observer import CountingObserver, ModelCounts, Observer
 from narsil.transports.base import Transport
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
@@ -76,7 +77,7 @@ class Server:
         self._guard = FileGuard(self.models, partial(self._withdrawn, asyncio.get_running_loop()))
         await asyncio.to_thread(self._add_model)
         settle_process()
-        self._transport = make_transport(self._engine, settings, self._observer)
+        self._transport = make_transport(self._engine, settings, self._observer, self._observer.model)
         self.models.subscribe(self._transport.serve)
         self._signals = StopSignals()  # from here on there may be something in flight
         try:
@@ -183,7 +184,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
-def make_transport(engine: Engine, settings: ServeSettings, observer: Observer | None = None) -> Transport:
+def make_transport(
+    engine: Engine,
+    settings: ServeSettings,
+    observer: Observer | None = None,
+    counts: Callable[[str, str], ModelCounts] | None = None,
+) -> Transport:
     """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
     if settings.transport == "native" and not AVAILABLE:
         raise ConfigError(
@@ -193,7 +199,7 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
     if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
         log.info("transport: grpcio%s", f" (no native one: {MISSING})" if MISSING else "")
         warn_of(settings.given_in_vain(transport="grpcio"))
-        return GrpcAioTransport(engine, grpc_options(settings), observer)
+        return GrpcAioTransport(engine, grpc_options(settings), observer, counts)
     from narsil.transports.native import NativeOptions, NativeTransport
 
     log.info("transport: native")
@@ -208,6 +214,7 @@ def make_transport(engine: Engine, settings: ServeSettings, observer: Observer |
             settings.max_resets_per_second,
         ),
         observer,
+        counts,
     )
 
 

@@ -22,7 +22,7 @@ from narsil.client import Client, TransportError, read_response
 from narsil.dataflow import Features, OneHot, Result
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import InvalidRequest, ModelNotFound
+from narsil.errors import InvalidRequest, ModelNotFound, RequestError
 from narsil.telemetry.observer import CountingObserver
 from narsil.transports import endpoints
 from narsil.transports.base import Transport
@@ -320,6 +320,9 @@ class Planted:
 
     def encode(self, decoded: Decoded, result: Result) -> bytes:
         raise ValueError("no such field")
+
+    def refusal(self, error: RequestError) -> bytes | None:
+        return None
 
 
 NEW_WIRE = "/new.Wire/Score"

@@ -27,6 +27,7 @@ def test_every_proto_file_is_described():
     assert [file.name for file in files()] == [
         "grpc/health/v1/health.proto",
         "grpc/reflection/v1alpha/reflection.proto",
+        "inference.proto",
         "narsil.proto",
         "predictor.proto",
     ]

@@ -34,6 +34,7 @@ def test_the_services_are_listed_in_order(reflection):
     assert [service.name for service in ask(reflection, list_services="*").list_services_response.service] == [
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
         "narsil.v1.Inference",
         "predictor.Predictor",
     ]

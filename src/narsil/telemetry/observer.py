@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,6 +122,9 @@ class ModelCounts:
     collate: float = 0.0
     execute: float = 0.0
     busy: float = 0.0
+    answered: float = 0.0  # all stages of requests that were answered
+    failed: float = 0.0  # and of others
+    last: float = 0.0  # seconds since the epoch when the last request ended
 
 
 class CountingObserver(Observer):
@@ -156,6 +160,7 @@ class CountingObserver(Observer):
 
     def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """See Observer.ended."""
+        now = time.time()
         with self._lock:
             for request, result in ends:
                 counts = self._of(request.model)
@@ -164,6 +169,11 @@ class CountingObserver(Observer):
                 counts.queue += times.queue
                 counts.collate += times.collate
                 counts.execute += times.execute
+                counts.last = now
+                if result.error is None:
+                    counts.answered += times.queue + times.collate + times.execute
+                else:
+                    counts.failed += times.queue + times.collate + times.execute
 
     def ran(self, model: Served, requests: int, rows: int, seconds: float) -> None:
         """See Observer.ran."""

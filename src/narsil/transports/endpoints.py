@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from narsil.catalog.catalog import Catalog
 from narsil.dataflow import Features, Result
 from narsil.engine.served_model import ServedModel
-from narsil.errors import InvalidRequest
-from narsil.transports.codec import narsil_v1, predictor
+from narsil.errors import InvalidRequest, ModelNotFound, NoModel, RequestError
+from narsil.telemetry.observer import ModelCounts
+from narsil.transports.codec import narsil_v1, oip, predictor
 from narsil.wire import MODEL_KEY, VERSION_KEY
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "REFLECTION",
     "SERVICES",
     "VERSION_KEY",
+    "Control",
     "Decoded",
     "Endpoint",
     "Kind",
@@ -43,7 +46,7 @@ class Kind(Enum):
     NARSIL = "narsil"  # scores; native code reads Narsil's wire
     SCORES = "scores"  # scores, by its Wire alone: what a new wire begins as
     UNARY = "unary"  # one message in, one out, by ``answer``
-    REFLECTION = "stream"  # each message in gets one out
+    STREAM = "stream"  # each message in gets one out, in order: scores by its Wire, or reflection
     HEALTH_CHECK = "health_check"
     HEALTH_WATCH = "health_watch"
 
@@ -64,6 +67,21 @@ class Decoded:
     features: Features
     echo: Any = None  # what ``encode`` gets back
     passed_over: tuple[str, ...] = ()  # groups of features that it holds and the model does not take
+    timeout_s: float | None = None  # that the message asks for; the call may have a deadline beside it
+    priority: int = 0
+
+
+def _no_counts(name: str, version: str) -> ModelCounts:
+    return ModelCounts()
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What methods that do not score may ask of the server."""
+
+    catalog: Catalog
+    ready: bool = True  # whether it takes requests and is not about to stop
+    counts: Callable[[str, str], ModelCounts] = _no_counts  # (name, version) -> what has happened
 
 
 class Wire(Protocol):
@@ -75,8 +93,19 @@ class Wire(Protocol):
     def encode(self, decoded: Decoded, result: Result) -> bytes:
         """The answer: a serialized message."""
 
+    def refusal(self, error: RequestError) -> bytes | None:
+        """The answer to a request that ends with this error, where the wire has a message for it; else the call ends
+        with a status."""
 
-class _Predictor:
+
+class _Unary:
+    """A wire whose errors are statuses."""
+
+    def refusal(self, error: RequestError) -> bytes | None:
+        return None
+
+
+class _Predictor(_Unary):
     """TorchRec's wire: metadata names the model."""
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
@@ -89,7 +118,7 @@ class _Predictor:
         return predictor.encode(result.scores or {})
 
 
-class _NarsilV1:
+class _NarsilV1(_Unary):
     """Narsil's wire: the message names the model, or metadata does."""
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
@@ -105,6 +134,39 @@ class _NarsilV1:
         return narsil_v1.encode(decoded.echo, model.name, model.version, result.scores or {}, result.times)
 
 
+class _OpenInference(_Unary):
+    """The Open Inference Protocol: the message names the model, or metadata does."""
+
+    def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
+        request = oip.read(body)
+        model = _found(request.model_name, request.model_version, metadata, catalog)
+        features = request.features(model.schema, model.limits)
+        echo = (request.request_id, tuple(request.outputs))
+        return Decoded(model, features, echo, timeout_s=request.timeout_s, priority=request.priority)
+
+    def encode(self, decoded: Decoded, result: Result) -> bytes:
+        (request_id, outputs), model = decoded.echo, decoded.model
+        return oip.encode(model.name, model.version, request_id, result.scores or {}, outputs)
+
+
+class _OpenInferenceStream(_OpenInference):
+    """The same in a stream, which goes on after a request that fails."""
+
+    def encode(self, decoded: Decoded, result: Result) -> bytes:
+        return oip.encode_streamed(super().encode(decoded, result))
+
+    def refusal(self, error: RequestError) -> bytes | None:
+        return oip.encode_stream_error(str(error))
+
+
+def _found(name: str, version_: str, metadata: Metadata, catalog: Catalog) -> ServedModel:
+    """The model that a message and its metadata name."""
+    return catalog.find(
+        _one("model", name, metadata.model_name, MODEL_KEY),
+        _one("version", version_, metadata.model_version, VERSION_KEY),
+    )
+
+
 def _one(what: str, said: str, meant: str, key: str) -> str:
     if said and meant and said != meant:
         raise InvalidRequest(
@@ -113,13 +175,60 @@ def _one(what: str, said: str, meant: str, key: str) -> str:
     return said or meant
 
 
-def _get_model(body: bytes, metadata: Metadata, catalog: Catalog) -> bytes:
+def _get_model(body: bytes, metadata: Metadata, control: Control) -> bytes:
     """narsil.v1.Inference/GetModel: a serialized GetModelRequest in, a serialized Model out."""
     name = _one("model", narsil_v1.decode_get_model(body), metadata.model_name, MODEL_KEY)
-    model = catalog.find(name, metadata.model_version)
+    model = control.catalog.find(name, metadata.model_version)
     return narsil_v1.encode_model(
         model.name, model.version, model.backend, model.schema, model.limits, whole=model.whole
     )
+
+
+def _server_live(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    return oip.encode_flag(True)
+
+
+def _server_ready(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    return oip.encode_flag(control.ready and len(control.catalog) > 0)
+
+
+def _model_ready(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    try:
+        _found(*oip.read_named(body), metadata, control.catalog)
+    except (ModelNotFound, NoModel):
+        return oip.encode_flag(False)
+    return oip.encode_flag(control.ready)
+
+
+def _server_metadata(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    return oip.encode_server(version("narsil"))
+
+
+def _model_metadata(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    model = _found(*oip.read_named(body), metadata, control.catalog)
+    versions = [other.version for other in control.catalog if other.name == model.name]
+    return oip.encode_metadata(model.name, versions, model.backend, model.schema)
+
+
+def _model_config(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    model = _found(*oip.read_named(body), metadata, control.catalog)
+    return oip.encode_config(model.name, model.backend, model.schema)
+
+
+def _model_statistics(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    """Of one version, of all versions of a name, or of all that is served."""
+    name, asked = oip.read_named(body)
+    chosen = tuple(control.catalog)
+    if name or asked:
+        found = _found(name, asked, metadata, control.catalog)
+        chosen = (found,) if asked else tuple(model for model in chosen if model.name == found.name)
+    return oip.encode_statistics(
+        {(each.name, each.version): control.counts(each.name, each.version) for each in chosen}
+    )
+
+
+def _repository_index(body: bytes, metadata: Metadata, control: Control) -> bytes:
+    return oip.encode_index([(model.name, model.version, "READY") for model in control.catalog])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +238,7 @@ class Endpoint:
     method: str  # "/package.Service/Method"
     kind: Kind
     wire: Wire | None = None  # of methods that score rows
-    answer: Callable[[bytes, Metadata, Catalog], bytes] | None = None  # of Kind.UNARY
+    answer: Callable[[bytes, Metadata, Control], bytes] | None = None  # of Kind.UNARY
 
     @property
     def service(self) -> str:
@@ -141,7 +250,17 @@ ENDPOINTS = (
     Endpoint(predictor.METHOD, Kind.PREDICTOR, wire=_Predictor()),
     Endpoint(narsil_v1.METHOD, Kind.NARSIL, wire=_NarsilV1()),
     Endpoint(narsil_v1.METHOD_GET_MODEL, Kind.UNARY, answer=_get_model),
-    Endpoint(REFLECTION, Kind.REFLECTION),
+    Endpoint(oip.SERVICE + "ModelInfer", Kind.SCORES, wire=_OpenInference()),
+    Endpoint(oip.SERVICE + "ModelStreamInfer", Kind.STREAM, wire=_OpenInferenceStream()),
+    Endpoint(oip.SERVICE + "ServerLive", Kind.UNARY, answer=_server_live),
+    Endpoint(oip.SERVICE + "ServerReady", Kind.UNARY, answer=_server_ready),
+    Endpoint(oip.SERVICE + "ModelReady", Kind.UNARY, answer=_model_ready),
+    Endpoint(oip.SERVICE + "ServerMetadata", Kind.UNARY, answer=_server_metadata),
+    Endpoint(oip.SERVICE + "ModelMetadata", Kind.UNARY, answer=_model_metadata),
+    Endpoint(oip.SERVICE + "ModelConfig", Kind.UNARY, answer=_model_config),
+    Endpoint(oip.SERVICE + "ModelStatistics", Kind.UNARY, answer=_model_statistics),
+    Endpoint(oip.SERVICE + "RepositoryIndex", Kind.UNARY, answer=_repository_index),
+    Endpoint(REFLECTION, Kind.STREAM),
     Endpoint("/grpc.health.v1.Health/Check", Kind.HEALTH_CHECK),
     Endpoint("/grpc.health.v1.Health/Watch", Kind.HEALTH_WATCH),
 )

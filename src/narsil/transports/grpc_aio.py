@@ -20,9 +20,19 @@ import grpc
 from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.telemetry.observer import Careful, Observer
+from narsil.telemetry.observer import Careful, ModelCounts, Observer
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
-from narsil.transports.endpoints import ENDPOINTS, MODEL_KEY, SERVICES, VERSION_KEY, Endpoint, Kind, Metadata, Wire
+from narsil.transports.endpoints import (
+    ENDPOINTS,
+    MODEL_KEY,
+    SERVICES,
+    VERSION_KEY,
+    Control,
+    Endpoint,
+    Kind,
+    Metadata,
+    Wire,
+)
 from narsil.transports.health import Health
 from narsil.transports.reflection import Reflection
 
@@ -34,6 +44,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 _Handler: TypeAlias = "Callable[[bytes, _Context], Awaitable[bytes]]"
+Counted: TypeAlias = Callable[[str, str], ModelCounts]
 _MethodHandler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 
@@ -97,8 +108,12 @@ class _Reply:
 class GrpcAioTransport(Transport):
     """Serves every endpoint."""
 
-    def __init__(self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None) -> None:
+    def __init__(
+        self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None, counts: Counted | None = None
+    ) -> None:
         self._engine = engine
+        self._counts = counts or (lambda name, version: ModelCounts())
+        self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
         self._catalog = EMPTY
@@ -148,6 +163,7 @@ class GrpcAioTransport(Transport):
 
     def retire(self) -> None:
         """See Transport.retire."""
+        self._retired = True
         if self._health is not None:
             self._health.retire()
 
@@ -172,6 +188,10 @@ class GrpcAioTransport(Transport):
 
     def _handler(self, endpoint: Endpoint, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _MethodHandler:
         assert self._health is not None  # noqa: S101 - the caller has made it
+        if endpoint.wire is not None and endpoint.kind is Kind.STREAM:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming_handler(endpoint.method, endpoint.wire, outbox, loop)
+            )
         if endpoint.wire is not None:
             scoring = self._scoring_handler(endpoint.method, endpoint.wire, outbox, loop)
             return grpc.unary_unary_rpc_method_handler(scoring)
@@ -184,38 +204,9 @@ class GrpcAioTransport(Transport):
         return grpc.stream_stream_rpc_method_handler(_reflecting(Reflection()))
 
     def _scoring_handler(self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
-        engine = self._engine
-
         async def score(body: bytes, context: _Context) -> bytes:
             try:
-                try:
-                    decoded = wire.decode(body, _metadata(context), self._catalog)
-                except Exception as error:
-                    self._observer.refused(method, error)
-                    raise
-                if decoded.passed_over:
-                    self._observer.passed_over(decoded.model, decoded.passed_over)
-                now = engine.now()
-                remaining = context.time_remaining()
-                reply = _Reply(outbox, loop)
-                deadline = None if remaining is None else now + remaining
-                features = decoded.features
-                request = Request(decoded.model, features, reply, now, deadline, max(len(body), features.nbytes))
-                engine.submit(request)
-                try:
-                    result = await reply.future
-                except asyncio.CancelledError:
-                    # The client went away, or its deadline passed.
-                    reply.cancelled = True
-                    engine.cancel(request)
-                    raise
-                if result.error is not None:
-                    raise result.error
-                try:
-                    return wire.encode(decoded, result)
-                except Exception as error:
-                    self._observer.undelivered(method, error)
-                    raise
+                return await self._score(method, wire, body, context, outbox, loop)
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:
@@ -223,10 +214,73 @@ class GrpcAioTransport(Transport):
 
         return score
 
-    def _unary_handler(self, answer: Callable[[bytes, Metadata, Catalog], bytes]) -> _Handler:
+    def _streaming_handler(
+        self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop
+    ) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[bytes]]:
+        async def score_all(requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
+            try:
+                async for body in requests:
+                    try:
+                        answer = await self._score(method, wire, body, context, outbox, loop)
+                    except RequestError as error:
+                        refusal = wire.refusal(error)
+                        if refusal is None:
+                            raise
+                        answer = refusal
+                    yield answer
+            except RequestError as error:
+                await _abort(context, error)
+            except Exception:
+                await _abort_unexpected(context)
+
+        return score_all
+
+    async def _score(
+        self,
+        method: str,
+        wire: Wire,
+        body: bytes,
+        context: _Context,
+        outbox: _Outbox,
+        loop: asyncio.AbstractEventLoop,
+    ) -> bytes:
+        """One message's answer. Raises what it ends with."""
+        engine = self._engine
+        try:
+            decoded = wire.decode(body, _metadata(context), self._catalog)
+        except Exception as error:
+            self._observer.refused(method, error)
+            raise
+        if decoded.passed_over:
+            self._observer.passed_over(decoded.model, decoded.passed_over)
+        now = engine.now()
+        ends = [each for each in (context.time_remaining(), decoded.timeout_s) if each is not None]
+        reply = _Reply(outbox, loop)
+        features = decoded.features
+        size = max(len(body), features.nbytes)
+        deadline = now + min(ends) if ends else None
+        request = Request(decoded.model, features, reply, now, deadline, size, decoded.priority)
+        engine.submit(request)
+        try:
+            result = await reply.future
+        except asyncio.CancelledError:
+            # The client went away, or its deadline passed.
+            reply.cancelled = True
+            engine.cancel(request)
+            raise
+        if result.error is not None:
+            raise result.error
+        try:
+            return wire.encode(decoded, result)
+        except Exception as error:
+            self._observer.undelivered(method, error)
+            raise
+
+    def _unary_handler(self, answer: Callable[[bytes, Metadata, Control], bytes]) -> _Handler:
         async def handle(body: bytes, context: _Context) -> bytes:
             try:
-                return answer(body, _metadata(context), self._catalog)
+                control = Control(self._catalog, not self._retired, self._counts)
+                return answer(body, _metadata(context), control)
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:

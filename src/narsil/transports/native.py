@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from narsil.dataflow import Request, Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, status_of
 from narsil.extension import NativeFeatures
-from narsil.telemetry.observer import Careful, Observer
+from narsil.telemetry.observer import Careful, ModelCounts, Observer
 from narsil.transports import health
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
-from narsil.transports.endpoints import ENDPOINTS, Decoded, Kind, Metadata, Wire
+from narsil.transports.endpoints import ENDPOINTS, REFLECTION, Control, Decoded, Kind, Metadata, Wire
 from narsil.transports.reflection import Reflection
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class _Reply:
         transport.forget(call.id)
         try:
             if result.error is not None:
-                _fail(call, result.error)
+                _fail(call, result.error, self._wire)
             elif self._wire is None or self._decoded is None:
                 times = result.times
                 call.answer_scores(
@@ -85,21 +86,29 @@ class _Reply:
 class NativeTransport(Transport):
     """Serves what GrpcAioTransport serves, without TLS. A Source for the engine's idle lanes."""
 
-    def __init__(self, engine: EngineLike, options: NativeOptions, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        engine: EngineLike,
+        options: NativeOptions,
+        observer: Observer | None = None,
+        counts: Callable[[str, str], ModelCounts] | None = None,
+    ) -> None:
         from narsil._native import Plane
 
         self._engine = engine
+        self._counts = counts or (lambda name, version: ModelCounts())
+        self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
         self._catalog = EMPTY
         self._wires: dict[str, Wire] = {each.method: each.wire for each in ENDPOINTS if each.wire}
-        self._controls: dict[str, Callable[[bytes, Metadata, Catalog], bytes]] = {
+        # Their calls last longer than a message: a request's time begins when it is taken from its stream.
+        self._streams = frozenset(each.method for each in ENDPOINTS if each.kind is Kind.STREAM)
+        self._controls: dict[str, Callable[[bytes, Metadata, Control], bytes]] = {
             each.method: each.answer for each in ENDPOINTS if each.answer
         }
         reflection = Reflection()
-        for each in ENDPOINTS:
-            if each.kind is Kind.REFLECTION:
-                self._controls[each.method] = lambda body, metadata, catalog: reflection.answer(body)
+        self._controls[REFLECTION] = lambda body, metadata, control: reflection.answer(body)
         self._plane = Plane(
             {each.method: each.kind.value for each in ENDPOINTS},
             {
@@ -140,6 +149,7 @@ class NativeTransport(Transport):
 
     def retire(self) -> None:
         """See Transport.retire."""
+        self._retired = True
         self._plane.retire()
 
     async def stop(self, grace: float) -> None:
@@ -221,12 +231,14 @@ class NativeTransport(Transport):
     def _decode(self, call: Call) -> Request | None:
         """As _request, for what native code has left to the portable codec."""
         method, metadata = call.method, Metadata(call.model_name, call.model_version)
+        wire = self._wires.get(method)
         try:
             control = self._controls.get(method)
             if control is not None:
-                call.answer(control(call.body, metadata, self._catalog))
+                call.answer(control(call.body, metadata, Control(self._catalog, not self._retired, self._counts)))
                 return None
-            wire, body = self._wires[method], call.body
+            body = call.body
+            assert wire is not None  # noqa: S101 - every other method scores
             try:
                 decoded = wire.decode(body, metadata, self._catalog)
             except Exception as error:
@@ -236,9 +248,13 @@ class NativeTransport(Transport):
                 self._observer.passed_over(decoded.model, decoded.passed_over)
             reply, features = _Reply(self, call, wire, decoded), decoded.features
             size = max(len(body), features.nbytes)
-            return Request(decoded.model, features, reply, call.arrived, call.deadline, size)
+            arrived = self._engine.now() if method in self._streams else call.arrived
+            deadline = call.deadline
+            if decoded.timeout_s is not None:
+                deadline = min(arrived + decoded.timeout_s, math.inf if deadline is None else deadline)
+            return Request(decoded.model, features, reply, arrived, deadline, size, decoded.priority)
         except RequestError as error:
-            _fail(call, error)
+            _fail(call, error, wire)
         except Exception:
             _fail_unexpected(call)
         return None
@@ -258,7 +274,11 @@ def _native_model(make: type[Model], model: ServedModel) -> Model:
     )
 
 
-def _fail(call: Call, error: RequestError) -> None:
+def _fail(call: Call, error: RequestError, wire: Wire | None = None) -> None:
+    refusal = None if wire is None else wire.refusal(error)
+    if refusal is not None:
+        call.answer(refusal)
+        return
     code = status_of(error)
     call.fail(code, str(error))
 

@@ -1,0 +1,382 @@
+"""The Open Inference Protocol over gRPC: the messages of proto/inference.proto.
+
+Both ways of sending tensors are read, raw and typed; answers are raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from narsil.artifacts.schema import ModelSchema
+from narsil.dataflow import Features, RequestLimits, Scores
+from narsil.errors import InvalidRequest
+from narsil.telemetry.observer import ModelCounts
+from narsil.transports import validate
+from narsil.transports.codec.tensors import (
+    Sizes,
+    Tensor,
+    check_names,
+    dtype_of,
+    features_of,
+    inputs_of,
+    outputs_of,
+    picked,
+    tensor_of,
+)
+from narsil.wire import (
+    FIXED64,
+    LEN,
+    MAX_FIELDS,
+    VARINT,
+    Field,
+    expect,
+    malformed,
+    put_len,
+    put_text,
+    put_uint,
+    put_varint,
+    scan,
+    text,
+)
+
+SERVICE = "/inference.GRPCInferenceService/"
+EXTENSIONS = ("model_configuration", "statistics", "binary_tensor_data")
+
+_STATELESS = "Narsil keeps no state between requests; leave it out"
+_NO_SHARED_MEMORY = "shared memory is not served here; send the tensor's bytes"
+# Parameters that would change what an answer means, and cannot be had.
+_REFUSED = {
+    "sequence_id": _STATELESS,
+    "sequence_start": _STATELESS,
+    "sequence_end": _STATELESS,
+    "classification": "classes are not ranked here; leave it out and take the scores",
+    "shared_memory_region": _NO_SHARED_MEMORY,
+}
+_TYPED = {"FP32": (6, "fp32_contents"), "FP64": (7, "fp64_contents"), "INT32": (2, "int_contents")} | {
+    "INT64": (3, "int64_contents")
+}
+# Of DataType in Triton's ModelConfig.
+_TRITON_TYPES = {"INT32": 8, "INT64": 9, "FP32": 11}
+
+Parameter = bool | int | float | str
+
+
+@dataclass(slots=True)
+class _Input:
+    name: str = ""
+    datatype: str = ""
+    shape: list[int] = field(default_factory=list)
+    contents: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """A serialized ModelInferRequest taken apart as far as that needs no model."""
+
+    body: bytes
+    model_name: str = ""
+    model_version: str = ""
+    request_id: str = ""
+    timeout_s: float | None = None
+    priority: int = 0
+    inputs: list[_Input] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    raw: list[tuple[int, int]] = field(default_factory=list)
+
+    def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
+        """The rows, held against the schema: views of the body where they are raw. Raises InvalidRequest."""
+        check_names(self.outputs, schema)
+        return features_of(self._tensors(), schema, limits)
+
+    def _tensors(self) -> list[Tensor]:
+        if self.raw and len(self.raw) != len(self.inputs):
+            raise InvalidRequest(
+                f"raw_input_contents has {len(self.raw)} entries for {len(self.inputs)} inputs; send one for each"
+            )
+        spans: Sequence[tuple[int, int] | None] = self.raw or [None] * len(self.inputs)
+        return [self._tensor(each, span) for each, span in zip(self.inputs, spans, strict=True)]
+
+    def _tensor(self, each: _Input, raw: tuple[int, int] | None) -> Tensor:
+        dtype = dtype_of(each.name, each.datatype)
+        if raw is None:
+            values = _typed(self.body, each)
+        elif each.contents is not None and each.contents[0] != each.contents[1]:
+            raise InvalidRequest(f"{each.name[:80]} has contents beside raw_input_contents; send one of them")
+        else:
+            values = validate.array(self.body, *raw, dtype, each.name[:80])
+        return tensor_of(each.name, each.datatype, tuple(each.shape), values)
+
+
+class _Budget:
+    """Bounds the fields of a message and of all that it holds: reading them costs far more than their bytes do."""
+
+    def __init__(self) -> None:
+        self._left = MAX_FIELDS
+
+    def scan(self, body: bytes, start: int, stop: int) -> list[Field]:
+        found = scan(body, start, stop)
+        self._left -= len(found)
+        if self._left < 0:
+            raise malformed(start, f"more than {MAX_FIELDS} fields")
+        return found
+
+
+def read(body: bytes) -> InferRequest:
+    """A serialized ModelInferRequest, not yet held against any schema. Raises InvalidRequest where it is none, or asks
+    for what is not served."""
+    out, budget = InferRequest(body), _Budget()
+    parameters: dict[str, Parameter] = {}
+    for found in budget.scan(body, 0, len(body)):
+        number, _, start, stop = found
+        if not 1 <= number <= 7:
+            continue
+        expect(found, LEN, f"ModelInferRequest field {number}")
+        if number == 1:
+            out.model_name = text(body, start, stop, "model_name")
+        elif number == 2:
+            out.model_version = text(body, start, stop, "model_version")
+        elif number == 3:
+            out.request_id = text(body, start, stop, "id")
+        elif number == 4:
+            _read_parameter(body, start, stop, budget, parameters)
+        elif number == 5:
+            out.inputs.append(_read_input(body, start, stop, budget))
+        elif number == 6:
+            out.outputs.append(_read_output(body, start, stop, budget))
+        else:
+            out.raw.append((start, stop))
+    _refuse(parameters, "the request")
+    out.timeout_s = _timeout(parameters.get("timeout"))
+    priority = parameters.get("priority", 0)
+    out.priority = priority if isinstance(priority, int) else 0
+    return out
+
+
+def encode(model_name: str, version: str, request_id: str, scores: Scores, names: Sequence[str]) -> bytes:
+    """A serialized ModelInferResponse with these outputs, raw."""
+    out = put_text(1, model_name) + put_text(2, version) + put_text(3, request_id)
+    raw = b""
+    for task, values in picked(scores, names).items():
+        out += put_len(5, _tensor_message(task, "FP32", values.shape))
+        raw += put_len(6, values.astype("<f4", copy=False).tobytes())
+    return out + raw
+
+
+def encode_streamed(response: bytes) -> bytes:
+    """A serialized ModelStreamInferResponse around a ModelInferResponse."""
+    return put_len(2, response)
+
+
+def encode_stream_error(message: str) -> bytes:
+    """A serialized ModelStreamInferResponse that says what was wrong with one request."""
+    return put_text(1, message)
+
+
+def read_named(body: bytes) -> tuple[str, str]:
+    """(name, version) of a request about one model."""
+    names = {1: "", 2: ""}
+    for found in scan(body, 0, len(body)):
+        if found[0] in names:
+            expect(found, LEN, "name" if found[0] == 1 else "version")
+            names[found[0]] = text(body, found[2], found[3], "a name")
+    return names[1], names[2]
+
+
+def encode_flag(value: bool) -> bytes:
+    """ServerLiveResponse, ServerReadyResponse and ModelReadyResponse."""
+    return put_uint(1, int(value))
+
+
+def encode_server(version: str) -> bytes:
+    """A serialized ServerMetadataResponse."""
+    return put_text(1, "narsil") + put_text(2, version) + b"".join(put_text(3, each) for each in EXTENSIONS)
+
+
+def encode_metadata(name: str, versions: Sequence[str], backend: str, schema: ModelSchema) -> bytes:
+    """A serialized ModelMetadataResponse."""
+    out = put_text(1, name) + b"".join(put_text(2, version) for version in versions)
+    out += put_text(3, f"narsil_{backend}")
+    for number, tensors in ((4, inputs_of(schema)), (5, outputs_of(schema))):
+        out += b"".join(put_len(number, _tensor_message(*each)) for each in tensors)
+    return out
+
+
+def encode_config(name: str, backend: str, schema: ModelSchema) -> bytes:
+    """A serialized ModelConfigResponse. max_batch_size is left at 0: the first dimension is the model's own."""
+    out = put_text(1, name) + put_text(2, f"narsil_{backend}")
+    for number, dims, tensors in ((5, 4, inputs_of(schema)), (6, 3, outputs_of(schema))):
+        for tensor, datatype, shape in tensors:
+            config = put_text(1, tensor) + put_uint(2, _TRITON_TYPES[datatype]) + _sizes(dims, shape)
+            out += put_len(number, config)
+    return put_len(1, out + put_text(17, "narsil"))
+
+
+def encode_statistics(models: Mapping[tuple[str, str], ModelCounts]) -> bytes:
+    """A serialized ModelStatisticsResponse, of (name, version) -> counts."""
+    out = b""
+    for (name, version), counts in models.items():
+        answered, ended = counts.ends["answered"], sum(counts.ends.values())
+        durations = (
+            (answered, counts.answered),
+            (ended - answered, counts.failed),
+            (ended, counts.queue),
+            (ended, counts.collate),
+            (ended, counts.execute),
+            (ended, 0.0),
+        )
+        inner = b"".join(
+            put_len(number, put_uint(1, count) + put_uint(2, int(seconds * 1e9)))
+            for number, (count, seconds) in enumerate(durations, 1)
+        )
+        model = put_text(1, name) + put_text(2, version) + put_uint(3, int(counts.last * 1e3))
+        out += put_len(1, model + put_uint(4, counts.rows) + put_uint(5, counts.batches) + put_len(6, inner))
+    return out
+
+
+def encode_index(models: Sequence[tuple[str, str, str]]) -> bytes:
+    """A serialized RepositoryIndexResponse, of (name, version, state)."""
+    return b"".join(
+        put_len(1, put_text(1, name) + put_text(2, version) + put_text(3, state)) for name, version, state in models
+    )
+
+
+def _tensor_message(name: str, datatype: str, shape: Sizes) -> bytes:
+    return put_text(1, name) + put_text(2, datatype) + _sizes(3, shape)
+
+
+def _sizes(number: int, shape: Sizes) -> bytes:
+    return put_len(number, b"".join(put_varint(size & 0xFFFFFFFFFFFFFFFF) for size in shape))
+
+
+def _read_input(body: bytes, start: int, stop: int, budget: _Budget) -> _Input:
+    out = _Input()
+    parameters: dict[str, Parameter] = {}
+    for found in budget.scan(body, start, stop):
+        number, _, a, b = found
+        if number == 3:
+            out.shape += [_signed(size) for size in _uints(body, found, "shape")]
+            if len(out.shape) > 8:
+                raise InvalidRequest(f"input {out.name[:80]!r} has more than 8 dimensions")
+        elif number in (1, 2, 4, 5):
+            expect(found, LEN, f"InferInputTensor field {number}")
+            if number == 1:
+                out.name = text(body, a, b, "an input's name")
+            elif number == 2:
+                out.datatype = text(body, a, b, "datatype")
+            elif number == 4:
+                _read_parameter(body, a, b, budget, parameters)
+            else:
+                out.contents = (a, b)
+    _refuse(parameters, f"input {out.name[:80]!r}")
+    return out
+
+
+def _read_output(body: bytes, start: int, stop: int, budget: _Budget) -> str:
+    name = ""
+    parameters: dict[str, Parameter] = {}
+    for found in budget.scan(body, start, stop):
+        number, _, a, b = found
+        if number in (1, 2):
+            expect(found, LEN, f"InferRequestedOutputTensor field {number}")
+        if number == 1:
+            name = text(body, a, b, "an output's name")
+        elif number == 2:
+            _read_parameter(body, a, b, budget, parameters)
+    _refuse(parameters, f"output {name[:80]!r}")
+    return name
+
+
+def _read_parameter(body: bytes, start: int, stop: int, budget: _Budget, into: dict[str, Parameter]) -> None:
+    """One entry of a map of InferParameters."""
+    key, value = "", (0, 0)
+    for found in budget.scan(body, start, stop):
+        if found[0] in (1, 2):
+            expect(found, LEN, "a parameter")
+            if found[0] == 1:
+                key = text(body, found[2], found[3], "a parameter's name")
+            else:
+                value = (found[2], found[3])
+    for number, kind, a, b in budget.scan(body, *value):
+        if number == 1 and kind == VARINT:
+            into[key] = bool(a)
+        elif number == 2 and kind == VARINT:
+            into[key] = _signed(a)
+        elif number == 3 and kind == LEN:
+            into[key] = text(body, a, b, f"parameter {key[:80]}")
+        elif number == 4 and kind == FIXED64:
+            into[key] = float(np.frombuffer(body, "<f8", 1, a)[0])
+        elif number == 5 and kind == VARINT:
+            into[key] = a
+
+
+def _refuse(parameters: Mapping[str, Parameter], where: str) -> None:
+    for key, why in _REFUSED.items():
+        if parameters.get(key):  # 0, false and empty ask for nothing
+            raise InvalidRequest(f"{where} has the parameter {key}: {why}")
+
+
+def _timeout(microseconds: Parameter | None) -> float | None:
+    """Seconds; 0 is none, as Triton has it."""
+    if not microseconds:
+        return None
+    if not isinstance(microseconds, int) or microseconds < 0:
+        raise InvalidRequest("the parameter timeout must be a number of microseconds, 0 or more")
+    return microseconds / 1e6
+
+
+def _typed(body: bytes, each: _Input) -> NDArray[Any]:
+    """The numbers of an input that is not raw."""
+    known = _TYPED.get(each.datatype)
+    if known is None:
+        raise InvalidRequest(f"{each.name[:80]}: {each.datatype} has no typed contents; send it in raw_input_contents")
+    wanted, name = known
+    parts: list[NDArray[Any]] = []
+    for found in scan(body, *(each.contents or (0, 0))):
+        if found[0] != wanted:
+            raise InvalidRequest(f"{each.name[:80]} is {each.datatype}: its numbers must be in contents.{name}")
+        if found[1] != LEN:
+            raise InvalidRequest(
+                f"{each.name[:80]}: contents.{name} must be packed, as every protobuf runtime writes it"
+            )
+        if wanted in (6, 7):
+            parts.append(validate.array(body, found[2], found[3], dtype_of(each.name, each.datatype), each.name[:80]))
+        else:
+            wide = _packed_varints(body, found[2], found[3])
+            parts.append(wide.astype(np.uint32).view(np.int32) if wanted == 2 else wide.view(np.int64))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype_of(each.name, each.datatype)), *parts])
+
+
+def _packed_varints(body: bytes, start: int, stop: int) -> NDArray[np.uint64]:
+    """All varints in body[start:stop]."""
+    octets = np.frombuffer(body, np.uint8, stop - start, start)
+    if not len(octets):
+        return np.empty(0, np.uint64)
+    ends = np.flatnonzero(octets < 0x80)
+    if not len(ends) or ends[-1] != len(octets) - 1:
+        raise malformed(stop, "a varint does not end")
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - begins + 1
+    if int(lengths.max()) > 10:
+        raise malformed(start, "a varint does not end")
+    places = np.arange(len(octets)) - np.repeat(begins, lengths)
+    parts = (octets & 0x7F).astype(np.uint64) << (7 * places).astype(np.uint64)
+    return np.bitwise_or.reduceat(parts, begins)
+
+
+def _uints(body: bytes, found: Field, name: str) -> list[int]:
+    if found[1] == VARINT:
+        return [found[2]]
+    expect(found, LEN, name)
+    if found[3] - found[2] > 80:
+        raise InvalidRequest(f"{name} has more than 8 dimensions")
+    return [int(value) for value in _packed_varints(body, found[2], found[3])]
+
+
+def _signed(value: int) -> int:
+    """An int64 field's value from its varint."""
+    return value - (1 << 64) if value >> 63 else value
