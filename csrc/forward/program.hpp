@@ -31,7 +31,8 @@ enum Operation : int64_t {
   REDUCE,
   SOFTMAX,
   NORM,
-  OUTPUT
+  OUTPUT,
+  SEQUENCE
 };
 
 // Where a step finds a number for each column: in a value of the tile, or (width,) of the model's own.
@@ -48,12 +49,12 @@ struct Step {
   int64_t pitch;     // of what it makes
   int64_t width;     // of what it makes
   Operand operands[3];
-  int64_t sizes[4];  // LOOKUP: first table, tables; LINEAR: sub-rows of a row, their strides in and out;
-                     // DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n;
-                     // REDUCE, SOFTMAX, NORM: outer, axis, inner; OUTPUT: first of the columns that it fills
+  int64_t sizes[4];  // LOOKUP: first table, tables; SEQUENCE: table, length; LINEAR: sub-rows of a row, their strides
+                     // in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n; REDUCE, SOFTMAX,
+                     // NORM: outer, axis, inner; OUTPUT: first of the columns that it fills
   const void*
       data[2];       // LINEAR: its Layer; DOT: weights and bias; MOVE: runs of 5 int64; NORM: weight and bias or null
-  float numbers[3];  // ELEMENTWISE: what the function takes; NORM: epsilon
+  float numbers[3];  // ELEMENTWISE: what the function takes; NORM: epsilon; SEQUENCE: fill
 };
 
 struct Plan {
@@ -134,6 +135,20 @@ int look_up(const Tile& tile, const Step& step, int64_t row, float* out) {
     const float* weights = tile.bags.weights[table->stream];
     if (!pool_table(*table, ids, weights ? weights + first : nullptr, length, out)) return BAD_ID;
   }
+  return OK;
+}
+
+// The vectors of a bag's first ids beside each other, and a number where there are none.
+template <class Id>
+int lay_out(const Tile& tile, const Step& step, int64_t row, float* out) {
+  const Table& table = tile.plan.tables[step.sizes[0]];
+  int64_t first;
+  const Id* ids;
+  const int64_t length = std::min(bag_of(tile, table, tile.start + row, &first, &ids), step.sizes[1]);
+  for (int64_t n = 0; n < length; ++n) ask(table, ids[n]);
+  for (int64_t n = 0; n < length; ++n, out += table.dim)
+    if (!pool_table(table, ids + n, nullptr, 1, out)) return BAD_ID;
+  std::fill_n(out, (step.sizes[1] - length) * table.dim, step.numbers[0]);
   return OK;
 }
 
@@ -248,6 +263,9 @@ int run_step(const Tile& tile, const Step& step, int64_t row) {
       break;
     case LOOKUP:
       status = look_up<Id>(tile, step, row, out);
+      break;
+    case SEQUENCE:
+      status = lay_out<Id>(tile, step, row, out);
       break;
     case DOT:
       run_dots(step, in, out);

@@ -34,6 +34,7 @@ from narsil.program.steps import (
     Concat,
     Elementwise,
     IdExpression,
+    Laid,
     LayerNorm,
     Linear,
     Lookup,
@@ -106,7 +107,7 @@ def model(
     rows: Sequence[int] = (9,),
 ) -> Model:
     """Value 0 is the dense columns."""
-    groups = {"ids": len(rows)} if any(isinstance(step, Lookup) for step in steps) else {}
+    groups = {"ids": len(rows)} if any(isinstance(step, Lookup | Laid) for step in steps) else {}
     program = Program({"dense": 0}, groups, tuple(steps), outputs, {0: (dense,), **shapes})
     features = tuple(Feature(f"f{n}", f"t{n}", count, 1) for n, count in enumerate(rows))
     schema = ModelSchema(dense, features, tuple(outputs))
@@ -298,6 +299,31 @@ def test_lookups_in_tables_of_every_kind(library, kind, scale_bytes, pooling, we
         made = model(library, 2, [lookup], {1: (2 * dim,)}, {"score": 1}, rows=(7, 300))
         for longest in (None, 4, 100):
             made.agrees(made.batch(20, longest, weights=weighted), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "scale_bytes"), KINDS)
+def test_bags_are_laid_out_at_any_length(library, kind, scale_bytes):
+    """Longer bags are cut, and shorter ones filled up; what the model does to ids comes before."""
+    plus_one = IdExpression("add", (IDS, 1))
+    for dim, length in itertools.product((1, 4, 17, 65, 130), (1, 3, 8)):
+        steps = [
+            Laid(1, "ids", 1, table(kind, 8, dim, scale_bytes, 5), plus_one, length, 0.0),
+            Laid(2, "ids", 0, table(kind, 300, dim, scale_bytes, 0, 1), IDS, length, -2.5),
+            Reduce(3, 1, "sum", (0,), keep=False),
+        ]
+        shapes = {1: (length, dim), 2: (length, dim), 3: (dim,)}
+        made = model(library, 2, steps, shapes, {"one": 1, "other": 2, "sum": 3}, rows=(300, 7))
+        for longest in (None, 4, 40):
+            made.agrees(made.batch(20, longest), atol=1e-3, rtol=1e-5)
+    batch = made.batch(3, 4)
+    batch.values[-1] = 7
+    batch.lengths[-1] = 8 + batch.lengths[-1]
+    with pytest.raises(ForwardFailed, match="do not add up"):
+        made.backend().run(batch)
+    batch = made.batch(3)
+    batch.values[-1] = 7
+    with pytest.raises(ForwardFailed, match="outside of its feature's table"):
+        made.backend().run(batch)
 
 
 def test_a_table_that_features_share_is_kept_once_and_each_pools_its_own_bags(library):

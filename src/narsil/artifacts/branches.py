@@ -112,6 +112,7 @@ class _Walk:
         taken = [value for value in inputs if _is_tensor(value) and value.debugName() not in self.own]
         if (taken or kind == "prim::GetAttr") and any(map(_holds_numbers, outputs)):
             sizes = kind in ("aten::size", "aten::numel", "aten::len", "prim::GetAttr")
+            sizes = sizes or (kind == "prim::tolist" and _counts_ids(inputs[0]))
             rank = max(rank, _PLAIN if sizes or trusted else _BENT)
         if not rank:
             return
@@ -148,6 +149,22 @@ def _raises(block: Any) -> bool:
 def _trusted(node: Any) -> bool:
     source = node.sourceRange()
     return bool(_TRUSTED.search(source) or ("code/__torch__" not in source and _TRUSTED_HERE.search(source)))
+
+
+def _counts_ids(value: Any) -> bool:
+    """Whether a tensor is made of the lengths or offsets of TorchRec's bags by nothing but sums, as the sizes are by
+    which the wrapper of an EmbeddingCollection splits what was looked up."""
+    node = value.node()
+    kind, inputs = node.kind(), list(node.inputs())
+    if kind == "prim::GetAttr":
+        return bool(_TRUSTED_TYPE.match(str(inputs[0].type()))) and node.s("name") in ("_lengths", "_offsets")
+    if kind == "prim::If":
+        place = [made.debugName() for made in node.outputs()].index(value.debugName())
+        found = [list(block.outputs())[place] for block in node.blocks()]
+        found = [made for made in found if made.node().kind() != "prim::Uninitialized"]
+        return bool(found) and all(map(_counts_ids, found))
+    summing = ("aten::sum", "aten::view", "aten::to", "aten::diff", "prim::unchecked_cast")
+    return kind in summing and _counts_ids(inputs[0])
 
 
 def _is_tensor(value: Any) -> bool:

@@ -34,6 +34,7 @@ OPERATIONS = (
         "softmax",
         "norm",
         "output",
+        "sequence",
     ),
 )
 # By elementwise.hpp's.
@@ -285,6 +286,11 @@ class _StepCheck:
         first, count = self._sizes(2)
         self._need(count > 0 and first + count <= len(self.plan.tables))
         self._need(sum(table.dim for table in self.plan.tables[first : first + count]) == self.step.width)
+
+    def _sequence(self) -> None:
+        number, length = self._sizes(2)
+        self._need(number < len(self.plan.tables) and length > 0 and len(self.step.numbers) == 1)
+        self._need(self.step.numbers[0] is not None and length * self.plan.tables[number].dim == self.step.width)
 
     def _linear(self) -> None:
         sub_rows, stride_in, stride_out = self._sizes(3)

@@ -29,6 +29,7 @@ from narsil.program.steps import (
     Elementwise,
     IdArray,
     IdExpression,
+    Laid,
     LayerNorm,
     Linear,
     Lookup,
@@ -132,6 +133,7 @@ class _Lowering:
     def _lower(self, step: Step) -> None:
         kinds: dict[type[Step], Any] = {
             Lookup: self._lookup,
+            Laid: self._laid,
             Linear: self._linear,
             Elementwise: self._elementwise,
             MatMul: self._matmul,
@@ -212,7 +214,8 @@ class _Lowering:
     def _lookup(self, step: Lookup) -> None:
         first = len(self.tables)
         for feature, table in zip(step.features, step.tables, strict=True):
-            stream = self._stream(step, feature)
+            ids = of_feature(step.ids, feature)
+            stream = self._stream(ids, None if step.weights is None else of_feature(step.weights, feature))
             place = PlanTable(
                 *(0, table.rows, table.row_bytes, table.dim, table.kind, table.scale_bytes if table.kind > 1 else 0),
                 *(step.pooling == "mean", feature, stream),
@@ -222,10 +225,21 @@ class _Lowering:
         sizes = (first, len(step.tables))
         self.drafts.append(_Draft(PlanStep("lookup", width=value.width, sizes=sizes), value))
 
-    def _stream(self, step: Lookup, feature: int) -> int:
-        parts = (of_feature(part, feature) for part in (step.ids, step.weights))
-        ids, weights = (None if part is None else _plain(part, self) for part in parts)
-        stream = Stream(None if ids == "ids" else ids, weights)
+    def _laid(self, step: Laid) -> None:
+        table, stream = step.table, self._stream(step.ids, None)
+        scale_bytes = table.scale_bytes if table.kind > 1 else 0
+        place = PlanTable(
+            *(0, table.rows, table.row_bytes, table.dim, table.kind, scale_bytes, False, step.feature, stream)
+        )
+        self.tables.append((table, place))
+        value = self._made(step.out)
+        sizes = (len(self.tables) - 1, step.length)
+        plan = PlanStep("sequence", width=value.width, sizes=sizes, numbers=(step.fill,))
+        self.drafts.append(_Draft(plan, value))
+
+    def _stream(self, ids: IdExpression, weights: IdExpression | None) -> int:
+        what, weighing = _plain(ids, self), None if weights is None else _plain(weights, self)
+        stream = Stream(None if what == "ids" else what, weighing)
         if stream not in self.streams:
             self.streams.append(stream)
         return self.streams.index(stream)
@@ -514,7 +528,7 @@ def _plain(expression: Any, lowering: _Lowering) -> Any:
 
 
 def _computes(step: Step) -> bool:
-    return type(step) in (Lookup, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
+    return type(step) in (Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
 
 
 def _read_by_computing(program: Program) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from narsil.program.ragged import chosen, converted, looked_up_in, per_id, rearranged
 from narsil.program.reader import Reader, fixed_array, has_varying, reads
 from narsil.program.recording import Op, Varying
+from narsil.program.sequences import move_vectors
 from narsil.program.steps import (
     ELEMENTWISE,
     Concat,
@@ -29,7 +30,7 @@ from narsil.program.steps import (
     Softmax,
     Take,
 )
-from narsil.program.values import Column, Fixed, Known, PerId, Structure, Unread
+from narsil.program.values import Column, Counted, Fixed, Known, PerId, Structure, Unread, Vectors
 
 _UNARY = {
     "aten.relu": "relu", "aten.sigmoid": "sigmoid", "aten.tanh": "tanh", "aten.silu": "silu", "aten.exp": "exp",
@@ -61,6 +62,8 @@ def elementwise(reader: Reader, op: Op, function: str, operands: Sequence[Any], 
         return per_id(reader, op, function, known, numbers)
     if any(isinstance(item, Structure) for item in known):
         raise Unread("it takes lengths of bags")
+    if any(isinstance(item, Vectors | Counted) for item in known):
+        raise Unread("it takes a vector, or a place, for each id")
     columns = [item for item in known if isinstance(item, Column)]
     if not columns:
         return Fixed(reader.recording.tensors[_only(op)])
@@ -363,6 +366,8 @@ def read_cat(reader: Reader, op: Op) -> Known:
     """Values beside each other."""
     items = op.args[0]
     known = [reader.of(item) for item in items]
+    if any(isinstance(item, Vectors) for item in known):
+        return cast(Known, move_vectors(reader, op))
     if any(isinstance(item, PerId | Structure) for item in known):
         return cast(Known, rearranged(reader, op))
     if all(isinstance(item, Fixed) for item in known):
@@ -402,6 +407,8 @@ def _taken(reader: Reader, op: Op, column: Column, pick: Any, output: int = 0) -
 def read_slice(reader: Reader, op: Op) -> Known:
     """A stretch, or one, of an axis."""
     known = reader.of(op.args[0])
+    if isinstance(known, Vectors):
+        return cast(Known, move_vectors(reader, op))
     if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     if isinstance(known, Fixed):
@@ -460,6 +467,8 @@ def read_index(reader: Reader, op: Op) -> Known:
 def read_index_select(reader: Reader, op: Op) -> Known:
     """Entries along one axis."""
     known = reader.of(op.args[0])
+    if isinstance(known, Vectors):
+        return cast(Known, move_vectors(reader, op))
     if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     if isinstance(known, Fixed):
@@ -475,6 +484,8 @@ def read_index_select(reader: Reader, op: Op) -> Known:
 def read_split(reader: Reader, op: Op) -> Any:
     """An axis in pieces."""
     known = reader.of(op.args[0])
+    if isinstance(known, Vectors):
+        return move_vectors(reader, op)
     if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     column = reader.column(op.args[0])

@@ -19,9 +19,20 @@ from numpy.typing import NDArray
 from narsil.program.reader import Reader, fixed_array, reads
 from narsil.program.recording import Constant, Op, Ref, Varying
 from narsil.program.steps import ID_FUNCTIONS, IdArray, IdExpression, Lookup, Pooling, Table, of_feature
-from narsil.program.values import Chosen, Fixed, Known, Opaque, PerId, Structure, Unread
+from narsil.program.values import Chosen, Counted, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
 
-__all__ = ["IDS", "WEIGHTS", "chosen", "converted", "functions_of", "looked_up_in", "per_id", "rearranged"]
+__all__ = [
+    "IDS",
+    "WEIGHTS",
+    "chosen",
+    "converted",
+    "functions_of",
+    "looked_up_in",
+    "matched",
+    "moved",
+    "per_id",
+    "rearranged",
+]
 
 IDS, WEIGHTS = IdExpression("ids"), IdExpression("weights")
 _POOLING: dict[int, Pooling] = {0: "sum", 1: "mean"}
@@ -35,6 +46,7 @@ _BITWISE = ("aten.bitwise_and", "aten.bitwise_or", "aten.bitwise_not")
 _WRAPS = ("add", "sub", "mul", "neg", "abs", "pow", "shift_left")
 _DIVIDES = ("fmod", "floor_divide", "truncated_divide", "remainder")
 _UNSET = IdExpression("unset")
+_WENT = 4  # what bucketize gives where it is asked for where ids went
 _OWN_PLACES = (9, 12)  # arguments of bucketize: where each device's ids begin, and how many there are
 _EVERYTHING = 2**62  # an end at least so far away is none
 
@@ -214,7 +226,7 @@ def rearranged(reader: Reader, op: Op) -> Any:
         return _structure(reader, op)
     _check_taken(reader, op)
     expression = _shared(reader, sources)
-    made = [_moved(reader, op, which) for which in (0, 1)]
+    made = [moved(reader, op, which) for which in (0, 1)]
     results = [PerId(sources[0].group, expression, (first, second)) for first, second in zip(*made, strict=True)]
     return tuple(results) if len(op.outputs) > 1 else results[0]
 
@@ -267,7 +279,7 @@ def _structure(reader: Reader, op: Op) -> Any:
     return (Structure(groups.pop()),) * len(op.outputs) if len(op.outputs) > 1 else Structure(groups.pop())
 
 
-def _moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
+def moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
     """The operation's results, run over the positions of the ids in one of the recordings."""
 
     def given(value: Any) -> Any:
@@ -280,7 +292,7 @@ def _moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
         if not isinstance(value, Ref):
             return value
         known = reader.known.get(value.number)
-        return known.positions[which] if isinstance(known, PerId) else reader.pair(value)[which]
+        return known.positions[which] if isinstance(known, PerId | Vectors) else reader.pair(value)[which]
 
     kwargs = {key: given(value) for key, value in op.kwargs.items() if key != "dtype"}
     made = op.call(*map(given, op.args), **kwargs)
@@ -323,15 +335,15 @@ def read_permute(reader: Reader, op: Op) -> Any:
         raise Unread("it does not move ids by their lengths")
     # Positions take the ids' place alone: weights have to be floats.
     alone = replace(op, args=(*op.args[:3], None, *op.args[4:]))
-    made = [_moved(reader, alone, which) for which in (0, 1)]
-    moved = PerId(ids.group, ids.expression, (made[0][1], made[1][1]))
+    made = [moved(reader, alone, which) for which in (0, 1)]
+    permuted = PerId(ids.group, ids.expression, (made[0][1], made[1][1]))
     weights: Known | None = None
     if op.args[3] is not None:
         try:
-            weights = PerId(ids.group, _weights_of(reader, ids, op.args[3]), moved.positions)
+            weights = PerId(ids.group, _weights_of(reader, ids, op.args[3]), permuted.positions)
         except Unread as problem:
             weights = Opaque(f"{op.name}: {problem}")
-    return lengths, moved, weights
+    return lengths, permuted, weights
 
 
 @reads("fbgemm.block_bucketize_sparse_features_inference", "fbgemm.block_bucketize_sparse_features")
@@ -353,7 +365,10 @@ def read_bucketize(reader: Reader, op: Op) -> Any:
     places[0], places[1] = lengths, ids
     for output, number in enumerate(op.outputs[2:], 2):
         if number is not None:
-            places[output] = Opaque("fbgemm.block_bucketize_sparse_features: places of ids")
+            counts = all(torch.equal(part, torch.arange(len(part))) for part in reader.pair(Ref(number)))
+            # Where each id went: of one device, to where it was.
+            stays = counts and output == _WENT and op.args[3]
+            places[output] = Counted() if stays else Opaque(f"{op.name}: places of ids")
     return tuple(places)
 
 
@@ -427,11 +442,17 @@ def _lookup(
     ):
         return Opaque(f"fbgemm.{unknown}: no step for it" if unknown != "unset" else f"{op.name}: an id may be unset")
     if pooling not in _POOLING:
-        kind = (
-            "pooling by the largest is" if op.name.startswith("aten.") else "sequences of vectors, one for each id, are"
-        )
-        return Opaque(f"{op.name}: {kind} not read")
+        if op.name.startswith("aten."):
+            return Opaque(f"{op.name}: pooling by the largest is not read")
+        return _vectors(op, step, known)
     return reader.add(op, step, (sum(table.dim for table in tables),))
+
+
+def _vectors(op: Op, step: Lookup, ids: PerId) -> Known:
+    if step.weights is not None or len(set(step.features)) < len(step.features):
+        raise Unread("it looks a feature's ids up twice, or weighs what it does not pool")
+    tables = dict(zip(step.features, step.tables, strict=True))
+    return Vectors(step.group, tables, step.ids, ids.positions)
 
 
 def _weights_of(reader: Reader, ids: PerId, weights: Any) -> IdExpression:
@@ -454,7 +475,7 @@ def functions_of(expression: Any) -> list[str]:
 def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int, ...]:
     """The request's feature whose bags each of a lookup's features has. Raises Unread where one has no such."""
     found = [
-        _matched(*recorded, count)
+        matched(*recorded, count)
         for recorded in zip(ids.positions, reader.pair(offsets), reader.groups[ids.group], reader.rows, strict=True)
     ]
     if found[0] != found[1]:
@@ -462,9 +483,11 @@ def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int
     return found[0]
 
 
-def _matched(
+def matched(
     positions: torch.Tensor, offsets: torch.Tensor, lengths: NDArray[np.int64], rows: int, count: int
 ) -> tuple[int, ...]:
+    """The request's feature whose bags each of ``count`` features has, in one recording. Raises Unread where one has no
+    such."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     places, bounds = positions.numpy(), offsets.numpy()
     if len(bounds) != count * rows + 1:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from narsil.program.recording import Constant, Op, Recording, Ref, Varying
 from narsil.program.steps import Arrange, Concat, Elementwise, Lookup, Program, Step, Table
-from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Unread
+from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
 
 __all__ = ["Reader", "Readings", "TableOf", "fixed_array", "reads"]
 
@@ -304,6 +304,7 @@ def _told(known: Known) -> str:
         Column: "rows laid out as more than one",
         Fixed: "a constant of the model",
         PerId: "a number for each id",
+        Vectors: "a vector for each id",
         Structure: "lengths of bags",
     }.get(type(known), "an unknown tensor")
 

@@ -26,6 +26,7 @@ __all__ = [
     "Elementwise",
     "IdArray",
     "IdExpression",
+    "Laid",
     "LayerNorm",
     "Linear",
     "Lookup",
@@ -306,6 +307,28 @@ class Lookup(Step):
         sums = np.zeros((len(lengths), table.dim))
         np.add.at(sums, np.repeat(np.arange(len(lengths)), lengths), rows)
         return sums / np.maximum(lengths, 1)[:, None] if self.pooling == "mean" else sums
+
+
+@dataclass(frozen=True, eq=False)
+class Laid(Step):
+    """The vectors of a feature's first ``length`` ids, (B, length, dim), and ``fill`` where a bag has fewer."""
+
+    group: str
+    feature: int
+    table: Table
+    ids: IdExpression
+    length: int
+    fill: float
+
+    def reference(self, values: Mapping[int, Values], groups: Mapping[str, Bags]) -> Values:
+        """See Step.reference."""
+        lengths, ids, weights = groups[self.group].of(self.feature)
+        vectors = self.table.vectors(np.asarray(evaluate_ids(self.ids, ids, weights)).astype(np.int64))
+        result = np.full((len(lengths), self.length, self.table.dim), self.fill)
+        starts = np.cumsum(lengths) - lengths
+        for row, (start, length) in enumerate(zip(starts, np.minimum(lengths, self.length), strict=True)):
+            result[row, :length] = vectors[start : start + length]
+        return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from narsil.program.steps import IdExpression
+from narsil.program.steps import IdExpression, Table
 
-__all__ = ["Chosen", "Column", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread"]
+__all__ = ["Chosen", "Column", "Counted", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread", "Vectors"]
 
 
 class Unread(Exception):
@@ -56,6 +57,21 @@ class Structure:
     group: str
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """A table's vector for each of some ids, (N, dim). ``positions``: as PerId's."""
+
+    group: str
+    tables: Mapping[int, Table]  # by feature of the request
+    ids: IdExpression
+    positions: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """0, 1, 2, ..., one for each of some ids."""
+
+
 @dataclass(frozen=True)
 class Opaque:
     """Nothing but why it is not known."""
@@ -63,4 +79,4 @@ class Opaque:
     reason: str
 
 
-Known = Column | Fixed | PerId | Chosen | Structure | Opaque
+Known = Column | Fixed | PerId | Chosen | Vectors | Counted | Structure | Opaque
