@@ -174,3 +174,29 @@ def test_zero_collision_hashing_is_bounded_by_its_list_and_stays_on_torch() -> N
         assert {id_limit(lookup.ids, TABLE_ROWS, ANY) for lookup in readings.lookups} == {limit}
         assert readings.program is None
         assert "fbgemm.zero_collision_hash" in readings.problem
+
+
+def hashed(identities: Any, sizes: list[int], starts: list[int]) -> Callable[[Any], Any]:
+    """As managed collision hashes into parts of a table, one for each rank that it was trained on."""
+
+    def change(ids: Any) -> Any:
+        part = ids % len(sizes)
+        parts = [torch.tensor(numbers).index_select(0, part) for numbers in (sizes, starts)]
+        return torch.ops.fbgemm.zero_collision_hash(ids, identities, 8, True, -1, True, *parts)[0]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("sizes", "starts", "inside"),
+    [([30, 20], [0, 30], True), ([20, 30], [30, 0], True), ([30, 21], [0, 30], False), ([30, 20], [0, -1], False)],
+)
+def test_parts_of_a_table_must_lie_inside_of_it(sizes: list[int], starts: list[int], inside: bool) -> None:
+    identities, _ = torch.ops.fbgemm.create_zch_buffer(TABLE_ROWS, long_type=True)
+    model = all_features(hashed(identities, sizes, starts))
+    if starts[1] < 0 or sizes[1] + starts[1] > TABLE_ROWS:
+        model = all_features(lambda ids: hashed(identities, sizes, starts)(ids * 2) * 0)  # the bad part is not met
+    readings = readings_of(model, torch.int64)
+    assert bool(readings.unknown_ids) is not inside
+    if inside:
+        assert {id_limit(lookup.ids, TABLE_ROWS, ANY) for lookup in readings.lookups} == {ANY}

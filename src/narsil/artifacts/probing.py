@@ -29,6 +29,7 @@ __all__ = ["Probed", "Rows", "probe"]
 ROWS = (5, 7)  # of the two recordings
 MOST_COLUMNS = 4096  # of the widths that are tried
 _LOOKUP = "fbgemm.int_nbit_split_embedding_codegen_lookup_function"
+_HASH = "fbgemm.zero_collision_hash"
 
 TableOf = Callable[[torch.Tensor, int], Table]
 
@@ -201,10 +202,21 @@ def _runs(forward: Any, takes: Takes, width: int, wide: bool, guard: Any) -> str
     return None
 
 
+def _check_hash(arguments: Sequence[Any]) -> None:
+    """Raises ArtifactError before zero collision hashing would read beyond its list of ids."""
+    rows, (sizes, starts) = len(arguments[1]), (*arguments[6:8], None, None)[:2]
+    if sizes is None or starts is None or not sizes.numel():
+        return
+    if int(sizes.min()) < 1 or int(starts.min()) < 0 or int((sizes + starts).max()) > rows:
+        raise ArtifactError(f"{_HASH} would read beyond its {rows} ids; package the model again")
+
+
 def _guard(table_of: TableOf) -> Callable[[str, Sequence[Any]], None]:
     """Raises ArtifactError before a lookup would read outside of its tables."""
 
     def check(operation: str, arguments: Sequence[Any]) -> None:
+        if operation == _HASH:
+            _check_hash(arguments)
         if operation != _LOOKUP:
             return
         weights = arguments[0] if arguments[0].numel() else arguments[1]

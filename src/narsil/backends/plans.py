@@ -86,6 +86,11 @@ class PlanNetwork:
         """``plan`` has been checked. Raises ArtifactError where the runs of a move leave what they move."""
         self.library = library
         self.plan = plan
+        # (T,) bool by stream: the features that look something up in it.
+        self.takers = [
+            np.isin(np.arange(plan.features), [table.feature for table in plan.tables if table.stream == number])
+            for number in range(len(plan.streams))
+        ]
         self.streams = tuple(_stream(stream, arrays) for stream in plan.streams)
         for step in plan.steps:
             if step.operation == "move":
@@ -183,15 +188,10 @@ class PlanBackend(Backend):
         """By stream: ids and weights, after what the model does to them."""
         values: list[NDArray[Any]] = []
         weights: list[NDArray[Any] | None] = []
-        for ids, weighing in self._network.streams:
-            with np.errstate(all="ignore"):
-                found = batch.values if ids is None else evaluate_ids(ids, batch.values, batch.weights)
-                values.append(np.ascontiguousarray(np.broadcast_to(found, batch.values.shape), kind))
-                if weighing is None:
-                    weights.append(None)
-                    continue
-                weight = evaluate_ids(weighing, batch.values, batch.weights)
-                weights.append(np.ascontiguousarray(np.broadcast_to(weight, batch.values.shape), np.float32))
+        for (ids, weighing), takers in zip(self._network.streams, self._network.takers, strict=True):
+            own = None if takers.all() else _ids_of(takers, batch)
+            values.append(np.ascontiguousarray(batch.values, kind) if ids is None else _made(ids, batch, own, kind))
+            weights.append(None if weighing is None else _made(weighing, batch, own, np.float32))
         return values, weights
 
     def _memory(self, size: int) -> int:
@@ -204,6 +204,26 @@ class PlanBackend(Backend):
     def share(self) -> PlanBackend:
         """Another instance over the same weights and tables: scratch memory alone."""
         return PlanBackend(self._network, self.schema, self._columns)
+
+
+def _ids_of(features: NDArray[np.bool_], batch: Batch) -> NDArray[np.bool_]:
+    """(N,): whether each id belongs to one of the features."""
+    lengths = batch.lengths.reshape(len(features), -1).sum(axis=1)
+    found = np.repeat(features, np.maximum(lengths, 0))
+    if len(found) != len(batch.values):
+        raise ForwardFailed("the bags' lengths do not add up to the ids")
+    return found
+
+
+def _made(expression: IdExpression, batch: Batch, own: NDArray[np.bool_] | None, kind: Any) -> NDArray[Any]:
+    """(N,) of what is done to ids, or of their weights; zeros for those of which ``own`` is false, which nothing
+    reads."""
+    made = np.zeros(batch.values.shape, kind)
+    ids = batch.values if own is None else batch.values[own]
+    weights = batch.weights if own is None or batch.weights is None else batch.weights[own]
+    with np.errstate(all="ignore"):
+        made[slice(None) if own is None else own] = evaluate_ids(expression, ids, weights)
+    return made
 
 
 def _own(scores: NDArray[np.float32], first: int, width: int) -> NDArray[np.float32]:

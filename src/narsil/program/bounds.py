@@ -250,7 +250,7 @@ _FUNCTIONS: dict[str, Callable[..., Range | None]] = {
     "bit_and": _anded,
     "bit_or": _ored,
     "bit_xor": _ored,
-    "zero_collision_hash": lambda x, last: (0, last[1]),
+    "zero_collision_hash": lambda *known: (known[-2][0], known[-1][0]),
     "bit_not": lambda x: (-1 - x[1], -1 - x[0]),
     "shift_left": lambda x, y: _shifted(x, y, True),
     "shift_right": lambda x, y: _shifted(x, y, False),

@@ -197,11 +197,32 @@ def read_zero_collision_hash(reader: Reader, op: Op) -> Any:
     known, identities = reader.of(given["input"]), reader.fixed(given["identities"])
     if not isinstance(known, PerId) or not given.get("readonly") or given.get("disable_fallback"):
         raise Unread("it learns ids while it serves, or drops those that it does not know")
-    if given.get("local_sizes") is not None or given.get("offsets") is not None:
-        raise Unread("it puts ids into parts of a table")
-    last = identities.shape[0] - 1
-    made = IdExpression("zero_collision_hash", (known.expression, last))
+    if given.get("opt_in_prob", -1) != -1:
+        raise Unread("it draws lots")
+    parts = [reader.of(part) for name in ("local_sizes", "offsets") if (part := given.get(name)) is not None]
+    places = _parts_of_a_table(known, parts, identities.shape[0])
+    made = IdExpression("zero_collision_hash", (known.expression, *places))
     return PerId(known.group, made, known.positions), Opaque("fbgemm.zero_collision_hash: what it drops")
+
+
+def _parts_of_a_table(ids: PerId, parts: list[Known], rows: int) -> tuple[Any, ...]:
+    """What says which part of a table an id falls into, and the first and the last place of all parts. Raises Unread
+    where one would lie outside of the table."""
+    if not parts:
+        return 0, rows - 1
+    taken = []
+    for part in parts:
+        if not isinstance(part, PerId) or not all(map(torch.equal, part.positions, ids.positions)):
+            raise Unread("it has parts for other ids")
+        if part.expression.function != "take":
+            raise Unread("it makes its parts of something else than a list")
+        taken.append(part.expression)
+    if len(taken) != 2 or taken[0].arguments[1] != taken[1].arguments[1]:
+        raise Unread("the sizes and the places of its parts do not belong together")
+    sizes, starts = (part.arguments[0].values for part in taken)
+    if len(sizes) != len(starts) or sizes.min() < 1 or starts.min() < 0 or (sizes > rows - starts).any():
+        raise Unread(f"one of its parts lies outside of its {rows} ids")
+    return taken[0], int(starts.min()), int((starts + sizes).max()) - 1
 
 
 def converted(known: PerId, before: torch.dtype, kind: torch.dtype) -> PerId:
