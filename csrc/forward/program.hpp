@@ -51,7 +51,8 @@ struct Step {
   Operand operands[3];
   int64_t sizes[4];  // LOOKUP: first table, tables; SEQUENCE: table, length; LINEAR: sub-rows of a row, their strides
                      // in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n; REDUCE, SOFTMAX,
-                     // NORM: outer, axis, inner; OUTPUT: first of the columns that it fills
+                     // NORM: outer, axis, inner; COLUMNS: first of those that it takes; OUTPUT: first of those that it
+                     // fills
   const void*
       data[2];       // LINEAR: its Layer; DOT: weights and bias; MOVE: runs of 5 int64; NORM: weight and bias or null
   float numbers[3];  // ELEMENTWISE: what the function takes; NORM: epsilon; SEQUENCE: fill
@@ -258,8 +259,8 @@ int run_step(const Tile& tile, const Step& step, int64_t row) {
   int status = OK;
   switch (step.operation) {
     case COLUMNS:
-      std::memcpy(out, tile.bags.dense + (tile.start + row) * plan.dense_columns,
-                  sizeof(float) * static_cast<size_t>(plan.dense_columns));
+      std::memcpy(out, tile.bags.dense + (tile.start + row) * plan.dense_columns + step.sizes[0],
+                  sizeof(float) * static_cast<size_t>(step.width));
       break;
     case LOOKUP:
       status = look_up<Id>(tile, step, row, out);

@@ -170,7 +170,7 @@ std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::st
                                     std::vector<int64_t> rows, bool wide_ids, int64_t max_rows, int64_t max_ids) {
   for (const int64_t limit : rows)
     if (limit < 1) throw py::value_error("a table has at least one row");
-  if (rows.empty() || dense_dim < 0 || max_rows < 1) throw py::value_error("no schema");
+  if (dense_dim < 0 || max_rows < 0) throw py::value_error("no schema");
   Model model{std::move(name), std::move(version), {dense_dim, std::move(rows), wide_ids, max_rows, max_ids}};
   return std::make_shared<PyModel>(std::move(model), std::move(served));
 }

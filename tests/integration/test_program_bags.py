@@ -83,7 +83,7 @@ def readings_of(forward: Forward, kind: Any = torch.int32) -> Readings:
         recording.inputs["g.weights"]: PerId("g", WEIGHTS, (places[0], places[1])),
     }
     groups = {"g": (given[0][0], given[1][0])}
-    return read(recording, ROWS, groups, lambda weights, position: pytest.fail("FBGEMM"), None, known)
+    return read(recording, ROWS, groups, lambda weights, position: pytest.fail("FBGEMM"), (), known)
 
 
 def check(forward: Forward, limit: int = TABLE_ROWS, kind: Any = torch.int32) -> None:

@@ -99,7 +99,7 @@ def program_of(model: Any) -> Program:
         recording.inputs["g.weights"]: PerId("g", WEIGHTS, (places[0], places[1])),
     }
     groups = {"g": (np.asarray(given[0][1].lengths), np.asarray(given[1][1].lengths))}
-    readings = read(recording, ROWS, groups, lambda weights, position: pytest.fail("FBGEMM"), "x", known)
+    readings = read(recording, ROWS, groups, lambda weights, position: pytest.fail("FBGEMM"), ("x",), known)
     assert readings.program is not None, readings.problem
     return readings.program
 

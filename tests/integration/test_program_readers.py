@@ -31,7 +31,7 @@ def readings_of(forward: Callable[[Any], Any], width: int = WIDTH) -> Readings:
     def no_tables(weights: Any, position: int) -> Any:
         raise AssertionError("there is no lookup")
 
-    return read(merged(*recordings), ROWS, {}, no_tables, "x", NONE)
+    return read(merged(*recordings), ROWS, {}, no_tables, ("x",), NONE)
 
 
 def other_rows(count: int = 11, width: int = WIDTH) -> Any:

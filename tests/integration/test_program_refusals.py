@@ -135,7 +135,7 @@ def test_a_constant_of_as_many_rows_as_the_probe_has_is_no_rows_own() -> None:
     recording = merged(*(record(lambda batch: batch["x"] + FIVE, each) for each in inputs))
     from narsil.program.reading import read
 
-    found = read(recording, (5, 5), {}, lambda weights, position: pytest.fail("no lookup"), "x", {})
+    found = read(recording, (5, 5), {}, lambda weights, position: pytest.fail("no lookup"), ("x",), {})
     assert found.program is None
     assert "belongs to certain rows" in found.problem
 

@@ -193,7 +193,7 @@ def test_widths_are_read_packed_and_one_by_one(written):
         (read_response, b"\x22\x08\x12\x04abcd\x18\x02", "4 bytes are no whole number of rows of 2 float32"),
         (read_model, A_MODEL + b"\x52\x02\x01\x02", "widths must be positive integers, one for each of 1 task"),
         (read_model, b"\x0a\x05", "field 1 claims 5 bytes"),
-        (read_model, b"", "no sparse feature"),
+        (read_model, b"", "neither dense columns nor sparse features"),
     ],
 )
 def test_an_answer_that_cannot_be_read_is_the_server_s_fault_and_not_the_request_s(read, body, why):

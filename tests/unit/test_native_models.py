@@ -273,9 +273,8 @@ def test_calls_of_two_models_are_not_fused(plane, client):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"rows": []}, "no schema"),
         ({"rows": [0]}, "at least one row"),
-        ({"max_rows": 0}, "no schema"),
+        ({"max_rows": -1}, "no schema"),
         ({"dense_dim": -1}, "no schema"),
     ],
 )

@@ -280,7 +280,8 @@ class _StepCheck:
         return sizes
 
     def _columns(self) -> None:
-        self._need(self.step.width == self.plan.dense_columns)
+        first = self.step.sizes[0] if self.step.sizes else 0
+        self._need(len(self.step.sizes) <= 1 and 0 <= first <= self.plan.dense_columns - self.step.width)
 
     def _lookup(self) -> None:
         first, count = self._sizes(2)

@@ -8,14 +8,14 @@ every lookup's are held against its tables before it runs: nothing is read out o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS
+from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, in_order
 from narsil.errors import ArtifactError, last_line
 from narsil.program.ragged import IDS
 from narsil.program.ragged import WEIGHTS as WEIGHTS_OF_IDS
@@ -67,11 +67,17 @@ def _array(tensor: torch.Tensor | None) -> Any:
 @dataclass(frozen=True)
 class Takes:
     """A model's inputs: the name of its columns, and group -> its number of features and whether its ids have
-    weights."""
+    weights. ``known``: the widths of other matrices of numbers."""
 
     columns: str | None
     groups: Mapping[str, tuple[int, bool]]
     device: str = "cpu"
+    known: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The inputs of numbers, in the order of the request's columns."""
+        return in_order((*self.known, *(() if self.columns is None else (self.columns,))))
 
     def rows(self, count: int, dense_dim: int, wide_ids: bool, ids: Callable[[str, NDArray[np.int64]], Any]) -> Rows:
         """Random columns and bags of 0 to 3; every feature has one that is not empty. ``ids`` gives a group's ids for
@@ -79,8 +85,9 @@ class Takes:
         random = np.random.default_rng(count)
         kind = torch.int64 if wide_ids else torch.int32
         inputs: dict[str, torch.Tensor] = {}
-        if self.columns is not None:
-            inputs[self.columns] = torch.from_numpy(random.standard_normal((count, dense_dim)).astype(np.float32))
+        for key in self.matrices:
+            width = dense_dim if key == self.columns else self.known[key]
+            inputs[key] = torch.from_numpy(random.standard_normal((count, width)).astype(np.float32))
         every = {}
         for group, (features, weighted) in self.groups.items():
             lengths = random.integers(0, 4, (features, count))
@@ -115,7 +122,7 @@ def probe(
     except Exception as error:  # whatever a model raises
         raise ArtifactError(f"{name}: forward does not run on bags of 0 to 3 ids: {last_line(error)}") from None
     recording = merged(*recorded)
-    readings = read(recording, ROWS, _both(rows), table_of, takes.columns, _known(recording, takes, rows))
+    readings = read(recording, ROWS, _both(rows), table_of, takes.matrices, _known(recording, takes, rows))
     return Probed(dense_dim, wide_ids, readings, _outputs(recording, name), recording)
 
 

@@ -75,7 +75,7 @@ def usual(schema: ModelSchema, random: Random, given: Floats | None = None) -> I
 
 def extreme(schema: ModelSchema, random: Random, given: Floats | None = None) -> Iterator[Batch]:
     """Some thousand rows, as ``usual``."""
-    long_rows = int(np.clip(_LONG_IDS // (schema.num_features * _LONG // 4), 1, _BATCH_ROWS))
+    long_rows = int(np.clip(_LONG_IDS // max(schema.num_features * _LONG // 4, 1), 1, _BATCH_ROWS))
     plan = [(_BATCH_ROWS, _EXTREME_BAGS[number % len(_EXTREME_BAGS)]) for number in range(_EXTREME_BATCHES)]
     for rows, longest in [*plan, *[(long_rows, _LONG)] * _LONG_BATCHES]:
         lengths = _lengths(schema.num_features * rows, longest, random)

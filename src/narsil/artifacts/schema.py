@@ -6,6 +6,7 @@ nor onnx, so that clients can use it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -38,12 +39,14 @@ class Feature:
     dim: int
     pooling: Pooling = "sum"
     weighted: bool = False
+    group: str = ""  # the key of its id lists in the model's input; empty where the model has one such group alone
 
     def __post_init__(self) -> None:
-        for value in (self.name, self.table):
+        for value in (self.name, self.table, *([self.group] if self.group != "" else [])):
             if not is_label(value):
                 raise ArtifactError(
-                    f"feature or table name {_shown(value)} is no printable text of 1 to {MOST_CHARACTERS} characters"
+                    f"feature, table or group name {_shown(value)} is no printable text of 1 to {MOST_CHARACTERS} "
+                    "characters"
                 )
         for label, number in (("rows", self.rows), ("dim", self.dim)):
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST:
@@ -65,12 +68,15 @@ class ModelSchema:
     features: tuple[Feature, ...]
     tasks: tuple[str, ...] = ("default",)
     widths: tuple[int, ...] = ()  # numbers that each task gives for a row
+    # (input of the model, width) of each part of the dense columns, in order; empty where all are float_features'.
+    matrices: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
             raise ArtifactError(f"dense_dim must be an integer of at least 0, not {_shown(self.dense_dim)}")
-        if not self.features:
-            raise ArtifactError("the model has no sparse feature; Narsil serves models with at least one")
+        if not self.features and not self.dense_dim:
+            raise ArtifactError("the model has neither dense columns nor sparse features; nothing tells its rows")
+        self._check_groups()
         names = [feature.name for feature in self.features]
         if len(set(names)) != len(names):
             raise ArtifactError("two sparse features share one name")
@@ -86,6 +92,38 @@ class ModelSchema:
             raise ArtifactError(
                 f"widths must be positive integers, one for each of {len(self.tasks)} tasks, not {_shown(self.widths)}"
             )
+
+    def _check_groups(self) -> None:
+        """Raises ArtifactError where groups lie in pieces, or matrices do not make up the columns."""
+        groups = [group for group, _ in itertools.groupby(feature.group for feature in self.features)]
+        if len(set(groups)) != len(groups) or (len(groups) > 1 and "" in groups):
+            raise ArtifactError("the features of a group must follow each other, and each must name its group")
+        for key, width in self.matrices:
+            if not is_label(key) or type(width) is not int or width < 0:
+                raise ArtifactError(f"matrices must be names and widths, not {_shown((key, width))}")
+        if self.matrices and sum(width for _, width in self.matrices) != self.dense_dim:
+            raise ArtifactError(f"the widths of the matrices do not add up to {self.dense_dim} dense columns")
+        if len(dict(self.matrices)) != len(self.matrices):
+            raise ArtifactError("two matrices share one name")
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, slice], ...]:
+        """(group, positions of its features), in order."""
+        found: dict[str, slice] = {}
+        for position, feature in enumerate(self.features):
+            start = found[feature.group].start if feature.group in found else position
+            found[feature.group] = slice(start, position + 1)
+        return tuple(found.items())
+
+    @property
+    def given_widths(self) -> int | dict[str, int]:
+        """How many dense columns there are, as artifacts.torchrec.read_module takes it."""
+        return dict(self.matrices) if self.matrices else self.dense_dim
+
+    @property
+    def plain(self) -> bool:
+        """Whether a request has float_features and one group of id lists, as most models'."""
+        return not self.matrices and all(not feature.group for feature in self.features)
 
     @property
     def num_features(self) -> int:
@@ -117,12 +155,12 @@ class ModelSchema:
     @cached_property
     def min_rows(self) -> int:
         """The smallest table's rows: ids below it are valid for every feature."""
-        return int(self.rows.min())
+        return int(self.rows.min(initial=_MOST))
 
     @cached_property
     def id_dtype(self) -> np.dtype[Any]:
         """int32 where every id fits it, else int64."""
-        return np.dtype(np.int32 if int(self.rows.max()) <= 2**31 else np.int64)
+        return np.dtype(np.int32 if int(self.rows.max(initial=0)) <= 2**31 else np.int64)
 
     @cached_property
     def weighted(self) -> bool:
@@ -133,17 +171,19 @@ class ModelSchema:
         """Plain values, as they stand in manifest.json."""
         plain = {
             "dense_dim": self.dense_dim,
-            "features": [asdict(feature) for feature in self.features],
+            "features": [_plain(feature) for feature in self.features],
             "tasks": list(self.tasks),
         }
         # As before there were any, where they say nothing.
-        return plain if set(self.widths) == {1} else {**plain, "widths": list(self.widths)}
+        if set(self.widths) != {1}:
+            plain["widths"] = list(self.widths)
+        return {**plain, "matrices": [list(part) for part in self.matrices]} if self.matrices else plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSchema:
         """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
         try:
-            if set(data) - {"widths"} != {"dense_dim", "features", "tasks"}:
+            if set(data) - {"widths", "matrices"} != {"dense_dim", "features", "tasks"}:
                 raise ArtifactError(f"a schema has dense_dim, features and tasks, not {_shown(sorted(data))}")
             widths = data.get("widths", [])
             return cls(
@@ -151,6 +191,15 @@ class ModelSchema:
                 features=tuple(Feature(**feature) for feature in data["features"]),
                 tasks=tuple(data["tasks"]) if isinstance(data["tasks"], list) else (),
                 widths=tuple(widths) if isinstance(widths, list) else (widths,),
+                matrices=tuple((key, width) for key, width in data.get("matrices", [])),
             )
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the schema is damaged: {first_line(error)}") from None
+
+
+def _plain(feature: Feature) -> dict[str, Any]:
+    """A feature's values; its group where it says something."""
+    values = asdict(feature)
+    if not feature.group:
+        del values["group"]
+    return values

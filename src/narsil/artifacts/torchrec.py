@@ -38,7 +38,7 @@ from narsil.artifacts.tbe import (
     table_at,
     table_operators,
 )
-from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, Interface, interface_of, load_torchscript
+from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, Interface, in_order, interface_of, load_torchscript
 from narsil.errors import ArtifactError, first_line
 
 if TYPE_CHECKING:
@@ -63,10 +63,11 @@ _UNUSED = "none"  # the table of a feature that is never looked up
 class Binding:
     """The names and kinds under which a forward takes its inputs."""
 
-    dense: str | None = "float_features"
-    sparse: str = "id_list_features"
+    matrices: tuple[tuple[str, int], ...] | None = None  # (name, width), in the columns' order; None: float_features
+    # (name, number of features, whether it takes a weight for each id), in the features' order; None: one group,
+    # id_list_features.
+    groups: tuple[tuple[str, int, bool], ...] | None = None
     wide_ids: bool = False  # whether ids and lengths have to be int64, else int32
-    weighted: bool = False  # whether it takes a weight for each id
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,13 @@ def schema_of(module: Any, name: str = "the module", dense_dim: int | None = Non
 
 
 def read_module(
-    module: Any, name: str = "the module", dense_dim: int | None = None, interface: Interface | None = None
+    module: Any,
+    name: str = "the module",
+    dense_dim: int | Mapping[str, int] | None = None,
+    interface: Interface | None = None,
 ) -> ModuleReading:
-    """All of it. ``dense_dim``: the number of dense columns, where the model does not say; ``interface``: the module's,
+    """All of it. ``dense_dim``: the number of dense columns, where the model does not say (of the first matrix, or by
+    name); ``interface``: the module's,
     where its graph has been rewritten since. Raises ArtifactError."""
     try:
         return _read(module, name, dense_dim, interface or interface_of(module, name))
@@ -102,45 +107,37 @@ def read_module(
         raise ArtifactError(f"{name} is not built as TorchRec's packager builds it: {first_line(error)}") from None
 
 
-def _read(module: Any, name: str, dense_dim: int | None, interface: Interface) -> ModuleReading:
+def _read(module: Any, name: str, dense_dim: int | Mapping[str, int] | None, interface: Interface) -> ModuleReading:
     tbes = table_operators(module)
     for tbe in tbes:
         check_tables(tbe, name)
         check_table_values(tbe, name)
     _check_dense_values(module, name)
-    columns, group = _inputs(interface, name)
+    columns, groups = _inputs(interface, name)
     device = device_of(tbes, name) if tbes else "cpu"
     if not _is_here(device):
-        if group + WEIGHTS in interface.reads:
-            raise ArtifactError(f"{name}: it takes weights, and was packaged for {device}; {_ELSEWHERE}")
+        if len(groups) != 1 or len(columns) != 1 or groups[0] + WEIGHTS in interface.reads:
+            raise ArtifactError(
+                f"{name}: it takes weights, or other inputs than one matrix of numbers and one group of id lists, and "
+                f"was packaged for {device}; {_ELSEWHERE}"
+            )
         return ModuleReading(_static_schema(tbes, interface, name), device, Binding(), None)
-    return _probed(module, tbes, name, interface, columns, group, device, dense_dim)
+    return _probed(module, tbes, name, interface, columns, groups, device, dense_dim)
 
 
-def _inputs(interface: Interface, name: str) -> tuple[str | None, str]:
-    """(the input of columns, the group of id lists). Raises ArtifactError on what a request cannot bring."""
-    groups = sorted(interface.features)
-    columns = sorted(key for key in interface.reads if not key.endswith((LENGTHS, VALUES, WEIGHTS)))
-    if len(groups) != 1:
+def _inputs(interface: Interface, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the inputs of columns, the groups of id lists), in a request's order. Raises ArtifactError on what a request
+    cannot bring."""
+    groups = in_order(interface.features)
+    columns = in_order(key for key in interface.reads if not key.endswith((LENGTHS, VALUES, WEIGHTS)))
+    wanted = {group + part for group in groups for part in (LENGTHS, VALUES)} | set(columns)
+    weights = {group + WEIGHTS for group in groups} & interface.reads
+    if odd := sorted(interface.reads ^ (wanted | weights)):
         raise ArtifactError(
-            f"{name}: forward reads {len(groups)} groups of id lists"
-            + (f" ({', '.join(groups)})" if groups else " (keys that end in .lengths and .values)")
-            + "; Narsil serves models with one"
+            f"{name}: forward reads {odd[0]} alone, where id lists are X{LENGTHS} and X{VALUES} together, and "
+            f"X{WEIGHTS} beside them; name the model's inputs so"
         )
-    if len(columns) > 1:
-        raise ArtifactError(
-            f"{name}: forward reads {' and '.join(columns)}; Narsil serves models with one matrix of numbers: join "
-            f"them "
-            "into float_features in the model"
-        )
-    wanted = {groups[0] + LENGTHS, groups[0] + VALUES, *columns, *(interface.reads & {groups[0] + WEIGHTS})}
-    if odd := sorted(interface.reads ^ wanted):
-        raise ArtifactError(
-            f"{name}: forward reads {odd[0]}, which Narsil does not give it: it gives a matrix of numbers, and id "
-            f"lists as "
-            f"{groups[0]}{LENGTHS}, {groups[0]}{VALUES} and {groups[0]}{WEIGHTS}"
-        )
-    return (columns[0] if columns else None), groups[0]
+    return columns, groups
 
 
 def _is_here(device: str) -> bool:
@@ -157,18 +154,17 @@ def _probed(
     tbes: Sequence[Any],
     name: str,
     interface: Interface,
-    columns: str | None,
-    group: str,
+    columns: Sequence[str],
+    groups: Sequence[str],
     device: str,
-    dense_dim: int | None,
+    given: int | Mapping[str, int] | None,
 ) -> ModuleReading:
     from narsil.artifacts.probing import Takes, probe
 
-    names = interface.features[group]
-    weighted = group + WEIGHTS in interface.reads
-    takes = Takes(columns, {group: (len(names), weighted)}, device)
-    given = dense_dim if dense_dim is not None else interface.dense_dim
-    found = probe(module, takes, given, _table_of(tbes, name), name)
+    sought, width, widths = _widths(interface, columns, given, name)
+    taken = {group: (len(interface.features[group]), group + WEIGHTS in interface.reads) for group in groups}
+    takes = Takes(sought, taken, device, widths)
+    found = probe(module, takes, width, _table_of(tbes, name), name)
     if not found.wide_ids and (found.readings.unknown_ids or _takes_all_narrow(found.readings)):
         with contextlib.suppress(ArtifactError):
             wide = probe(module, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
@@ -179,15 +175,47 @@ def _probed(
             f"so that "
             "ids could be read out of bounds; look ids up as they are, or bound them with a remainder or a clamp"
         )
-    features = _features(names, found.readings.lookups, found.wide_ids, name)
-    if weighted:
-        features = tuple(replace(feature, weighted=True) for feature in features)
-    tasks, widths = tuple(found.outputs), tuple(found.outputs.values())
-    schema = ModelSchema(dense_dim=found.dense_dim, features=features, tasks=tasks, widths=widths)
+    features: list[Feature] = []
+    for group in groups:
+        lookups = [lookup for lookup in found.readings.lookups if lookup.group == group]
+        made = _features(interface.features[group], lookups, found.wide_ids, name)
+        shown = group if len(groups) > 1 else ""
+        features += [replace(feature, weighted=taken[group][1], group=shown) for feature in made]
+    if twice := _shared(features):
+        raise ArtifactError(f"{name}: two groups of id lists have a feature {twice}; give features names of their own")
+    tasks, outputs = tuple(found.outputs), tuple(found.outputs.values())
+    matrices = tuple((key, found.dense_dim if key == sought else widths[key]) for key in columns)
+    lone = len(columns) < 2 and "embedding_features" not in columns
+    schema = ModelSchema(sum(part for _, part in matrices), tuple(features), tasks, outputs, () if lone else matrices)
     readings = found.readings
     if readings.program is not None and (branch := branch_on_rows(module)):
         readings = replace(readings, program=None, problem=branch)
-    return ModuleReading(schema, device, Binding(columns, group, found.wide_ids, weighted), readings)
+    binding = Binding(matrices, tuple((group, *taken[group]) for group in groups), found.wide_ids)
+    return ModuleReading(schema, device, binding, readings)
+
+
+def _shared(features: Sequence[Feature]) -> str | None:
+    names = [feature.name for feature in features]
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _widths(
+    interface: Interface, columns: Sequence[str], given: int | Mapping[str, int] | None, name: str
+) -> tuple[str | None, int | None, dict[str, int]]:
+    """(the matrix whose width is sought, or is given alone, its width where that is known, the others' widths)."""
+    widths = dict(interface.widths)
+    if isinstance(given, Mapping):
+        widths |= given
+    elif given is not None and columns:
+        widths[columns[0]] = given
+    unknown = [key for key in columns if key not in widths]
+    if len(unknown) > 1:
+        raise ArtifactError(
+            f"{name}: how many columns {' and '.join(unknown)} have is not plain to see; join them into one matrix in "
+            "the model, or let each enter a linear layer first"
+        )
+    sought = unknown[0] if unknown else columns[0] if columns else None
+    return sought, widths.get(sought or ""), {key: widths[key] for key in columns if key != sought}
 
 
 def _takes_all_narrow(readings: Readings) -> bool:
@@ -277,11 +305,12 @@ def _static_schema(tbes: Sequence[Any], interface: Interface, name: str) -> Mode
     if sorted(keys) != sorted(tables):
         odd: Mapping[str, Any] = dict.fromkeys(sorted(set(keys) ^ set(tables)))
         raise ArtifactError(f"{name}: forward's features and the tables' differ, first in {next(iter(odd), keys[0])}")
-    if interface.dense_dim is None or not interface.tasks:
+    dense_dim = next(iter(interface.widths.values()), None)
+    if dense_dim is None or not interface.tasks:
         raise ArtifactError(
             f"{name}: the number of its dense features, or its tasks, are not plain to see; {_ELSEWHERE}"
         )
-    return ModelSchema(interface.dense_dim, tuple(tables[key] for key in keys), interface.tasks)
+    return ModelSchema(dense_dim, tuple(tables[key] for key in keys), interface.tasks)
 
 
 _ELSEWHERE = "read it where its device is"

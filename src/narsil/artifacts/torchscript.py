@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,19 @@ from typing import Any
 from narsil.artifacts.files import check_readable, unreadable
 from narsil.errors import ArtifactError, first_line
 
-__all__ = ["Interface", "interface_of", "load_torchscript"]
+__all__ = ["Interface", "in_order", "interface_of", "load_torchscript"]
 
 LENGTHS, VALUES, WEIGHTS = ".lengths", ".values", ".weights"  # behind a group's name
 
 _PASS_THROUGH = {"aten::to", "aten::contiguous", "aten::detach", "aten::float", "prim::unchecked_cast"}
+
+
+_FIRST = ("float_features", "embedding_features", "id_list_features", "id_score_list_features", "unary_features")
+
+
+def in_order(keys: Iterable[str]) -> tuple[str, ...]:
+    """Inputs in the order in which a request has them: TorchRec's own first, as its wire numbers them."""
+    return tuple(sorted(keys, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), key)))
 
 
 def load_torchscript(path: Path, device: str) -> Any:
@@ -47,7 +55,7 @@ class Interface:
 
     reads: frozenset[str]  # keys of the dict
     features: dict[str, tuple[str, ...]]  # X of the keys X.lengths and X.values -> the features, in key-major order
-    dense_dim: int | None  # columns of the linear layer that the lone matrix of numbers enters, where it does
+    widths: dict[str, int]  # of the matrices of numbers that enter a linear layer at once: its columns
     tasks: tuple[str, ...]  # keys of the dict that it returns; empty where that is not plain to see
 
 
@@ -66,8 +74,9 @@ def interface_of(module: Any, name: str) -> Interface:
     groups = sorted(key.removesuffix(LENGTHS) for key in reads if key.endswith(LENGTHS))
     columns = sorted(key for key in reads if not key.endswith((LENGTHS, VALUES, WEIGHTS)))
     features = {group: _features(module, inputs[1], group, name) for group in groups}
-    dense_dim = _dense_dim(module, columns[0]) if len(columns) == 1 else None
-    return Interface(frozenset(reads), features, dense_dim, _tasks(module))
+    found = {key: _dense_dim(module, key) for key in columns}
+    widths = {key: width for key, width in found.items() if width is not None}
+    return Interface(frozenset(reads), features, widths, _tasks(module))
 
 
 def _features(module: Any, batch: Any, group: str, name: str) -> tuple[str, ...]:

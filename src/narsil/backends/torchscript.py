@@ -76,7 +76,7 @@ class TorchScriptBackend(Backend):
                 log.warning("linear layers stay with torch's own kernels: oneDNN's failed (%s)", first_line(error))
                 module = load_torchscript(script, device)  # without what the rewriting had begun
         # The manifest's row counts bound the ids that are let in: they must be the tables' own.
-        reading = read_module(module, script.name, artifact.schema.dense_dim, interface)
+        reading = read_module(module, script.name, artifact.schema.given_widths, interface)
         if reading.schema != artifact.schema:
             raise ArtifactError(
                 f"{script} and its manifest describe different models: "
@@ -97,16 +97,27 @@ class TorchScriptBackend(Backend):
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         binding = self._binding
-        lengths, values = _tensor(batch.lengths), _tensor(batch.values)
-        if binding.wide_ids:
-            lengths, values = lengths.long(), values.long()
-        inputs = {binding.sparse + LENGTHS: lengths, binding.sparse + VALUES: values}
-        if binding.weighted:
-            # An id that comes without a weight weighs 1.
-            weights = np.ones(len(batch.values), np.float32) if batch.weights is None else batch.weights
-            inputs[binding.sparse + WEIGHTS] = _tensor(weights)
-        if binding.dense is not None:
-            inputs[binding.dense] = _tensor(batch.dense)
+        wide, rows = binding.wide_ids, batch.rows
+        matrices = (("float_features", batch.dense.shape[1]),) if binding.matrices is None else binding.matrices
+        features = len(batch.lengths) // rows
+        groups = (("id_list_features", features, False),) if binding.groups is None else binding.groups
+        inputs, column, bag, first = {}, 0, 0, 0
+        for key, width in matrices:
+            # A part of the columns is not contiguous, and models may take views of it.
+            part = batch.dense if width == batch.dense.shape[1] else batch.dense[:, column : column + width].copy()
+            inputs[key] = _tensor(part)
+            column += width
+        for key, count, weighted in groups:
+            lengths = batch.lengths[bag : bag + count * rows]
+            last = len(batch.values) if len(groups) == 1 else first + int(lengths.sum(dtype=np.int64))
+            values = batch.values[first:last]
+            given = _tensor(lengths), _tensor(values)
+            inputs[key + LENGTHS], inputs[key + VALUES] = (part.long() for part in given) if wide else given
+            if weighted:
+                # An id that comes without a weight weighs 1.
+                weights = np.ones(len(values), np.float32) if batch.weights is None else batch.weights[first:last]
+                inputs[key + WEIGHTS] = _tensor(weights)
+            bag, first = bag + count * rows, last
         return inputs
 
     def _run_on_stream(self, inputs: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> Any:

@@ -50,8 +50,31 @@ class Workload:
 
     def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:
         """The payloads as request bodies of a wire."""
-        write = predictor_body if protocol == "predictor" else narsil_body
+        write = self._predictor_body if protocol == "predictor" else narsil_body
         return [write(features) for features in self.payloads(count)]
+
+    def _predictor_body(self, features: Features) -> bytes:
+        return predictor_body(features) if self.schema.plain else grouped_body(features, self.schema)
+
+
+def grouped_body(features: Features, schema: ModelSchema) -> bytes:
+    """Key-major features as a serialized predictor.PredictionRequest, each in the group that the model has it in."""
+    out = put_uint(1, features.rows)
+    sparse = features.sparse
+    if isinstance(sparse, OneHot):
+        sparse = Jagged.laid_out(sparse.ids.ravel(), np.ones(sparse.ids.shape, np.int32))
+    for number, columns in predictor.columns_of(schema).items():
+        part = np.ascontiguousarray(features.dense[:, columns])
+        out += put_len(number, put_uint(1, len(columns)) + put_len(2, part.tobytes()))
+    for number, positions in predictor.features_of(schema).items():
+        lengths = sparse.lengths[positions]
+        bags = [
+            sparse.values[start : start + length]
+            for start, length in zip(sparse.starts[positions].ravel(), lengths.ravel(), strict=True)
+        ]
+        ids = np.concatenate(bags) if bags else np.empty(0, np.int32)
+        out += put_len(number, put_uint(1, len(positions)) + put_len(2, lengths.tobytes()) + put_len(3, ids.tobytes()))
+    return out
 
 
 def predictor_body(features: Features) -> bytes:
@@ -78,7 +101,9 @@ def narsil_body(features: Features) -> bytes:
         for starts, lengths in zip(sparse.starts.T, sparse.lengths.T, strict=True)
         for start, length in zip(starts, lengths, strict=True)
     ]
-    return build_request(features.dense, np.concatenate(bags), np.ascontiguousarray(sparse.lengths.T))
+    return build_request(
+        features.dense, np.concatenate(bags) if bags else np.empty(0, np.int32), np.ascontiguousarray(sparse.lengths.T)
+    )
 
 
 def method(protocol: Protocol) -> str:

@@ -87,7 +87,8 @@ def _read_rows(path: Path, schema: Any) -> tuple[Any, Any, Any]:
         lengths.append([len(bag) for bag in bags])
     if not dense:
         raise ConfigError(f"{path} holds no rows")
-    return np.stack(dense), np.concatenate(ids), np.array(lengths, dtype=np.int32)
+    values = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    return np.stack(dense), values, np.array(lengths, dtype=np.int32)
 
 
 def _refuse_extra(found: Any, known: set[str], what: str) -> None:

@@ -99,6 +99,7 @@ def read_model(body: bytes) -> ModelInfo:
     features: list[Feature] = []
     tasks: list[str] = []
     widths: list[int] = []
+    matrices: list[tuple[str, int]] = []
     for found in scan(body, 0, len(body)):
         number = found[0]
         if number in strings:
@@ -113,14 +114,17 @@ def read_model(body: bytes) -> ModelInfo:
             tasks.append(_text(body, found, "tasks"))
         elif number == 10:
             widths += packed_uints(body, found, "task_widths")
-    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks), tuple(widths))
+        elif number == 12:
+            expect(found, LEN, "matrices")
+            matrices.append(_matrix(body, found))
+    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks), tuple(widths), tuple(matrices))
     limits = RequestLimits(numbers[7], numbers[8], numbers[9])
     told = all((limits.max_rows, limits.max_ids, limits.max_bytes))
     return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None, bool(numbers[11]))
 
 
 def _feature(body: bytes, message: Field) -> Feature:
-    strings = {1: "", 2: "", 5: ""}
+    strings = {1: "", 2: "", 5: "", 7: ""}
     numbers = {3: 0, 4: 0, 6: 0}
     for found in scan(body, message[2], message[3]):
         if found[0] in strings:
@@ -129,7 +133,18 @@ def _feature(body: bytes, message: Field) -> Feature:
             expect(found, VARINT, "a feature")
             numbers[found[0]] = found[2]
     pooling: Any = strings[5]
-    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, bool(numbers[6]))
+    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, bool(numbers[6]), strings[7])
+
+
+def _matrix(body: bytes, message: Field) -> tuple[str, int]:
+    key, width = "", 0
+    for found in scan(body, message[2], message[3]):
+        if found[0] == 1:
+            key = _text(body, found, "a matrix")
+        elif found[0] == 2:
+            expect(found, VARINT, "a matrix")
+            width = found[2]
+    return key, width
 
 
 def _text(body: bytes, found: Field, name: str) -> str:

@@ -58,6 +58,8 @@ class _Matcher:
 
     def dlrm(self, output: int) -> Dlrm:
         """See recognised."""
+        if len(self.program.groups) > 1 or len(self.program.dense) > 1:
+            raise _Unlike("it takes several groups of id lists, or several matrices of numbers")
         activation = self._computed(output, "the scores")
         if not isinstance(activation, Elementwise) or activation.function != "sigmoid":
             raise _Unlike(f"its scores come from {_told(activation)}, not from a sigmoid")

@@ -29,15 +29,25 @@ def exact_scorer(
         return None
     if reading is None:
         module = load_torchscript(source.torchscript, "cpu")
-        reading = read_module(module, source.torchscript.name, source.schema.dense_dim)
+        reading = read_module(module, source.torchscript.name, source.schema.given_widths)
     readings = reading.readings
     program = None if readings is None else readings.program
-    if program is None or len(program.groups) > 1 or not set(source.schema.tasks) <= set(program.outputs):
+    if program is None or not set(source.schema.tasks) <= set(program.outputs):
         return None
     return lambda batch: scores_in_float64(program, batch)
 
 
 def scores_in_float64(program: Program, batch: Batch) -> dict[str, Any]:
-    """Task -> (B, *shape) float64; the program has one group of bags at most."""
-    bags = Bags(batch.lengths.reshape(-1, batch.rows), batch.values, batch.weights)
-    return program.reference(dict.fromkeys(program.dense, batch.dense), dict.fromkeys(program.groups, bags))
+    """Task -> (B, *shape) float64."""
+    dense, groups, column, bag, first = {}, {}, 0, 0, 0
+    for key, number in program.dense.items():
+        width = program.shapes[number][0]
+        dense[key] = batch.dense[:, column : column + width]
+        column += width
+    for group, features in program.groups.items():
+        lengths = batch.lengths[bag : bag + features * batch.rows].reshape(features, batch.rows)
+        last = first + int(lengths.sum(dtype=np.int64))
+        weights = None if batch.weights is None else batch.weights[first:last]
+        groups[group] = Bags(lengths, batch.values[first:last], weights)
+        bag, first = bag + features * batch.rows, last
+    return program.reference(dense, groups)

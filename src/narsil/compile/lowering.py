@@ -13,6 +13,7 @@ Raises ArtifactError, naming the step, where the fused engine has none for it.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -166,7 +167,12 @@ class _Lowering:
             if number not in self.program.dense.values():
                 raise self._unknown("a value that nothing makes")
             value = self._made(number)
-            self.drafts.append(_Draft(PlanStep("columns", width=value.width), value))
+            first = 0
+            for other in self.program.dense.values():
+                if other == number:
+                    break
+                first += _size(self._shape(other))
+            self.drafts.append(_Draft(PlanStep("columns", width=value.width, sizes=(first,)), value))
         return self.values[number]
 
     def _operand(self, origins: Origins, layout: tuple[int, int] | None = None) -> _Value:
@@ -212,25 +218,29 @@ class _Lowering:
         return len(self.arrays) - 1
 
     def _lookup(self, step: Lookup) -> None:
-        first = len(self.tables)
+        first, base = len(self.tables), self._first_of(step.group)
         for feature, table in zip(step.features, step.tables, strict=True):
             ids = of_feature(step.ids, feature)
             stream = self._stream(ids, None if step.weights is None else of_feature(step.weights, feature))
             place = PlanTable(
                 *(0, table.rows, table.row_bytes, table.dim, table.kind, table.scale_bytes if table.kind > 1 else 0),
-                *(step.pooling == "mean", feature, stream),
+                *(step.pooling == "mean", base + feature, stream),
             )
             self.tables.append((table, place))
         value = self._made(step.out)
         sizes = (first, len(step.tables))
         self.drafts.append(_Draft(PlanStep("lookup", width=value.width, sizes=sizes), value))
 
+    def _first_of(self, group: str) -> int:
+        """The request's feature that is a group's first."""
+        before = itertools.takewhile(lambda name: name != group, self.program.groups)
+        return sum(self.program.groups[name] for name in before)
+
     def _laid(self, step: Laid) -> None:
         table, stream = step.table, self._stream(step.ids, None)
         scale_bytes = table.scale_bytes if table.kind > 1 else 0
-        place = PlanTable(
-            *(0, table.rows, table.row_bytes, table.dim, table.kind, scale_bytes, False, step.feature, stream)
-        )
+        feature = self._first_of(step.group) + step.feature
+        place = PlanTable(*(0, table.rows, table.row_bytes, table.dim, table.kind, scale_bytes, False, feature, stream))
         self.tables.append((table, place))
         value = self._made(step.out)
         sizes = (len(self.tables) - 1, step.length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,10 @@ def read(
     rows: tuple[int, int],
     groups: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]],
     table_of: TableOf,
-    columns: str | None,
+    columns: Sequence[str],
     known: Mapping[int, Known],
 ) -> Readings:
     """The program of a merged recording. ``rows``: B of either; ``groups``: the (T, B) lengths of either; ``columns``:
-    the input of numbers, where there is one; ``known``: what the other inputs are."""
+    the inputs of numbers; ``known``: what the other inputs are."""
     reader = Reader(recording, rows, groups, table_of)
-    return reader.read({} if columns is None else {columns: recording.inputs[columns]}, known)
+    return reader.read({name: recording.inputs[name] for name in columns}, known)

@@ -262,6 +262,8 @@ class NativeTransport(Transport):
 
 def _native_model(make: type[Model], model: ServedModel) -> Model:
     schema, limits = model.schema, model.limits
+    # Of other models than those with one group of each kind, no message is decoded by native code.
+    own = schema.plain and schema.num_features > 0
     return make(
         model,
         name=model.name,
@@ -269,7 +271,7 @@ def _native_model(make: type[Model], model: ServedModel) -> Model:
         dense_dim=schema.dense_dim,
         rows=schema.rows.tolist(),
         wide_ids=schema.id_dtype.itemsize == 8,
-        max_rows=limits.max_rows,
+        max_rows=limits.max_rows if own else 0,
         max_ids=limits.max_ids,
     )
 

@@ -88,6 +88,8 @@ def jagged(
         ids = values.reshape(lengths.shape)
         return one_hot(ids if key_major else ids.T, schema)
     ends = check_bags(values, lengths, np.arange(schema.num_features), schema, name, key_major=key_major)
+    if weights is not None:
+        _check_unweighted(weights, lengths if key_major else lengths.T, ends if key_major else ends.T, schema, name)
     starts = ends - lengths
     return Jagged(values, starts, lengths, weights) if key_major else Jagged(values, starts.T, lengths.T, weights)
 
@@ -156,6 +158,25 @@ def check_weights(weights: Floats | None, count: int, schema: ModelSchema, name:
     if not np.isfinite(weights).all():
         position = int(np.flatnonzero(~np.isfinite(weights))[0])
         raise InvalidRequest(f"{name}: weight {position} is {weights[position]}; weights must be finite")
+
+
+def _check_unweighted(
+    weights: Floats, lengths: NDArray[np.int32], ends: NDArray[np.int64], schema: ModelSchema, name: str
+) -> None:
+    """Raises InvalidRequest where an id of a feature that takes no weights has one other than 1: it would be lost."""
+    for position, feature in enumerate(schema.features):
+        if feature.weighted:
+            continue
+        counts, stops = lengths[position], ends[position]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        offsets = np.repeat(stops - np.cumsum(counts, dtype=np.int64), counts)
+        found = weights[offsets + np.arange(len(rows))]
+        if (wrong := found != 1).any():
+            at = int(np.argmax(wrong))
+            raise InvalidRequest(
+                f"{name}: feature {feature.name}, row {rows[at]}: weight {found[at]}, but the feature takes no "
+                "weights; send 1"
+            )
 
 
 def _length_error(schema: ModelSchema, name: str, position: int, row: int, found: int) -> InvalidRequest:

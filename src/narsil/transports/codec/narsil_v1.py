@@ -151,14 +151,18 @@ def encode_model(
             + put_uint(3, feature.rows)
             + put_uint(4, feature.dim)
             + put_len(5, feature.pooling.encode())
-            + put_uint(6, int(feature.weighted)),
+            + put_uint(6, int(feature.weighted))
+            + put_text(7, feature.group),
         )
     for task in schema.tasks:
         out += put_len(6, task.encode())
     out += put_uint(7, limits.max_rows) + put_uint(8, limits.max_ids) + put_uint(9, limits.max_bytes)
     if set(schema.widths) != {1}:
         out += put_len(10, b"".join(map(put_varint, schema.widths)))
-    return out + put_uint(11, int(whole))
+    out += put_uint(11, int(whole))
+    for key, width in schema.matrices:
+        out += put_len(12, put_len(1, key.encode()) + put_uint(2, width))
+    return out
 
 
 _NO_BYTES = (0, 0)

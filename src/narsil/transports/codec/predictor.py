@@ -6,7 +6,7 @@ do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class PredictionRequest:
         A model whose ids have weights takes them in either group that has room for weights, as TorchRec's clients fill
         the one that the model was packaged with.
         """
+        if not schema.plain:
+            return _Grouped(self, schema, limits).features()
         if schema.weighted and _holds_anything(self.others.get(_SCORED, {})) and not _holds_anything(self.sparse):
             self.sparse = self.others.pop(_SCORED)
         _check_counts(self, schema)
@@ -171,9 +173,10 @@ def _add_up(request: PredictionRequest, kind: np.dtype[Any]) -> bool:
     return stop - start in (4 * ids, 8 * ids)
 
 
-def _sparse(body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: RequestLimits) -> OneHot | Jagged:
-    name = "id_list_features"
-    lengths = _lengths(body, rows, *group.get(2, _NOTHING), schema)
+def _sparse(
+    body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: RequestLimits, name: str = "id_list_features"
+) -> OneHot | Jagged:
+    lengths = _lengths(body, rows, *group.get(2, _NOTHING), schema, name)
     begin, end = group.get(4, _NOTHING)
     weights = None if begin == end else validate.array(body, begin, end, validate.FLOAT32, f"{name}.weights")
     start, stop = group.get(3, _NOTHING)
@@ -184,23 +187,140 @@ def _sparse(body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: 
     # Ids are int32 unless they are as many as the lengths say as int64 alone: as both they are that many only where
     # there are none.
     wide = size > 0 and not one_each and size == 8 * int(lengths.sum(dtype=np.int64))
-    values = validate.array(body, start, stop, validate.INT64 if wide else validate.INT32, "id_list_features.values")
+    values = validate.array(body, start, stop, validate.INT64 if wide else validate.INT32, f"{name}.values")
     validate.id_count(len(values), limits)
     if one_each and weights is None:
         return validate.one_hot(values.reshape(lengths.shape), schema)
     return validate.jagged(values, lengths, schema, name, key_major=True, weights=weights)
 
 
-def _lengths(body: bytes, rows: int, start: int, stop: int, schema: ModelSchema) -> NDArray[np.int32]:
+def _lengths(body: bytes, rows: int, start: int, stop: int, schema: ModelSchema, name: str) -> NDArray[np.int32]:
     """(T, B) lengths: int32, or int64 where there are twice the bytes."""
-    name, count = "id_list_features", schema.num_features
+    count = schema.num_features
     if count and stop - start == 8 * count * rows:
         wide = validate.array(body, start, stop, validate.INT64, f"{name}.lengths")
         return validate.narrow_lengths(wide.reshape(count, rows), schema, name)
-    lengths = validate.array(body, start, stop, validate.INT32, "id_list_features.lengths")
+    lengths = validate.array(body, start, stop, validate.INT32, f"{name}.lengths")
     if len(lengths) != count * rows:
         raise InvalidRequest(
             f"{name}.lengths: {lengths.nbytes} bytes for {count} features x {rows} rows; "
             f"expected {count * rows * 4} bytes of int32, key-major"
         )
     return lengths.reshape(count, rows)
+
+
+_LISTS = {"id_list_features": 3, "id_score_list_features": 4, "unary_features": 6}
+_FLOATS = {"float_features": 2, "embedding_features": 5}
+
+
+def columns_of(schema: ModelSchema) -> dict[int, list[int]]:
+    """Field of a PredictionRequest -> which of the D columns come in it, in its order. Where the model has several
+    matrices, those of other names come in float_features."""
+    found: dict[int, list[int]] = {}
+    first = 0
+    for key, width in schema.matrices or (("float_features", schema.dense_dim),):
+        found.setdefault(_FLOATS.get(key, 2), []).extend(range(first, first + width))
+        first += width
+    return found
+
+
+def features_of(schema: ModelSchema) -> dict[int, list[int]]:
+    """Field of a PredictionRequest -> which of the T features come in it, in its order. Groups of other names come in
+    id_list_features or, where their ids have weights, in id_score_list_features."""
+    found: dict[int, list[int]] = {}
+    for position, feature in enumerate(schema.features):
+        other = 4 if feature.weighted else 3
+        found.setdefault(_LISTS.get(feature.group, other), []).append(position)
+    return found
+
+
+class _Grouped:
+    """A request for a model with several groups of id lists, or several matrices of numbers. Each comes in the group of
+    its name. Others come, in the schema's order, in float_features and in id_list_features, or, where their ids have
+    weights, id_score_list_features."""
+
+    def __init__(self, request: PredictionRequest, schema: ModelSchema, limits: RequestLimits) -> None:
+        self._request = request
+        self._schema = schema
+        self._limits = limits
+        columns, features = columns_of(schema), features_of(schema)
+        self._columns = {name: columns.get(number, []) for name, number in _FLOATS.items()}
+        self._features = {name: features.get(number, []) for name, number in _LISTS.items()}
+        self._given = {2: request.dense, 3: request.sparse, **request.others}
+
+    def features(self) -> Features:
+        """The rows. Raises InvalidRequest."""
+        for name, number in _FLOATS.items():
+            self._check_count(name, number, len(self._columns[name]), "columns")
+        for name, number in _LISTS.items():
+            self._check_count(name, number, len(self._features[name]), "features")
+        rows = validate.batch_size(self._request.rows, self._limits) if self._request.rows else self._rows_of_bytes()
+        parts = [part for name in _LISTS if self._features[name] for part in [self._sparse(name, rows)]]
+        validate.id_count(sum(part.count for part in parts), self._limits)
+        for number in (number for name, number in (_FLOATS | _LISTS).items() if self._takes(name)):
+            self._request.others.pop(number, None)
+        return Features(rows, self._dense(rows), self._joined(parts, rows))
+
+    def _takes(self, name: str) -> bool:
+        return bool((self._columns | self._features)[name])
+
+    def _group(self, number: int) -> _Group:
+        return self._given.get(number, {})
+
+    def _check_count(self, name: str, number: int, wanted: int, what: str) -> None:
+        """A group that the model does not take is passed over, but for those of plain numbers and ids."""
+        found = self._group(number).get(1, _NOTHING)[0]
+        if found != wanted and (wanted or number in (2, 3)):
+            raise InvalidRequest(f"{name}.num_features is {found}; the model takes {wanted} {what} there")
+
+    def _rows_of_bytes(self) -> int:
+        """B of a request that leaves batch_size out, as float_features or embedding_features tell it."""
+        for name, number in _FLOATS.items():
+            if width := 4 * len(self._columns[name]):
+                start, stop = self._group(number).get(2, _NOTHING)
+                rows, left = divmod(stop - start, width)
+                if left or not rows:
+                    raise InvalidRequest(
+                        f"batch_size is left out, and {name}.values: {stop - start} bytes are no whole number of rows "
+                        f"of {width} bytes; send batch_size"
+                    )
+                return validate.batch_size(rows, self._limits, f"batch_size is left out; as {name}.values has it, it")
+        raise InvalidRequest("batch_size is left out, and the model takes no numbers that tell it; send batch_size")
+
+    def _dense(self, rows: int) -> NDArray[np.float32]:
+        """(B, D): the parts of both groups in the schema's order."""
+        body, dense = self._request.body, np.empty((rows, self._schema.dense_dim), np.float32)
+        for name, number in _FLOATS.items():
+            label = f"{name}.values"
+            flat = validate.array(body, *self._group(number).get(2, _NOTHING), validate.FLOAT32, label)
+            if self._columns[name]:
+                dense[:, self._columns[name]] = validate.dense(flat, rows, len(self._columns[name]), label)
+        return dense
+
+    def _sparse(self, name: str, rows: int) -> Jagged:
+        """One group's bags, held against its own features."""
+        positions, group = self._features[name], self._group(_LISTS[name])
+        own = replace(
+            self._schema, dense_dim=0, matrices=(), features=tuple(self._schema.features[at] for at in positions)
+        )
+        found = _sparse(self._request.body, rows, group, own, self._limits, name)
+        if isinstance(found, OneHot):
+            found = Jagged.laid_out(found.ids.ravel(), np.ones(found.ids.shape, np.int32))
+        return found
+
+    def _joined(self, parts: list[Jagged], rows: int) -> OneHot | Jagged:
+        """All groups' bags over one pool of ids, in the schema's order of features."""
+        if not parts:
+            return OneHot(np.empty((0, rows), validate.INT32))
+        order = np.argsort([at for name in _LISTS for at in self._features[name]])
+        bases = np.cumsum([0, *(len(part.values) for part in parts[:-1])])
+        starts = np.concatenate([part.starts + base for part, base in zip(parts, bases, strict=True)])[order]
+        lengths = np.concatenate([part.lengths for part in parts])[order]
+        values, weights = np.concatenate([part.values for part in parts]), None
+        if any(part.weights is not None for part in parts):
+            weights = np.concatenate(
+                [np.ones(len(part.values), np.float32) if part.weights is None else part.weights for part in parts]
+            )
+        if weights is None and bool((lengths == 1).all()):
+            return OneHot(values[starts])
+        return Jagged(values, starts, lengths, weights)
