@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from narsil.backends.fake import FakeBehaviour
-from narsil.telemetry.observer import CountingObserver
+from narsil.telemetry.observer import CountingObserver, Observer
 from tests.conformance.serving import predict_torchrec, serving
 from tests.messages import inference_pb2 as pb
 from tests.support import (
@@ -87,6 +87,39 @@ def test_a_stream_is_answered_in_order_and_goes_on_after_a_fault(kind):
     assert [reply.infer_response.id for reply in replies] == ["1", "", "3"]
     assert [len(scores(r.infer_response)) for r in (replies[0], replies[2])] == [1, 3]
     assert "BYTES" in replies[1].error_message
+
+
+class Arrivals(Observer):
+    """Remembers when requests came, on the engine's clock."""
+
+    def __init__(self):
+        self.seen = []
+
+    def ended(self, ends):
+        self.seen += [request.arrived for request, _ in ends]
+
+
+def test_a_request_of_a_stream_comes_with_its_message(kind):
+    observer, messages = Arrivals(), queue.Queue()
+    with (
+        engine_with(None, observer=observer) as engine,
+        grpc_transport(engine, kind=kind, observer=observer) as (_, address, _),
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = channel.stream_stream(
+            SERVICE + "ModelStreamInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+        replies = stub(iter(messages.get, None), timeout=PATIENCE_S)
+        messages.put(infer_request(one_hot(1)))
+        next(replies)
+        between = engine.now()
+        messages.put(infer_request(one_hot(1)))
+        next(replies)
+        messages.put(None)
+        wait_until(lambda: len(observer.seen) == 2)
+    assert observer.seen[0] < between <= observer.seen[1]
 
 
 def test_a_failed_forward_in_a_stream_is_a_message(kind):

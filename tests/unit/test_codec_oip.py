@@ -123,6 +123,12 @@ def test_what_is_not_served_is_refused_by_name(change, text):
         oip.read(planted(change)).features(SCHEMA, LIMITS)
 
 
+@pytest.mark.parametrize("octets", [b"\x80", b"\x01\xff", b"\x80" * 10 + b"\x01"])
+def test_numbers_that_do_not_end_are_refused(octets):
+    with pytest.raises(InvalidRequest, match=r"a varint does not end"):
+        oip._packed_varints(octets, 0, len(octets))
+
+
 def test_typed_numbers_stand_in_their_own_field():
     request = message(raw=False)
     request.inputs[1].ClearField("contents")

@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_said_by_name(inputs, text):
 
 def test_a_negative_length_of_a_feature():
     parts = [tensor(feature.name, ids()[:, t]) for t, feature in enumerate(SCHEMA.features[:3])]
-    lengths = tensor("shop.lengths", np.array([-1, 2, 0, 0, 0]))
+    lengths = tensor("shop.lengths", np.array([-1, 1, 1, 0, 0]))
     with pytest.raises(InvalidRequest, match=r"shop.lengths: a length is negative"):
         read(dense(), *parts, tensor("shop.values", [1]), lengths)
     with pytest.raises(InvalidRequest, match=r"shop.lengths add up to 2 and shop.values holds 1 ids"):
@@ -230,6 +230,8 @@ def test_weights_of_a_feature_must_be_one_for_each_of_its_ids():
 def test_as_many_numbers_as_the_shape_says():
     with pytest.raises(InvalidRequest, match=r"x: 3 FP32 are given for the shape \[2, 2\]"):
         tensor_of("x", "FP32", (2, 2), np.zeros(3, np.float32))
+    with pytest.raises(InvalidRequest, match=r"x: 5 FP32 are given for the shape \[2, 2\]"):
+        tensor_of("x", "FP32", (2, 2), np.zeros(5, np.float32))
     with pytest.raises(InvalidRequest, match=r"negative size"):
         tensor_of("x", "FP32", (-1, -3), np.zeros(3, np.float32))
 
