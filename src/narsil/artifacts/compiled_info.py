@@ -10,11 +10,13 @@ and, by the engine that runs it:
 
     fused      DIR/forward.so     forward.cpp, built for this processor                      role compiled
                DIR/weights.bin    its layers' weights, packed and memory-mapped              role weights
-    inductor   DIR/model.pt2      the DLRM without its lookup, compiled by AOTInductor       role compiled
+    inductor   DIR/model.pt2      the model without its lookups, compiled by AOTInductor     role compiled
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from typing import Any
 from narsil.artifacts.packed import LayerShape
 from narsil.artifacts.plan import Plan
 from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.whole import Whole
 from narsil.errors import ArtifactError
 
 __all__ = ["ENGINES", "CompiledInfo", "Deviation", "machine_problem", "processor_flags"]
@@ -103,6 +106,7 @@ class CompiledInfo:
     layers: tuple[LayerShape, ...]  # of the fused engine, in the order in which they run; else empty
     deviation: Deviation | None = None
     plan: Plan | None = None  # of the fused engine, where the model is no DLRM: then no table and no layer stands above
+    whole: Whole | None = None  # of the inductor engine, likewise
 
     @property
     def row_bytes(self) -> int:
@@ -112,6 +116,9 @@ class CompiledInfo:
     @property
     def signature(self) -> str:
         """What model.pt2 itself repeats of this, so that a foreign one is told by it."""
+        if self.whole is not None:
+            told = json.dumps(self.whole.to_dict(), sort_keys=True).encode()
+            return f"program {self.precision} {self.key} {hashlib.sha256(told).hexdigest()}"
         return f"dlrm {self.precision} dense={self.dense_dim} tables={self.tables} dim={self.dim}"
 
     def passed(self, deviation: Deviation, limit: float) -> CompiledInfo:
@@ -120,7 +127,9 @@ class CompiledInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
-        data = asdict(replace(self, plan=None))
+        data = asdict(replace(self, plan=None, whole=None))
+        if self.whole is not None:
+            return {**data, "whole": self.whole.to_dict()}
         return data if self.plan is None else {**data, "plan": self.plan.to_dict()}
 
     @classmethod
@@ -135,7 +144,9 @@ class CompiledInfo:
             lists = {key: tuple(data[key]) for key in ("instructions", "offsets")}
             layers = tuple(LayerShape(**layer) for layer in data["layers"])
             plan = None if data.get("plan") is None else Plan.from_dict(data["plan"])
-            info = cls(**{**data, **lists, "layers": layers, "deviation": deviation, "plan": plan})
+            whole = None if data.get("whole") is None else Whole.from_dict(data["whole"])
+            made = {"layers": layers, "deviation": deviation, "plan": plan, "whole": whole}
+            info = cls(**{**data, **lists, **made})
         except (TypeError, KeyError) as error:
             raise ArtifactError(
                 f"the manifest's compiled section is damaged ({error}); compile the model again"
@@ -157,6 +168,11 @@ class CompiledInfo:
             )
         if self.plan is not None:
             self._check_plan(self.plan, schema, tables_bytes)
+            return
+        if self.whole is not None:
+            if self.engine != "inductor" or self.device != "cpu" or self.layers or self.offsets:
+                raise ArtifactError("the manifest has lookups beside a DLRM's; compile the model again")
+            self.whole.check(schema, tables_bytes)
             return
         if not 1 <= self.row_alignment <= 1 << 24 or self.dim < 1:
             raise ArtifactError("the manifest's compiled section has impossible sizes; compile the model again")
@@ -182,7 +198,7 @@ class CompiledInfo:
                 )
 
     def _check_plan(self, plan: Plan, schema: ModelSchema, tables_bytes: int) -> None:
-        if self.engine != "fused" or self.layers or self.offsets:
+        if self.engine != "fused" or self.layers or self.offsets or self.whole is not None:
             raise ArtifactError("the manifest has a plan beside a DLRM's layers; compile the model again")
         plan.check(schema.num_features, schema.dense_dim, list(schema.widths), tables_bytes)
 

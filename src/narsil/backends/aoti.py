@@ -15,6 +15,7 @@ import ctypes
 import json
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,28 @@ class CoreLibrary:
 class Container:
     """One lane's instance. ``run`` by one thread at a time."""
 
-    def __init__(self, library: CoreLibrary) -> None:
+    def __init__(self, library: CoreLibrary, inputs: int = 2) -> None:
         self._library = library
         self._handle = c_void_p()
         if library.create(byref(self._handle), 1, b"cpu", None):
             raise ArtifactError(f"the compiled model cannot be set up ({library.error()}); compile it again")
-        self._inputs = (c_void_p * 2)()
+        self._inputs = (c_void_p * inputs)()
         self._outputs = (c_void_p * 1)()
 
     def run(self, dense: Floats, pooled: torch.Tensor) -> Floats:
         """(B, D) float32, (B, T * dim) float32, both contiguous -> (B,) float32, memory of the caller's own."""
-        rows = len(dense)
-        self._inputs[0] = _lent(dense.ctypes.data, rows, dense.shape[1])
-        self._inputs[1] = _lent(pooled.data_ptr(), rows, pooled.shape[1])
+        return self.run_all([torch.from_numpy(dense if dense.flags.writeable else dense.copy()), pooled], 1)[:, 0]
+
+    def run_all(self, inputs: Sequence[torch.Tensor], columns: int) -> Floats:
+        """(B, its width) float32, each contiguous -> (B, ``columns``) float32, memory of the caller's own."""
+        rows = len(inputs[0])
+        for place, given in enumerate(inputs):
+            self._inputs[place] = _lent(given.data_ptr(), rows, given.shape[1])
         self._outputs[0] = None
         # The one long call: it runs without the GIL.
-        if self._library.run(self._handle, self._inputs, 2, self._outputs, 1, None, None):
+        if self._library.run(self._handle, self._inputs, len(inputs), self._outputs, 1, None, None):
             raise ForwardFailed(f"the compiled model failed: {self._library.error()}")
-        return _taken(self._outputs[0], rows)
+        return _taken(self._outputs[0], rows, columns)
 
     def close(self) -> None:
         """Frees the container. Safe to call twice."""
@@ -152,16 +157,16 @@ def _lent(data: int, rows: int, columns: int) -> int | None:
     return handle.value
 
 
-def _taken(handle: int | None, rows: int) -> Floats:
-    """The (rows,) float32 numbers of an output, whose handle is deleted."""
+def _taken(handle: int | None, rows: int, columns: int) -> Floats:
+    """The (rows, columns) float32 numbers of an output, whose handle is deleted."""
     try:
         data, count, kind = c_void_p(), c_int64(), c_int32()
         if _data_ptr(handle, byref(data)) or _numel(handle, byref(count)) or _dtype(handle, byref(kind)):
             raise ForwardFailed("the compiled model's output cannot be read; see standard error")
-        if count.value != rows or kind.value != _FLOAT32:
+        if count.value != rows * columns or kind.value != _FLOAT32:
             raise ForwardFailed(f"the compiled model gave {count.value} scores for {rows} rows")
-        result = np.empty(rows, dtype=np.float32)
-        ctypes.memmove(result.ctypes.data, data, 4 * rows)
+        result = np.empty((rows, columns), dtype=np.float32)
+        ctypes.memmove(result.ctypes.data, data, result.nbytes)
         return result
     finally:
         _delete(handle)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from narsil.artifacts.artifact import Artifact
-from narsil.artifacts.compiled_info import CompiledInfo, machine_problem
+from narsil.artifacts.compiled_info import SCALE_BIAS_BYTES, CompiledInfo, machine_problem
 from narsil.artifacts.finite import bad_weights, check_quantized_tables, first_bad_row, first_bad_scale
-from narsil.artifacts.plan import Plan
+from narsil.artifacts.plan import PlanTable
+from narsil.artifacts.whole import WholeTable, row_bytes
 from narsil.backends.base import Backend
 from narsil.backends.fused import FusedBackend, Network
 from narsil.backends.plans import PlanBackend, PlanNetwork
@@ -54,7 +55,13 @@ def _check_tables(artifact: Artifact, info: CompiledInfo) -> None:
     """Raises ArtifactError where a row's scale or bias is NaN or infinite: a checksum says what was written, not that
     it can be served."""
     if info.plan is not None:
-        _check_planned(artifact, info.plan)
+        for table in info.plan.tables:
+            _check_table(artifact, table, table.row_bytes, table.scale_bytes)
+        return
+    if info.whole is not None:
+        for call in info.whole.calls:
+            for each in call.tables:
+                _check_table(artifact, each, row_bytes(each.dim, each.kind, call.row_alignment), SCALE_BIAS_BYTES)
         return
     path, features = artifact.files_for("compiled")["tables"], artifact.schema.features
     check_quantized_tables(
@@ -67,20 +74,19 @@ def _check_tables(artifact: Artifact, info: CompiledInfo) -> None:
     )
 
 
-def _check_planned(artifact: Artifact, plan: Plan) -> None:
-    """As _check_tables, of tables of any kind."""
+def _check_table(artifact: Artifact, table: PlanTable | WholeTable, width: int, scale_bytes: int) -> None:
+    """As _check_tables, of a table of any kind, whose rows have ``width`` bytes."""
     path = artifact.files_for("compiled")["tables"]
     data = np.memmap(path, np.uint8, mode="r")
-    for table in plan.tables:
-        rows = data[table.start : table.start + table.rows * table.row_bytes].reshape(table.rows, table.row_bytes)
-        if table.kind > 1:
-            bad = first_bad_scale(rows[:, : table.scale_bytes], np.float16 if table.scale_bytes == 4 else np.float32)
-        else:
-            kind = np.dtype(np.float32 if table.kind == 0 else np.float16)
-            bad = first_bad_row(np.ascontiguousarray(rows[:, : table.dim * kind.itemsize]).view(kind))
-        if bad is not None:
-            name = artifact.schema.features[table.feature].table
-            raise ArtifactError(bad_weights(str(path), f"row {bad} of table {name}"))
+    rows = data[table.start : table.start + table.rows * width].reshape(table.rows, width)
+    if table.kind > 1:
+        bad = first_bad_scale(rows[:, :scale_bytes], np.float16 if scale_bytes == 4 else np.float32)
+    else:
+        kind = np.dtype(np.float32 if table.kind == 0 else np.float16)
+        bad = first_bad_row(np.ascontiguousarray(rows[:, : table.dim * kind.itemsize]).view(kind))
+    if bad is not None:
+        name = artifact.schema.features[table.feature].table
+        raise ArtifactError(bad_weights(str(path), f"row {bad} of table {name}"))
 
 
 def _load_inductor(artifact: Artifact, info: CompiledInfo, intra_op_threads: int, batch_invariant: bool) -> Backend:

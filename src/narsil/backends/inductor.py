@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import DEVICE, HOST, INT8, CompiledInfo, machine_problem
 from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.whole import Call, Whole, expression_of
 from narsil.backends.aoti import Container, CoreLibrary
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket
 from narsil.dataflow import Batch, Floats, Scores
-from narsil.errors import ArtifactError, ConfigError
+from narsil.errors import ArtifactError, ConfigError, ForwardFailed
+from narsil.program.steps import evaluate_ids
 
-__all__ = ["CudaBackend", "InductorBackend", "gpu_flags", "load_inductor"]
+__all__ = ["CudaBackend", "InductorBackend", "WholeBackend", "gpu_flags", "load_inductor"]
 
 _FP32 = 0  # FBGEMM's SparseType of what the lookup gives
 _POOLING = {"sum": 0, "mean": 1}
@@ -40,6 +42,8 @@ def load_inductor(
     """As load_compiled."""
     if problem := _problem(info):
         raise ArtifactError(f"{artifact.path} cannot run compiled: {problem}")
+    if info.whole is not None:
+        return WholeBackend.load(artifact, info, info.whole, intra_op_threads, batch_invariant=batch_invariant)
     if info.device == "cpu":
         return InductorBackend.load(artifact, info, intra_op_threads, batch_invariant=batch_invariant)
     if batch_invariant:
@@ -175,6 +179,154 @@ class InductorBackend(Backend):
     def share(self) -> InductorBackend:
         """Another container over the same code and tables."""
         return InductorBackend(self._shared, self.schema, self._threads, batch_invariant=self._invariant)
+
+    def thread_setup(self) -> None:
+        """Sets this thread's intra-op thread count: torch keeps it per thread."""
+        torch.set_num_threads(self._threads)
+
+    def close(self) -> None:
+        """Frees the container."""
+        self._container.close()
+
+
+class TableLookup:
+    """FBGEMM's pooled lookup in tables of any kind, for the bags of some of a request's features."""
+
+    def __init__(self, weights: torch.Tensor, call: Call) -> None:
+        tables, count = call.tables, len(call.tables)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        most = [max((table.dim for table in tables if table.kind == kind), default=0) for kind in (4, 3, 2, 1, 0)]
+        self._features = [table.feature for table in tables]
+        self._operator: Callable[..., torch.Tensor] = (
+            torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function.default
+        )
+        self._before = (
+            *(weights, nothing, torch.full((count,), HOST, dtype=torch.int32)),
+            torch.tensor([table.start for table in tables], dtype=torch.int64),
+            torch.tensor([table.kind for table in tables], dtype=torch.uint8),
+            torch.tensor(np.cumsum([0, *(table.dim for table in tables)]), dtype=torch.int32),
+            *(call.width, *most),
+        )
+        self._pooling = _POOLING["mean" if call.mean else "sum"]
+        self._after = (_FP32, None, None, call.row_alignment)
+
+    def __call__(
+        self, rows: int, ends: NDArray[Any], values: NDArray[Any], weights: NDArray[np.float32] | None
+    ) -> torch.Tensor:
+        """Where each of the request's bags begins, (T * B + 1,), and what is in them -> (B, sum of dims)."""
+        order = self._features
+        if order != list(range((len(ends) - 1) // max(rows, 1))):
+            spans = [(int(ends[feature * rows]), int(ends[(feature + 1) * rows])) for feature in order]
+            lengths = np.concatenate([np.diff(ends[feature * rows : (feature + 1) * rows + 1]) for feature in order])
+            values = np.concatenate([values[start:stop] for start, stop in spans])
+            weights = None if weights is None else np.concatenate([weights[start:stop] for start, stop in spans])
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+        given = None if weights is None else _tensor(weights)
+        ids, begins = _tensor(np.ascontiguousarray(values)), _tensor(ends.astype(values.dtype, copy=False))
+        return self._operator(*self._before, ids, begins, self._pooling, given, *self._after)
+
+
+@dataclass(frozen=True)
+class _WholeShared:
+    """What all instances of a whole program use together."""
+
+    library: CoreLibrary
+    whole: Whole
+    lookups: tuple[TableLookup, ...]
+    streams: tuple[tuple[Any, Any], ...]  # expressions of ids and of weights
+
+
+class WholeBackend(Backend):
+    """A program: FBGEMM's lookups, then all between them and the scores as AOTInductor compiled it."""
+
+    name = "compiled"
+
+    def __init__(
+        self, shared: _WholeShared, schema: ModelSchema, intra_op_threads: int = 1, *, batch_invariant: bool = False
+    ) -> None:
+        self.schema = schema
+        self.device = "cpu"
+        self._shared = shared
+        self._threads = intra_op_threads
+        self._invariant = batch_invariant
+        self._container = Container(shared.library, len(shared.lookups) + shared.whole.dense)
+
+    @classmethod
+    def load(
+        cls,
+        artifact: Artifact,
+        info: CompiledInfo,
+        whole: Whole,
+        intra_op_threads: int = 1,
+        *,
+        batch_invariant: bool = False,
+    ) -> WholeBackend:
+        """As load_inductor, which has looked whether it can run here."""
+        assert artifact.compiled is not None and artifact.tables is not None  # noqa: PT018, S101 - info_of has looked
+        # Copy on write: nothing ever writes, and torch warns of memory that it may not.
+        weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c"))
+        lookups = tuple(TableLookup(weights, call) for call in whole.calls)
+        streams = tuple((expression_of(stream.ids), expression_of(stream.weights)) for stream in whole.streams)
+        shared = _WholeShared(CoreLibrary(artifact.compiled, info.signature), whole, lookups, streams)
+        return cls(shared, artifact.schema, intra_op_threads, batch_invariant=batch_invariant)
+
+    def bucket(self, rows: int) -> int:
+        """See InductorBackend.bucket."""
+        if self._invariant:
+            return -(-rows // _TILE_ROWS) * _TILE_ROWS
+        return max(bucket(rows), _LEAST_ROWS)
+
+    def run(self, batch: Batch) -> Scores:
+        """As Backend.run."""
+        step = _TILE_ROWS if self._invariant else max(batch.rows, _LEAST_ROWS)
+        with torch.inference_mode():
+            inputs = self._inputs(batch)
+            parts = []
+            for start in range(0, batch.rows, step):
+                given = [each[start : start + step] for each in inputs]
+                rows = len(given[0])
+                least = _TILE_ROWS if self._invariant else _LEAST_ROWS
+                if rows < least:
+                    given = [torch.cat([each, each.new_zeros(least - rows, each.shape[1])]) for each in given]
+                parts.append(self._container.run_all(given, sum(self.schema.widths))[:rows])
+        scores = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found, first = {}, 0
+        for task, width in zip(self.schema.tasks, self.schema.widths, strict=True):
+            found[task] = np.ascontiguousarray(scores[:, first] if width == 1 else scores[:, first : first + width])
+            first += width
+        return found
+
+    def _inputs(self, batch: Batch) -> list[torch.Tensor]:
+        """What the compiled code takes: dense columns, and what each call gives."""
+        inputs = []
+        if self._shared.whole.dense:
+            dense = np.ascontiguousarray(batch.dense, np.float32)
+            if dense.shape != (batch.rows, self.schema.dense_dim):
+                raise ForwardFailed(f"dense {dense.shape} does not make {batch.rows} rows")
+            inputs.append(_tensor(dense))
+        ends = np.concatenate([[0], np.cumsum(batch.lengths, dtype=np.int64)])
+        if ends[-1] != len(batch.values) or len(ends) != self.schema.num_features * batch.rows + 1:
+            raise ForwardFailed("the bags' lengths do not add up to the ids")
+        streams = [self._stream(batch, *stream) for stream in self._shared.streams]
+        for lookup, call in zip(self._shared.lookups, self._shared.whole.calls, strict=True):
+            inputs.append(lookup(batch.rows, ends, *streams[call.stream]))
+        return inputs
+
+    def _stream(self, batch: Batch, ids: Any, weights: Any) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """What is looked up, and its weights, after what the model does to them."""
+        shape = batch.values.shape
+        with np.errstate(all="ignore"):
+            values = batch.values
+            if ids is not None:
+                values = np.broadcast_to(evaluate_ids(ids, batch.values, batch.weights), shape).astype(np.int64)
+            if weights is None:
+                return values, None
+            given = np.broadcast_to(evaluate_ids(weights, batch.values, batch.weights), shape)
+            return values, np.ascontiguousarray(given, np.float32)
+
+    def share(self) -> WholeBackend:
+        """Another container over the same code and tables."""
+        return WholeBackend(self._shared, self.schema, self._threads, batch_invariant=self._invariant)
 
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""

@@ -34,7 +34,8 @@ __all__ = ["command"]
     type=click.Choice(ENGINE_CHOICES),
     default="auto",
     show_default=True,
-    help="fused: Narsil's own forward (x86 with AVX-512). inductor: FBGEMM and AOTInductor. auto: fused where it runs.",
+    help="fused: Narsil's own forward (x86 with AVX-512). inductor: FBGEMM and AOTInductor, any model. "
+    "auto: fused where it runs and has every step, else inductor.",
 )
 @click.option(
     "--calibration",

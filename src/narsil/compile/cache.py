@@ -48,7 +48,7 @@ def key_of(source: Artifact, script: Path, options: CompileOptions, calibration:
         "compiler": [compiler, compiler_version(compiler)],
         "source": artifacts.sha256(script),
         "name": [source.name, source.version],
-        "asked": [options.precision, options.engine, options.device, options.limit],
+        "asked": [options.precision, options.engine, options.device, options.limit, options.may_fall_back],
         "torch": str(torch.__version__),
         "machine": platform.machine(),
         "instructions": [*processor_flags(), *gpu_flags_of(options.device)],

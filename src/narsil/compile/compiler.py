@@ -36,14 +36,15 @@ from narsil.backends.registry import load_backend
 from narsil.compile.cache import cached, gpu_flags_of, key_of
 from narsil.compile.calibration import Calibration
 from narsil.compile.core import DlrmParts, NoDlrm, program_of, read_model, read_parts, realigned
-from narsil.compile.export import export_core
+from narsil.compile.export import export_core, export_whole
 from narsil.compile.forms import DlrmForm, PlanForm, plan_of
 from narsil.compile.gate import DEFAULT_LIMIT, Measure, judged, limits_for, measure_of, problem_of, require
 from narsil.compile.lowering import Lowered, lowered
 from narsil.compile.options import CompileOptions, resolved
 from narsil.compile.planner import Workbench, plans
 from narsil.compile.toolchain import build_forward
-from narsil.errors import ArtifactError
+from narsil.compile.whole import WholeModel, whole_model
+from narsil.errors import ArtifactError, ConfigError
 
 __all__ = ["compile_artifact"]
 
@@ -83,6 +84,8 @@ def compile_artifact(
         report("tables", 0, 1)
         reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
         model = _read(source, script, options, reading)
+        if isinstance(model, WholeModel):
+            options = _by_inductor(options)
         _write_tables(model, staging / artifacts.TABLES_FILE)
         copy_file(script, staging / artifacts.TORCHSCRIPT_FILE)
         report("tables", 1, 1)
@@ -92,7 +95,7 @@ def compile_artifact(
     return artifacts.open_artifact(out, verify=False), False
 
 
-Model = DlrmParts | Lowered
+Model = DlrmParts | Lowered | WholeModel
 
 
 @dataclass(frozen=True)
@@ -129,17 +132,42 @@ def _read(source: Artifact, script: Path, options: CompileOptions, reading: Modu
     try:
         parts = read_parts(reading, script.name)
     except NoDlrm as problem:
-        if options.engine != "fused":
-            raise ArtifactError(f"{problem}: the inductor engine has none other; use --engine fused") from None
-        return lowered(program_of(reading, script.name), source.schema.tasks, script.name)
+        program = program_of(reading, script.name)
+        if options.device == "cuda":
+            raise ArtifactError(f"{problem}: on a GPU none other is compiled; use --device cpu") from None
+        if options.engine == "fused":
+            try:
+                return lowered(program, source.schema.tasks, script.name)
+            except ArtifactError:
+                if not options.may_fall_back:
+                    raise
+        return _whole(reading, source, script)
     if parts.pooling == "mixed" and options.engine != "fused":
-        raise ArtifactError(
-            f"{source.path} has sum and mean pooling beside each other, which the inductor engine does not run"
-        )
+        if options.device == "cuda":
+            raise ArtifactError(
+                f"{source.path} has sum and mean pooling beside each other, which is not compiled for a GPU; use "
+                "--device cpu"
+            )
+        return _whole(reading, source, script)
     if options.device == "cuda":
         rows = [feature.rows for feature in source.schema.features]
         parts = replace(parts, int8=realigned(parts.int8, rows, parts.dim, _GPU_ALIGNMENT))
     return parts
+
+
+def _whole(reading: ModuleReading, source: Artifact, script: Path) -> WholeModel:
+    assert reading.readings is not None  # noqa: S101 - program_of has looked
+    return whole_model(reading.readings, source.schema.tasks, script.name)
+
+
+def _by_inductor(options: CompileOptions) -> CompileOptions:
+    """The same for the inductor engine, which runs programs in fp32. Raises ConfigError where another precision was
+    asked for."""
+    if options.precision not in ("auto", "fp32"):
+        raise ConfigError(
+            f"the inductor engine compiles in fp32 what is no DLRM, not in {options.precision}; use --precision auto"
+        )
+    return replace(options, engine="inductor", precisions=("fp32",))
 
 
 def _stored(model: Model) -> tuple[NDArray[np.uint8], ...]:
@@ -175,7 +203,9 @@ def _described(model: Model, schema: ModelSchema, options: CompileOptions, key: 
         dense_layers=0,
         layers=(),
     )
-    if not isinstance(model, DlrmParts):
+    if isinstance(model, WholeModel):
+        return replace(info, whole=model.whole)
+    if isinstance(model, Lowered):
         return info
     return replace(
         info,
@@ -235,6 +265,7 @@ def _form(job: _Job, info: CompiledInfo, library: ForwardLibrary) -> DlrmForm | 
     if isinstance(job.model, DlrmParts):
         geometry = Geometry.of(info, job.source.schema)
         return DlrmForm(library, geometry, job.source.schema, job.model, np.asarray(job.model.int8.data))
+    assert isinstance(job.model, Lowered)  # noqa: S101 - _read has looked
     # As they will be mapped: tables that features share lie there once.
     tables = np.memmap(job.staging / artifacts.TABLES_FILE, np.uint8, mode="r")
     return PlanForm(library, job.source.schema, job.model, tables)
@@ -244,8 +275,11 @@ def _inductor(job: _Job, info: CompiledInfo) -> Iterator[CompiledInfo]:
     """Writes model.pt2, for each precision in turn."""
     for precision in job.options.precisions:
         made = replace(info, precision=precision, note=f"AOTInductor, {precision}")
-        assert isinstance(job.model, DlrmParts)  # noqa: S101 - _read has looked
-        export_core(job.model, made, job.staging / artifacts.COMPILED_FILE)
+        if isinstance(job.model, WholeModel):
+            export_whole(job.model, made, job.staging / artifacts.COMPILED_FILE)
+        else:
+            assert isinstance(job.model, DlrmParts)  # noqa: S101 - _read has looked
+            export_core(job.model, made, job.staging / artifacts.COMPILED_FILE)
         yield made
 
 

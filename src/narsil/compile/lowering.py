@@ -143,7 +143,7 @@ class _Lowering:
             LayerNorm: self._norm,
         }
         if type(step) not in kinds:
-            raise self._unknown(type(step).__name__)
+            raise self._unknown(getattr(step, "name", type(step).__name__))
         kinds[type(step)](step)
 
     def _unknown(self, what: str) -> ArtifactError:
@@ -538,7 +538,8 @@ def _plain(expression: Any, lowering: _Lowering) -> Any:
 
 
 def _computes(step: Step) -> bool:
-    return type(step) in (Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
+    kinds = (Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
+    return type(step) in kinds or hasattr(step, "call")
 
 
 def _read_by_computing(program: Program) -> list[int]:

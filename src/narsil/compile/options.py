@@ -27,6 +27,7 @@ class CompileOptions:
     device: str  # cpu or cuda
     limit: float | None  # of the largest deviation of a score; None: each precision's own, see gate.limits_for
     precisions: tuple[str, ...]  # to try in turn; of the fused engine, auto is the planner's to choose
+    may_fall_back: bool = False  # from the fused engine to the inductor engine, where it has not every step
 
 
 def resolved(precision: str, engine: str, device: str, limit: float | None) -> CompileOptions:
@@ -37,9 +38,11 @@ def resolved(precision: str, engine: str, device: str, limit: float | None) -> C
     """
     _check_asked(precision, limit)
     _check_device(device)
-    engine = _engine(engine, device)
+    asked, engine = engine, _engine(engine, device)
     require_compiler()
-    return CompileOptions(precision, engine, device, limit, _precisions(precision, engine, device))
+    return CompileOptions(
+        precision, engine, device, limit, _precisions(precision, engine, device), asked == "auto" and engine == "fused"
+    )
 
 
 def _check_asked(precision: str, limit: float | None) -> None:

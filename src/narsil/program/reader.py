@@ -15,7 +15,7 @@ no program is made of such a recording.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from narsil.program.recording import Constant, Op, Recording, Ref, Varying
+from narsil.program.replaying import Replayed, Source, check_rows, plain_arguments, refuse_unseen
 from narsil.program.steps import Arrange, Concat, Elementwise, Lookup, Program, Step, Table
 from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
 
@@ -66,6 +67,9 @@ class Readings:
     problem: str  # why, else empty
     lookups: tuple[Lookup, ...]  # all of them, those that no output needs included
     unknown_ids: str  # why the ids of some lookup are not known, else empty
+    recording: Recording | None = None
+    rows: tuple[int, int] = (0, 0)  # of the two recordings
+    born: Mapping[int, Known] = field(default_factory=dict)  # what each tensor was when it was made
 
 
 class Reader:
@@ -86,6 +90,7 @@ class Reader:
         self.steps: list[Step] = []
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.known: dict[int, Known] = {}
+        self.born: dict[int, Known] = {}
         self.lookups: list[Lookup] = []
         self.unknown_ids = ""
         self.left = ""  # what left the tensors
@@ -98,6 +103,7 @@ class Reader:
             self.known[number] = Column(number, tuple(self.recording.tensors[number].shape[1:]))
             self.shapes[number] = tuple(self.recording.tensors[number].shape[1:])
         self.known.update(inputs)
+        self.born.update(self.known)
         for op in self.recording.ops:
             self._read_op(op)
         outputs, problem = self._outputs()
@@ -106,7 +112,8 @@ class Reader:
         if not problem:
             groups = {name: len(lengths[0]) for name, lengths in self.groups.items()}
             program = Program(dense, groups, self._needed(outputs), outputs, self.shapes)
-        return Readings(program, problem, tuple(self.lookups), self.unknown_ids)
+        lookups = tuple(self.lookups)
+        return Readings(program, problem, lookups, self.unknown_ids, self.recording, self.rows, self.born)
 
     def of(self, argument: Any) -> Known:
         """What is known of an argument that is a tensor. Raises Unread where it is none, or opaque."""
@@ -192,21 +199,95 @@ class Reader:
     def _read_op(self, op: Op) -> None:
         made: Any
         try:
-            if op.name not in _READERS:
-                raise Unread("no step for it")
-            if has_varying(op) and op.name not in _MAY_VARY:
-                raise Unread("a number that it takes follows from how many rows there are")
-            made = _READERS[op.name](self, op)
+            made = self._meant(op)
         except Unread as problem:
-            inherited = self._inherited(op)
-            made = Opaque(inherited or f"{op.name}: {problem}")
-            self._note_unread(op, made.reason)
+            made = self._replayed(op, problem)
         results = made if isinstance(made, tuple) else (made,) * len(op.outputs)
         for number, result in zip(op.outputs, results, strict=True):
             if number is not None and result is not None:
-                self.known[number] = self._settled(op, number, result)
+                self.known[number] = self.born[number] = self._settled(op, number, result)
         if op.name not in _WRITES_NOTHING and (written := op.writes()):
             self._forget_aliases(op, written)
+
+    def _meant(self, op: Op) -> Any:
+        """What the operation's reader makes of it. Raises Unread where it has none."""
+        taken = [leaf.number for leaf in _flat((*op.args, *op.kwargs.values())) if isinstance(leaf, Ref)]
+        made = [number for number in op.outputs if number is not None]
+        if any(self.recording.tensors[number].is_complex() for number in (*taken, *made)):
+            raise Unread("no step for complex numbers")
+        if op.name not in _READERS:
+            raise Unread("no step for it")
+        if has_varying(op) and op.name not in _MAY_VARY:
+            raise Unread("a number that it takes follows from how many rows there are")
+        return _READERS[op.name](self, op)
+
+    def _replayed(self, op: Op, problem: Unread) -> Any:
+        """What no reader knows: as it was recorded where that treats each row by itself, else nothing."""
+        reason = self._inherited(op)
+        if not reason:
+            before = len(self.steps), dict(self.shapes)
+            try:
+                return self._as_recorded(op)
+            except Unread as why:
+                del self.steps[before[0] :]
+                self.shapes = before[1]
+                reason = f"{op.name}: {problem if op.name in _READERS else why}"
+        self._note_unread(op, reason)
+        return Opaque(reason)
+
+    def _as_recorded(self, op: Op) -> Any:
+        refuse_unseen(op)
+        folds: list[tuple[int, ...]] = []
+
+        def source(argument: Any) -> Source | torch.Tensor:
+            known = self.of(argument)
+            if isinstance(known, Fixed):
+                return known.tensor
+            if not isinstance(known, Column):
+                raise Unread("no step for it")
+            folds.append(known.shape[: known.folded])
+            kind = self.recording.tensors[argument.number].dtype
+            return Source(known.number, known.shape, known.folded, kind)
+
+        args, kwargs = plain_arguments(op, source, self.rows)
+        numbers = [number for number in op.outputs if number is not None]
+        if not numbers:
+            raise Unread("no step for it")
+        if not folds:
+            return self._made_once(op)
+        if any(fold != folds[0] for fold in folds):
+            raise Unread("no step for it, and it takes rows that are laid out in several ways")
+        per_row = int(np.prod(folds[0], dtype=np.int64))
+        leaves = [leaf for leaf in _flat((*args, *kwargs.values())) if isinstance(leaf, Source)]
+        recorded = {leaf.number: self._tensor_of(op, leaf) for leaf in leaves}
+        check_rows(op, args, kwargs, recorded, self.rows[0], per_row)
+        made: list[Known | None] = []
+        for output, number in enumerate(op.outputs):
+            if number is None:
+                made.append(None)
+                continue
+            own, tail = self.tail(number)
+            if own != per_row:
+                raise Unread("no step for it, and it lays rows out anew")
+            shape = (*folds[0], *tail)
+            step = Replayed(number, op.name, op.call, args, kwargs, output, shape)
+            made.append(self.add(op, step, shape, len(folds[0]), output))
+        return tuple(made)
+
+    def _tensor_of(self, op: Op, source: Source) -> torch.Tensor:
+        """The recorded tensor of a value among an operation's arguments."""
+        for leaf in _flat((*op.args, *op.kwargs.values())):
+            known = self.known.get(leaf.number) if isinstance(leaf, Ref) else None
+            if isinstance(known, Column) and known.number == source.number:
+                return self.recording.tensors[leaf.number]
+        raise Unread("no step for it")
+
+    def _made_once(self, op: Op) -> Any:
+        """What an operation makes of constants alone."""
+        for number in op.outputs:
+            if number is None or not _alike(self.recording.tensors[number], self.recording.second[number]):
+                raise Unread("no step for it")
+        return tuple(Fixed(self.recording.tensors[number or 0]) for number in op.outputs)
 
     def _note_unread(self, op: Op, reason: str) -> None:
         """What an operation that is not read may do beside making an unknown tensor."""
@@ -293,6 +374,10 @@ def fixed_array(tensor: torch.Tensor) -> NDArray[Any]:
         raise Unread("a weight is quantized or sparse")
     array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -258,7 +258,7 @@ def _unpacked(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return stored
     parts = [(stored >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.stack(parts, axis=2).reshape(len(stored), -1)
+    return np.stack(parts, axis=2).reshape(len(stored), stored.shape[1] * len(parts))
 
 
 @dataclass(frozen=True, eq=False)
