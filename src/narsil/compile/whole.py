@@ -99,9 +99,10 @@ def whole_model(readings: Readings, tasks: Sequence[str], name: str) -> WholeMod
 
 class _Making:
     def __init__(self, readings: Readings, name: str) -> None:
-        if readings.recording is None:
+        if readings.recording is None or readings.program is None:
             raise ArtifactError(f"{name} cannot be compiled: its operations are not recorded")
         self.readings, self.recording, self.name = readings, readings.recording, name
+        self.program = readings.program
         self.lookups = {lookup.out: lookup for lookup in readings.lookups}
         self.made_by = {number: op for op in self.recording.ops for number in op.outputs if number is not None}
         self.core = _Core()
@@ -115,14 +116,11 @@ class _Making:
         """See whole_model."""
         self._follow([self.recording.outputs[task] for task in tasks])
         calls, streams, stored = self._calls()
-        columns = [number for number in self.recording.inputs.values() if number in self.needed]
-        for number in columns:
-            tensor = self.recording.tensors[number]
-            self.core.parts[number] = [(0, 0, tensor.shape[1])], tensor.dtype
+        columns = self._columns()
         for number, places in self.places.items():
-            parts = [(len(columns) + call, first, behind) for call, first, behind in places]
+            parts = [(columns + call, first, behind) for call, first, behind in places]
             self.core.parts[number] = _joined(parts), self.recording.tensors[number].dtype
-        self.core.inputs = len(columns) + len(calls)
+        self.core.inputs = columns + len(calls)
         for op in self.recording.ops:
             wanted = any(number in self.needed for number in op.outputs if number is not None)
             if wanted and op.outputs[0] not in self.lookups:
@@ -130,7 +128,17 @@ class _Making:
         self.core.scores = [self._taken(self.recording.outputs[task]) for task in tasks]
         if not self.core.inputs:
             raise ArtifactError(f"{self.name}: its scores follow from nothing that a request brings")
-        return WholeModel(self.core.eval(), Whole(bool(columns), calls, streams), stored)
+        return WholeModel(self.core.eval(), Whole(columns > 0, calls, streams), stored)
+
+    def _columns(self) -> int:
+        """How many inputs the dense columns are: one, of all matrices beside each other, where any is needed."""
+        first = 0
+        for number in self.program.dense.values():
+            tensor = self.recording.tensors[number]
+            if number in self.needed:
+                self.core.parts[number] = [(0, first, first + tensor.shape[1])], tensor.dtype
+            first += tensor.shape[1]
+        return int(any(number in self.needed for number in self.program.dense.values()))
 
     def _follow(self, outputs: Sequence[Any]) -> None:
         """Finds all tensors that the outputs come of, back to the inputs and the lookups."""
@@ -181,6 +189,7 @@ class _Making:
         calls: dict[tuple[bool, int, int], Call] = {}
         stored: list[NDArray[np.uint8]] = []
         starts: dict[tuple[int, int], int] = {}
+        bases = dict(zip(self.program.groups, np.cumsum([0, *self.program.groups.values()]).tolist(), strict=False))
         for number in sorted(self.needed.keys() & self.lookups.keys()):
             lookup, alignment = self.lookups[number], self._alignment(self.lookups[number])
             self.places[number] = []
@@ -195,7 +204,7 @@ class _Making:
                 if place not in starts:
                     starts[place] = sum(part.size for part in stored)
                     stored.append(table.data[table.start : table.start + table.rows * table.row_bytes])
-                made = WholeTable(starts[place], table.rows, table.dim, table.kind, feature)
+                made = WholeTable(starts[place], table.rows, table.dim, table.kind, bases[lookup.group] + feature)
                 calls[key] = replace(call, tables=(*call.tables, made))
         return tuple(calls.values()), tuple(streams), tuple(stored)
 
