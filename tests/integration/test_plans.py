@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.artifacts.packed import kinds_here
-from narsil.artifacts.plan import FUNCTIONS, Plan
+from narsil.artifacts.plan import FUNCTIONS, Plan, Stream
 from narsil.artifacts.schema import Feature, ModelSchema
+from narsil.backends import plans
 from narsil.backends.fused import ForwardLibrary
 from narsil.backends.plans import PlanBackend, PlanNetwork
 from narsil.compile.forms import PlanForm, plan_of
@@ -33,6 +34,7 @@ from narsil.program.steps import (
     Bags,
     Concat,
     Elementwise,
+    IdArray,
     IdExpression,
     Laid,
     LayerNorm,
@@ -354,6 +356,34 @@ def test_what_is_done_to_ids_and_weights_before_they_are_looked_up(library, expr
     limit = 8 if expression.function == "add" else 2**31 if expression.function == "remainder" else 9
     made = model(library, 1, [lookup], {1: (8,)}, {"score": 1}, rows=(limit,))
     made.agrees(made.batch(40, 6, weights=True), atol=1e-3, rtol=1e-4)
+
+
+def test_each_feature_is_remapped_by_arrays_of_its_own(library):
+    """As managed collision does it: ids that are known have a place, the others share one; another feature's are not
+    touched, and a third's are taken out of a list."""
+    known, places = IdArray(np.array([3, 7, 8, 40])), IdArray(np.array([2, 0, 8, 5]))
+    listed = IdArray(np.random.default_rng(1).integers(0, 9, 50))
+    at = IdExpression("clamp", (IdExpression("search", (known, IDS)), None, 3))
+    found = IdExpression("eq", (IdExpression("take", (known, at)), IDS))
+    managed = IdExpression("where", (found, IdExpression("take", (places, at)), 1))
+    ids = IdExpression("by_feature", (managed, IDS, IdExpression("take", (listed, IDS))))
+    tables = tuple(table(2, 9, 8, seed=number) for number in range(3))
+    made = model(
+        library, 1, [Lookup(1, "ids", (2, 0, 1), tables, "sum", ids)], {1: (24,)}, {"score": 1}, rows=(50, 9, 50)
+    )
+    for longest in (None, 6):
+        made.agrees(made.batch(60, longest), atol=1e-3, rtol=1e-4)
+    batch = made.batch(5, 4)
+    batch.lengths[0] += 1
+    with pytest.raises(ForwardFailed, match="do not add up"):
+        made.backend().run(batch)
+
+
+@pytest.mark.parametrize("number", [1, -1, 1.0, True, "0"])
+def test_a_stream_that_takes_ids_out_of_no_array_is_refused(number):
+    arrays: list[Any] = [np.arange(3), np.arange(3, dtype=np.float32)]
+    with pytest.raises(ArtifactError, match="out of no array"):
+        plans._stream(Stream(["take", ["array", number], "ids"]), arrays)
 
 
 def test_an_id_outside_of_its_table_is_no_answer(library):

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     pytest.importorskip("fbgemm_gpu")
 
+from narsil.compile.exact import ExactScorer
 from narsil.program.bounds import id_limit
 from narsil.program.steps import Bags, of_feature
 from tests.integration.test_program_bags import (
@@ -139,7 +140,7 @@ def test_what_leads_outside_is_never_let_in(name: str) -> None:
 
 UNREAD: dict[str, Callable[[Any], Any]] = {
     "numbers that do not rise": lambda ids: torch.searchsorted(KNOWN.flip(0), ids) % TABLE_ROWS,
-    "what was put for other ids": lambda ids: torch.zeros_like(ids).index_put_((ids < 5,), ids[ids < 6][:0]),
+    "what was put for other ids": lambda ids: torch.zeros_like(ids).index_put_((ids < 5,), ids[ids < 6]),
     "a number of 33 bits beside ids of 32": lambda ids: torch.where(ids.int() < 2**32 + 50, ids.int() * 0, ids.int()),
     "a remainder by 0 or less": lambda ids: torch.fmod(ids, -5),
     "shifted by all bits": lambda ids: (ids >> 64) % TABLE_ROWS,
@@ -200,3 +201,12 @@ def test_parts_of_a_table_must_lie_inside_of_it(sizes: list[int], starts: list[i
     assert bool(readings.unknown_ids) is not inside
     if inside:
         assert {id_limit(lookup.ids, TABLE_ROWS, ANY) for lookup in readings.lookups} == {ANY}
+
+
+def test_the_ids_that_a_model_knows_are_found_for_those_who_draw_ids() -> None:
+    program = readings_of(all_features(managed), torch.int64).program
+    assert program is not None
+    known = ExactScorer(program).known_ids()
+    assert {feature: ids.tolist() for feature, ids in known.items()} == dict.fromkeys(
+        range(FEATURES), KNOWN[:-1].tolist()
+    )

@@ -156,3 +156,18 @@ def test_bags_are_found_in_another_order():
     lengths = np.array([2, 0, 1, 3], np.int32)
     assert of_bags(lengths, np.array([3, 0, 1, 2])).tolist() == [3, 4, 5, 0, 1, 2]
     assert of_bags(lengths, np.array([3])).tolist() == of_bags(lengths, np.array([3, 1])).tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("draw", [usual, extreme])
+def test_half_of_the_ids_of_a_feature_are_those_that_its_model_knows(draw):
+    """Among 2^63 ids, those drawn evenly are none that a vocabulary holds."""
+    wide = replace(
+        SCHEMA, features=(SCHEMA.features[0], replace(SCHEMA.features[1], rows=2**63 - 1), SCHEMA.features[2])
+    )
+    known = np.array([-5, 7, 2**40, 2**63 - 1])
+    batches = list(draw(wide, np.random.default_rng(0), None, {1: known}))
+    for feature, share in ((0, 0.0), (1, 0.5)):
+        ids = np.concatenate([bag for batch in batches for bag in bags_of(batch, feature)])
+        assert np.isin(ids, [2**40]).mean() == pytest.approx(share / 2, abs=0.02)
+        assert (ids >= 0).all()
+        assert (ids < wide.features[feature].rows).all()

@@ -20,6 +20,7 @@ grows with what is rounded, so that over extreme rows only an average can be hel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Batch, Floats
 
-__all__ = ["USUAL_ROWS", "extreme", "of_bags", "random_batch", "rows_of", "usual"]
+__all__ = ["USUAL_ROWS", "Vocabularies", "extreme", "of_bags", "random_batch", "rows_of", "usual"]
 
 USUAL_ROWS = 10_000  # at least; half of them one-hot
 _BATCH_ROWS = 500
@@ -63,17 +64,25 @@ def random_batch(schema: ModelSchema, rows: int, longest: int | None, random: Ra
     return Batch(rows, dense, lengths.ravel(), values, one_hot=longest is None)
 
 
-def usual(schema: ModelSchema, random: Random, given: Floats | None = None) -> Iterator[Batch]:
-    """At least USUAL_ROWS rows. ``given``: (N, D) rows of numbers out of a file."""
+Vocabularies = Mapping[int, NDArray[np.int64]]  # position of a feature -> ids that its model knows
+
+
+def usual(
+    schema: ModelSchema, random: Random, given: Floats | None = None, known: Vocabularies | None = None
+) -> Iterator[Batch]:
+    """At least USUAL_ROWS rows. ``given``: (N, D) rows of numbers out of a file; half of the ids of a feature are of
+    its ``known`` ones, where it has such."""
     for number, rows in enumerate([*_ODD_BATCHES, *_ODD_BATCHES] + [_BATCH_ROWS] * (USUAL_ROWS // _BATCH_ROWS)):
         lengths = _lengths(schema.num_features * rows, _USUAL_BAGS[number % len(_USUAL_BAGS)], random)
         dense = _dense(_DENSE, (rows, schema.dense_dim), random)
         if given is not None:
             dense = given[random.integers(0, len(given), rows)]
-        yield _batch(schema, dense, lengths, _IDS, _WEIGHTS, random)
+        yield _with_known(_batch(schema, dense, lengths, _IDS, _WEIGHTS, random), schema, known or {}, random)
 
 
-def extreme(schema: ModelSchema, random: Random, given: Floats | None = None) -> Iterator[Batch]:
+def extreme(
+    schema: ModelSchema, random: Random, given: Floats | None = None, known: Vocabularies | None = None
+) -> Iterator[Batch]:
     """Some thousand rows, as ``usual``."""
     long_rows = int(np.clip(_LONG_IDS // max(schema.num_features * _LONG // 4, 1), 1, _BATCH_ROWS))
     plan = [(_BATCH_ROWS, _EXTREME_BAGS[number % len(_EXTREME_BAGS)]) for number in range(_EXTREME_BATCHES)]
@@ -84,7 +93,22 @@ def extreme(schema: ModelSchema, random: Random, given: Floats | None = None) ->
             low, high = given.min(axis=0).astype(np.float64), given.max(axis=0).astype(np.float64)
             between = np.clip(low + (high - low) * random.random(dense.shape), low, high).astype(np.float32)
             dense = np.where(random.random((rows, 1)) < 0.5, between, dense)
-        yield _batch(schema, dense, lengths, _EXTREME_IDS, _EXTREME_WEIGHTS, random)
+        drawn = _batch(schema, dense, lengths, _EXTREME_IDS, _EXTREME_WEIGHTS, random)
+        yield _with_known(drawn, schema, known or {}, random)
+
+
+def _with_known(batch: Batch, schema: ModelSchema, known: Vocabularies, random: Random) -> Batch:
+    if not known:
+        return batch
+    values = batch.values.copy()
+    ends = np.cumsum(batch.lengths.reshape(schema.num_features, -1).sum(axis=1))
+    for feature, every in known.items():
+        ids = every[(every >= 0) & (every < schema.features[feature].rows)]
+        own = np.arange(ends[feature - 1] if feature else 0, ends[feature])
+        own = own[random.random(len(own)) < 0.5]
+        if len(ids):
+            values[own] = random.choice(ids, len(own))
+    return replace(batch, values=values)
 
 
 def rows_of(batch: Batch, keep: NDArray[np.bool_]) -> Batch:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.compiled_info import Deviation
-from narsil.artifacts.rows import extreme, rows_of, usual
+from narsil.artifacts.rows import Vocabularies, extreme, rows_of, usual
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.registry import load_backend
 from narsil.compile.calibration import Calibration
@@ -103,12 +103,18 @@ class Measure:
     not kept."""
 
     def __init__(
-        self, schema: ModelSchema, reference: Scorer, calibration: Calibration | None = None, exact: Exact | None = None
+        self,
+        schema: ModelSchema,
+        reference: Scorer,
+        calibration: Calibration | None = None,
+        exact: Exact | None = None,
+        known: Vocabularies | None = None,
     ) -> None:
         """Scores all rows. Raises ArtifactError where the reference is no measure: it scores most usual rows as NaN or
         infinity, or lies farther from ``exact`` than rounding explains."""
         self.schema = schema
         self._calibration = calibration
+        self._known = known
         self._kept: dict[str, list[NDArray[np.bool_]]] = {kind: [] for kind in _CLASSES}
         own = self._own_scores(reference)
         self._expected = own if exact is None else self._scores(exact)
@@ -131,10 +137,10 @@ class Measure:
     def _batches(self, kind: str) -> Iterator[Batch]:
         """The rows of a class."""
         if kind == "usual":
-            return usual_batches(self.schema, self._calibration)
+            return usual_batches(self.schema, self._calibration, known=self._known)
         if kind == "extreme":
             dense = None if self._calibration is None else self._calibration.dense
-            return extreme(self.schema, np.random.default_rng(_EXTREME_SEED), dense)
+            return extreme(self.schema, np.random.default_rng(_EXTREME_SEED), dense, self._known)
         return iter(()) if self._calibration is None else self._calibration.batches()
 
     def _own_scores(self, reference: Scorer) -> _Joined:
@@ -232,7 +238,8 @@ def measure_of(
 
     reference = load_backend(source, "torch", tune_kernels=False)
     try:
-        return Measure(source.schema, reference.run, calibration, exact_scorer(source, reading))
+        exact = exact_scorer(source, reading)
+        return Measure(source.schema, reference.run, calibration, exact, exact.known_ids() if exact else None)
     finally:
         reference.close()
 
@@ -257,9 +264,11 @@ def compare(
     subject: Scorer,
     calibration: Calibration | None = None,
     exact: Exact | None = None,
+    known: Vocabularies | None = None,
 ) -> dict[str, Deviation]:
-    """Task -> deviation of ``subject`` from ``reference``, or from ``exact``, over drawn rows and the calibration's."""
-    return Measure(schema, reference, calibration, exact).deviations(subject)
+    """Task -> deviation of ``subject`` from ``reference``, or from ``exact``, over drawn rows and the calibration's.
+    ``known``: see artifacts/rows.py."""
+    return Measure(schema, reference, calibration, exact, known).deviations(subject)
 
 
 def limits_of(limit: float) -> Limits:
@@ -379,9 +388,14 @@ def is_share(scores: NDArray[Any]) -> bool:
     return bool(((scores >= 0) & (scores <= 1)).all())
 
 
-def usual_batches(schema: ModelSchema, calibration: Calibration | None = None, seed: int = 0) -> Iterator[Batch]:
-    """The usual rows; their dense values are the calibration's, where there is one."""
-    return usual(schema, np.random.default_rng(seed), None if calibration is None else calibration.dense)
+def usual_batches(
+    schema: ModelSchema,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    known: Vocabularies | None = None,
+) -> Iterator[Batch]:
+    """The usual rows; their dense values are the calibration's, where there is one. ``known``: artifacts/rows.py."""
+    return usual(schema, np.random.default_rng(seed), None if calibration is None else calibration.dense, known)
 
 
 def rank_correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
