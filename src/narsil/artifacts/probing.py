@@ -73,6 +73,7 @@ class Takes:
     groups: Mapping[str, tuple[int, bool]]
     device: str = "cpu"
     known: Mapping[str, int] = field(default_factory=dict)
+    joined: bool = False  # whether forward joins groups: a reading has one of all of them then
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -122,23 +123,34 @@ def probe(
     except Exception as error:  # whatever a model raises
         raise ArtifactError(f"{name}: forward does not run on bags of 0 to 3 ids: {last_line(error)}") from None
     recording = merged(*recorded)
-    readings = read(recording, ROWS, _both(rows), table_of, takes.matrices, _known(recording, takes, rows))
+    readings = read(recording, ROWS, _both(takes, rows), table_of, takes.matrices, _known(recording, takes, rows))
     return Probed(dense_dim, wide_ids, readings, _outputs(recording, name), recording)
 
 
-def _both(rows: Sequence[Rows]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+_ALL = "all"  # groups that are joined, one behind the other
+
+
+def _both(takes: Takes, rows: Sequence[Rows]) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    if takes.joined:
+        first, second = (np.concatenate(list(each.lengths.values())) for each in rows)
+        return {_ALL: (first, second)}
     return {group: (rows[0].lengths[group], rows[1].lengths[group]) for group in rows[0].lengths}
 
 
 def _known(recording: Recording, takes: Takes, rows: Sequence[Rows]) -> dict[int, Known]:
     """What the inputs of bags are, by number of the tensor."""
     known: dict[int, Known] = {}
-    for group in takes.groups:
-        places = tuple(torch.arange(each.inputs[group + VALUES].numel()) for each in rows)
-        known[recording.inputs[group + LENGTHS]] = Structure(group)
-        known[recording.inputs[group + VALUES]] = PerId(group, IDS, (places[0], places[1]))
-        if group + WEIGHTS in recording.inputs:
-            known[recording.inputs[group + WEIGHTS]] = PerId(group, WEIGHTS_OF_IDS, (places[0], places[1]))
+    begins = [0, 0]
+    for key in takes.groups:
+        group = _ALL if takes.joined else key
+        counts = [each.inputs[key + VALUES].numel() for each in rows]
+        places = tuple(torch.arange(begin, begin + count) for begin, count in zip(begins, counts, strict=True))
+        known[recording.inputs[key + LENGTHS]] = Structure(group)
+        known[recording.inputs[key + VALUES]] = PerId(group, IDS, (places[0], places[1]))
+        if key + WEIGHTS in recording.inputs:
+            known[recording.inputs[key + WEIGHTS]] = PerId(group, WEIGHTS_OF_IDS, (places[0], places[1]))
+        if takes.joined:
+            begins = [begin + count for begin, count in zip(begins, counts, strict=True)]
     return known
 
 

@@ -38,7 +38,16 @@ from narsil.artifacts.tbe import (
     table_at,
     table_operators,
 )
-from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, Interface, in_order, interface_of, load_torchscript
+from narsil.artifacts.torchscript import (
+    LENGTHS,
+    VALUES,
+    WEIGHTS,
+    Interface,
+    forward_of,
+    in_order,
+    interface_of,
+    load_torchscript,
+)
 from narsil.errors import ArtifactError, first_line
 
 if TYPE_CHECKING:
@@ -129,7 +138,8 @@ def _inputs(interface: Interface, name: str) -> tuple[tuple[str, ...], tuple[str
     """(the inputs of columns, the groups of id lists), in a request's order. Raises ArtifactError on what a request
     cannot bring."""
     groups = in_order(interface.features)
-    columns = in_order(key for key in interface.reads if not key.endswith((LENGTHS, VALUES, WEIGHTS)))
+    listed = {group + part for group in groups for part in (LENGTHS, VALUES, WEIGHTS)}
+    columns = in_order(key for key in interface.reads - listed if not key.endswith((LENGTHS, WEIGHTS)))
     wanted = {group + part for group in groups for part in (LENGTHS, VALUES)} | set(columns)
     weights = {group + WEIGHTS for group in groups} & interface.reads
     if odd := sorted(interface.reads ^ (wanted | weights)):
@@ -163,11 +173,11 @@ def _probed(
 
     sought, width, widths = _widths(interface, columns, given, name)
     taken = {group: (len(interface.features[group]), group + WEIGHTS in interface.reads) for group in groups}
-    takes = Takes(sought, taken, device, widths)
-    found = probe(module, takes, width, _table_of(tbes, name), name)
+    takes, forward = Takes(sought, taken, device, widths, interface.joined), forward_of(module, device)
+    found = probe(forward, takes, width, _table_of(tbes, name), name)
     if not found.wide_ids and (found.readings.unknown_ids or _takes_all_narrow(found.readings)):
         with contextlib.suppress(ArtifactError):
-            wide = probe(module, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
+            wide = probe(forward, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
             found = found if wide.readings.unknown_ids else wide
     if found.readings.unknown_ids:
         raise ArtifactError(
@@ -176,7 +186,14 @@ def _probed(
             "ids could be read out of bounds; look ids up as they are, or bound them with a remainder or a clamp"
         )
     features: list[Feature] = []
-    for group in groups:
+    if interface.joined:
+        names = [name for group in groups for name in interface.features[group]]
+        owners = [group for group in groups for _ in interface.features[group]]
+        made = _features(names, found.readings.lookups, found.wide_ids, name)
+        features += [
+            replace(feature, weighted=taken[group][1], group=group) for feature, group in zip(made, owners, strict=True)
+        ]
+    for group in () if interface.joined else groups:
         lookups = [lookup for lookup in found.readings.lookups if lookup.group == group]
         made = _features(interface.features[group], lookups, found.wide_ids, name)
         shown = group if len(groups) > 1 else ""

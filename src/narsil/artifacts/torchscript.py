@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from narsil.artifacts.files import check_readable, unreadable
 from narsil.errors import ArtifactError, first_line
 
-__all__ = ["Interface", "in_order", "interface_of", "load_torchscript"]
+__all__ = ["Interface", "forward_of", "in_order", "interface_of", "load_torchscript"]
 
 LENGTHS, VALUES, WEIGHTS = ".lengths", ".values", ".weights"  # behind a group's name
 
@@ -57,26 +57,73 @@ class Interface:
     features: dict[str, tuple[str, ...]]  # X of the keys X.lengths and X.values -> the features, in key-major order
     widths: dict[str, int]  # of the matrices of numbers that enter a linear layer at once: its columns
     tasks: tuple[str, ...]  # keys of the dict that it returns; empty where that is not plain to see
+    joined: bool = False  # whether it joins groups, of one feature each, in one KeyedJaggedTensor
 
 
 def interface_of(module: Any, name: str) -> Interface:
     """A loaded ScriptModule's. Raises ArtifactError where forward takes something else, or does not name its
     features."""
     inputs = list(module.graph.inputs())
-    if len(inputs) != 2 or inputs[1].type().annotation_str != "Dict[str, Tensor]":
+    if len(inputs) < 2 or inputs[1].type().annotation_str != "Dict[str, Tensor]" or _unanswered(module):
         raise ArtifactError(
-            f"{name}: forward does not take one Dict[str, Tensor], as TorchRec's predictors do; wrap the model in a "
+            f"{name}: forward does not take one Dict[str, Tensor], as TorchRec's predictors do, and a device at most; "
+            "wrap the model in a "
             "PredictModule"
         )
     reads = {_constant(node.inputsAt(1)) for node in _getitems(inputs[1])}
     if not all(isinstance(key, str) for key in reads):
         raise ArtifactError(f"{name}: forward reads keys of its dict that are not constant; name them in the model")
     groups = sorted(key.removesuffix(LENGTHS) for key in reads if key.endswith(LENGTHS))
-    columns = sorted(key for key in reads if not key.endswith((LENGTHS, VALUES, WEIGHTS)))
-    features = {group: _features(module, inputs[1], group, name) for group in groups}
+    columns = sorted(reads - {group + part for group in groups for part in (LENGTHS, VALUES, WEIGHTS)})
+    joined = {group for keys in _joined(module, inputs[1], groups) for group in keys}
+    features = {group: (group,) if group in joined else _features(module, inputs[1], group, name) for group in groups}
     found = {key: _dense_dim(module, key) for key in columns}
     widths = {key: width for key, width in found.items() if width is not None}
-    return Interface(frozenset(reads), features, widths, _tasks(module))
+    return Interface(frozenset(reads), features, widths, _tasks(module), bool(joined))
+
+
+_DEVICES = ("Device", "Optional[Device]")
+
+
+def _arguments(module: Any) -> list[Any]:
+    """Those of forward beside the module and its dict."""
+    return list(module.forward.schema.arguments[2:])
+
+
+def _unanswered(module: Any) -> bool:
+    """Whether forward has an argument that is neither a device nor has a default."""
+    return any(
+        not argument.has_default_value() and argument.type.annotation_str not in _DEVICES and argument.name != "device"
+        for argument in _arguments(module)
+    )
+
+
+def forward_of(module: Any, device: str) -> Any:
+    """The module, or where its forward takes a device too, what calls it with that."""
+    import torch
+
+    told = {
+        argument.name: torch.device(device) if argument.type.annotation_str in _DEVICES else device
+        for argument in _arguments(module)
+        if argument.type.annotation_str in _DEVICES or argument.name == "device"
+    }
+    return _Forward(module, told) if told else module
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A module's forward with arguments beside its dict."""
+
+    module: Any
+    arguments: dict[str, Any]
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.module(inputs, **self.arguments)
+
+    def parameters(self) -> Iterator[Any]:
+        """The module's."""
+        parameters: Iterator[Any] = self.module.parameters()
+        return parameters
 
 
 def _features(module: Any, batch: Any, group: str, name: str) -> tuple[str, ...]:
@@ -95,6 +142,17 @@ def _features(module: Any, batch: Any, group: str, name: str) -> tuple[str, ...]
             "expected, so the order of the features is unknown"
         )
     return built.pop()
+
+
+def _joined(module: Any, batch: Any, groups: Sequence[str]) -> list[set[str]]:
+    """The groups that are joined in one KeyedJaggedTensor, which has a key for each."""
+    found = []
+    for node in filter(_builds_kjt, module.graph.nodes()):
+        behind = _keys_behind(node, batch)
+        own = {group for group in groups if group + VALUES in behind}
+        if len(own) > 1 and len(_strings(node.inputsAt(1))) == len(own):
+            found.append(own)
+    return found
 
 
 def _keys_behind(node: Any, batch: Any) -> set[str]:

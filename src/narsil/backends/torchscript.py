@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchrec import Binding, read_module
-from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, interface_of, load_torchscript
+from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, forward_of, interface_of, load_torchscript
 from narsil.backends.base import Backend
 from narsil.backends.kernels import bucket, tune_linear_layers
 from narsil.backends.outputs import scores_of
@@ -49,6 +49,7 @@ class TorchScriptBackend(Backend):
         self.schema = schema
         self.device = device
         self._module = module
+        self._forward = forward_of(module, device)
         self._threads = intra_op_threads
         self._tuned = tuned
         self._binding = binding
@@ -92,7 +93,7 @@ class TorchScriptBackend(Backend):
         """As Backend.run; the inputs' memory is lent to torch, not copied."""
         inputs = self._inputs(batch)
         with torch.inference_mode():
-            outputs = self._module(inputs) if self._stream is None else self._run_on_stream(inputs, self._stream)
+            outputs = self._forward(inputs) if self._stream is None else self._run_on_stream(inputs, self._stream)
         return scores_of(outputs, self.schema.outputs, batch)
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -123,7 +124,7 @@ class TorchScriptBackend(Backend):
     def _run_on_stream(self, inputs: dict[str, torch.Tensor], stream: torch.cuda.Stream) -> Any:
         with torch.cuda.stream(stream):
             on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
-            outputs = self._module(on_device)
+            outputs = self._forward(on_device)
             # TorchRec's modules copy their scores back without waiting for the copy to end.
             stream.synchronize()
         return outputs

@@ -1,0 +1,177 @@
+"""Models with several groups of id lists or matrices, an input for each feature, and a device beside the dict: scored
+by the torch backend and by the program's reference as a direct call scores them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchrec")
+    from torchrec.fx.tracer import Tracer
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.embedding_modules import EmbeddingBagCollection
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from narsil.artifacts.artifact import open_artifact
+from narsil.artifacts.rows import usual
+from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.torchscript import load_torchscript
+from narsil.backends.registry import load_backend
+from narsil.compile.exact import exact_scorer
+from narsil.dataflow import Batch
+from narsil.errors import ArtifactError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NAMES, ROWS = ("b", "c", "a"), (30, 20, 40)
+
+
+Forward = Callable[..., Any]
+
+
+def takes(**others: Any) -> Callable[[Forward], Forward]:
+    """Says the types of a forward's arguments as torch.fx reads them, which is not as text."""
+
+    tensors: Any = torch.Tensor
+
+    def told(forward: Forward) -> Forward:
+        forward.__annotations__ = {"data": dict.__class_getitem__((str, tensors)), **others}
+        return forward
+
+    return told
+
+
+def bags(names: Any, rows: Any, *, weighted: bool = False) -> Any:
+    tables = [
+        EmbeddingBagConfig(name=f"t_{name}", num_embeddings=count, embedding_dim=4, feature_names=[name])
+        for name, count in zip(names, rows, strict=True)
+    ]
+    made = EmbeddingBagCollection(device=torch.device("cpu"), tables=tables, is_weighted=weighted)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+class AnInputEach(torch.nn.Module):  # type: ignore[name-defined]
+    """As TorchEasyRec has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags, self.over = bags(NAMES, ROWS), torch.nn.Linear(14, 1)
+
+    @takes(device=torch.device)
+    def forward(self, data: Any, device: Any = "cpu") -> Any:
+        sparse = KeyedJaggedTensor(
+            keys=list(NAMES),
+            lengths=torch.cat([data[f"{name}.lengths"] for name in NAMES]),
+            values=torch.cat([data[f"{name}.values"] for name in NAMES]),
+        ).to(device)
+        logits = self.over(torch.cat([self.bags(sparse).values(), data["price.values"].to(device)], 1)).squeeze(1)
+        return {"logits": logits, "probs": logits.sigmoid()}
+
+
+class Groups(torch.nn.Module):  # type: ignore[name-defined]
+    """Plain ids beside weighted ones, and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags, self.weighted = bags(NAMES, ROWS), bags(["w"], [50], weighted=True)
+        self.first, self.over = torch.nn.Linear(2, 4), torch.nn.Linear(23, 1)
+
+    @takes()
+    def forward(self, data: Any) -> Any:
+        plain = KeyedJaggedTensor(
+            keys=list(NAMES), lengths=data["id_list_features.lengths"], values=data["id_list_features.values"]
+        )
+        scored = KeyedJaggedTensor(
+            keys=["w"],
+            lengths=data["id_score_list_features.lengths"],
+            values=data["id_score_list_features.values"],
+            weights=data["id_score_list_features.weights"],
+        )
+        parts = [self.bags(plain).values(), self.weighted(scored).values(), self.first(data["float_features"])]
+        return self.over(torch.cat([*parts, data["embedding_features"]], 1)).sigmoid().squeeze(1)
+
+
+class NoIds(torch.nn.Module):  # type: ignore[name-defined]
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = torch.nn.Linear(6, 1)
+
+    @takes()
+    def forward(self, data: Any) -> Any:
+        return self.over(data["float_features"]).sigmoid().squeeze(1)
+
+
+def direct(schema: ModelSchema, batch: Batch, kind: Any) -> dict[str, Any]:
+    """The dict of a direct call, its parts cut out one by one."""
+    inputs, lengths = {}, batch.lengths.reshape(-1, batch.rows)
+    ends = np.cumsum([0, *lengths.sum(axis=1)])
+    for group, positions in schema.groups:
+        ids = slice(ends[positions.start], ends[positions.stop])
+        inputs[f"{group}.lengths"] = torch.tensor(lengths[positions].ravel())
+        inputs[f"{group}.values"] = torch.tensor(batch.values[ids])
+        if schema.features[positions.start].weighted:
+            assert batch.weights is not None
+            inputs[f"{group}.weights"] = torch.tensor(batch.weights[ids])
+    first = 0
+    for key, width in schema.matrices or (("price.values" if kind is AnInputEach else "float_features", 0),):
+        inputs[key] = torch.tensor(batch.dense[:, first : first + width] if width else batch.dense)
+        first += width
+    return inputs
+
+
+@pytest.mark.parametrize("kind", [AnInputEach, Groups, NoIds])
+def test_it_is_scored_as_a_direct_call_scores_it(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    torch.manual_seed(5)
+    module = kind().eval()
+    torch.jit.script(torch.fx.GraphModule(module, Tracer().trace(module))).save(str(path))
+    artifact = open_artifact(path)
+    backend, exact = load_backend(artifact, "torch"), exact_scorer(artifact)
+    assert exact is not None
+    loaded = load_torchscript(path, "cpu")
+    for number, batch in enumerate(usual(artifact.schema, np.random.default_rng(3))):
+        if number > 8:
+            break
+        wanted = loaded(direct(artifact.schema, batch, kind))
+        wanted = {"default": wanted} if isinstance(wanted, torch.Tensor) else wanted
+        found, precise = backend.run(batch), exact(batch)
+        for task, scores in wanted.items():
+            np.testing.assert_allclose(found[task], scores.detach().numpy(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found[task], precise[task], rtol=1e-5, atol=1e-5)
+
+
+class TwoUnknown(torch.nn.Module):  # type: ignore[name-defined]
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = torch.nn.Linear(6, 1)
+
+    @takes()
+    def forward(self, data: Any) -> Any:
+        return self.over(torch.cat([data["x"], data["y"]], 1))
+
+
+class OneMore(torch.nn.Module):  # type: ignore[name-defined]
+    @takes(scale=int)
+    def forward(self, data: Any, scale: Any) -> Any:
+        return data["x"] * scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(TwoUnknown, "how many columns x and y have is not plain to see"), (OneMore, "a device at most")],
+)
+def test_what_cannot_be_told_is_refused_in_a_sentence(kind: Any, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    torch.jit.script(torch.fx.GraphModule(kind(), Tracer().trace(kind()))).save(str(path))
+    with pytest.raises(ArtifactError, match=why):
+        open_artifact(path)
