@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +145,14 @@ def test_groups_in_pieces_and_matrices_of_other_widths_are_refused() -> None:
         replace(SCHEMA, features=(a, w, b))
     with pytest.raises(ArtifactError, match="do not add up to 4"):
         replace(SCHEMA, dense_dim=4)
+
+
+def test_inspect_shows_which_matrix_and_group_is_whose(capsys) -> None:
+    from narsil.artifacts.artifact import Artifact
+    from narsil.cli.inspect import _print
+
+    artifact = Artifact(Path("m"), "m", "1", SCHEMA, "cpu")
+    _print(artifact, {"files": [], "versions": None})
+    shown = capsys.readouterr().out
+    assert "float_features (B, 1), embedding_features (B, 2) float32" in shown
+    assert "id_score_list_features" in shown

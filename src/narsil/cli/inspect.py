@@ -96,15 +96,19 @@ def _print(artifact: Artifact, described: dict[str, Any]) -> None:
     schema = artifact.schema
     console = Console(markup=False)
     console.print(f"{artifact.name} version {artifact.version} for {artifact.device}", highlight=False)
+    matrices = schema.matrices or (("float_features", schema.dense_dim),)
+    columns = ", ".join(f"{key} (B, {width})" for key, width in matrices)
     console.print(
-        f"float_features (B, {schema.dense_dim}) float32; {schema.num_features} sparse features, key-major, in this "
+        f"{columns} float32; {schema.num_features} sparse features, key-major, in this "
         f"order; ids {schema.id_dtype}; scores: {', '.join(_outputs(schema))}",
         highlight=False,
     )
-    features = Table("#", "feature", "table", "valid ids", "dim", "pooling")
+    grouped = any(feature.group for feature in schema.features)
+    features = Table("#", "feature", "table", "valid ids", "dim", "pooling", *(("group",) if grouped else ()))
     for position, feature in enumerate(schema.features[:_SHOWN_FEATURES]):
         ids = f"0 .. {feature.rows - 1:,}"
-        features.add_row(str(position), feature.name, feature.table, ids, str(feature.dim), feature.pooling)
+        group = (feature.group + (", weighted" if feature.weighted else ""),) if grouped else ()
+        features.add_row(str(position), feature.name, feature.table, ids, str(feature.dim), feature.pooling, *group)
     console.print(features)
     if schema.num_features > _SHOWN_FEATURES:
         console.print(f".. and {schema.num_features - _SHOWN_FEATURES} more; --json prints all")
