@@ -42,7 +42,7 @@ from tests.integration.test_torchrec_artifact import distinct_rows
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 DENSE = 5
-NARROW = 2**31
+NARROW, WIDE = 2**31, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ KINDS: dict[str, Kind] = {
         tables=(("deep", 30, 8, "sum", "a b"), ("wide", 20, 4, "sum", "a")), keys=("b", "a"), rows=(30, 20)
     ),
     "+ 1": Kind(change="+ 1", rows=(29, 39, 29)),
-    "% 7": Kind(change="% 7", rows=(NARROW,) * 3),
-    "clamp(max)": Kind(change="clamp", rows=(NARROW,) * 3),
+    "% 7": Kind(change="% 7", rows=(WIDE,) * 3),
+    "clamp(max)": Kind(change="clamp", rows=(WIDE,) * 3),
     "several KeyedJaggedTensors": Kind(kjts=2),
 }
 
