@@ -97,6 +97,12 @@ class Predict(PredictModule):
             values = values + 1
         if kind.change == "% 7":
             values = values % 7
+        if kind.change == "long hash":
+            values = values.long()
+        if kind.change == "int hash":
+            values = values.int()
+        if kind.change.endswith("hash"):
+            values = (values ^ (values >> 16)) * 73244475 % 7
         if kind.change == "clamp":
             values = torch.clamp(values, max=9)
         every = [KeyedJaggedTensor(keys=list(kind.keys), lengths=lengths, values=values) for _ in range(kind.kjts)]
@@ -155,6 +161,8 @@ KINDS: dict[str, Kind] = {
     "+ 1": Kind(change="+ 1", rows=(29, 39, 29)),
     "% 7": Kind(change="% 7", rows=(WIDE,) * 3),
     "clamp(max)": Kind(change="clamp", rows=(WIDE,) * 3),
+    "a hash of int64": Kind(change="long hash", rows=(WIDE,) * 3),
+    "a hash of int32": Kind(change="int hash", rows=(NARROW,) * 3),
     "several KeyedJaggedTensors": Kind(kjts=2),
 }
 
@@ -210,6 +218,14 @@ def test_ids_that_lead_outside_of_their_table_are_refused(tmp_path: Path) -> Non
     one_row = Kind(tables=(("t_a", 1, 8, "sum", "a"),), keys=("a",), change="+ 1")
     packaged(one_row, tmp_path / "model_default.pt")
     with pytest.raises(ArtifactError, match=r"the id 0 becomes 1 to 1 on its way to the table .* of 1 rows"):
+        open_artifact(tmp_path / "model_default.pt")
+
+
+def test_a_hash_that_is_another_in_32_bits_than_in_64_is_refused(tmp_path: Path) -> None:
+    packaged(Kind(change="hash"), tmp_path / "model_default.pt")
+    with pytest.raises(
+        ArtifactError, match=r"to the ids of a wraps around where they are int32, .* ids\.long\(\) or ids"
+    ):
         open_artifact(tmp_path / "model_default.pt")
 
 

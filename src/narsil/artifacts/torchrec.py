@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from narsil.artifacts.branches import branch_on_rows
 from narsil.artifacts.finite import bad_weights, first_bad_row
 from narsil.artifacts.schema import Feature, ModelSchema, Pooling
@@ -51,6 +53,7 @@ from narsil.artifacts.torchscript import (
 from narsil.errors import ArtifactError, first_line
 
 if TYPE_CHECKING:
+    from narsil.artifacts.probing import Probed
     from narsil.program.reader import Readings
     from narsil.program.steps import Lookup, Table
 
@@ -175,10 +178,12 @@ def _probed(
     taken = {group: (len(interface.features[group]), group + WEIGHTS in interface.reads) for group in groups}
     takes, forward = Takes(sought, taken, device, widths, interface.joined), forward_of(module, device)
     found = probe(forward, takes, width, _table_of(tbes, name), name)
-    if not found.wide_ids and (found.readings.unknown_ids or _takes_all_narrow(found.readings)):
+    wide = None
+    if not found.wide_ids and (found.readings.unknown_ids or _all_narrow(found.readings)):
         with contextlib.suppress(ArtifactError):
             wide = probe(forward, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
-            found = found if wide.readings.unknown_ids else wide
+    if wide is not None and not wide.readings.unknown_ids:
+        found = _chosen(found, wide, interface, name)
     if found.readings.unknown_ids:
         raise ArtifactError(
             f"{name}: what becomes of the ids on their way to a table is not known ({found.readings.unknown_ids}), "
@@ -235,20 +240,59 @@ def _widths(
     return sought, widths.get(sought or ""), {key: widths[key] for key in columns if key != sought}
 
 
-def _takes_all_narrow(readings: Readings) -> bool:
-    """Whether some table is looked up with any int32, and nothing that is done to ids wraps around in 32 bits: the same
-    is done to int64, which then reach further."""
-    from narsil.program.bounds import id_limit
+def _chosen(narrow: Probed, wide: Probed, interface: Interface, name: str) -> Probed:
+    """Of a model that takes int32 and int64 ids alike, the reading with which ids reach farther. Raises ArtifactError
+    where the same ids lead to other rows, since nothing says which it was trained with."""
+    if narrow.readings.unknown_ids or not _wraps(narrow.readings):
+        return wide
+    found = _differs(narrow.readings, wide.readings)
+    if found is not None:
+        group, feature = found
+        names = [each for features in interface.features.values() for each in features]
+        shown = names[feature] if interface.joined else interface.features[group][feature]
+        raise ArtifactError(
+            f"{name}: what forward does to the ids of {shown} wraps around where they are int32, and leads to other "
+            "rows where they are int64; nothing says which it was trained with: convert ids in the model before that, "
+            "with ids.long() or ids.int()"
+        )
+    return narrow
+
+
+def _wraps(readings: Readings) -> bool:
+    """Whether something that is done to ids wraps around in 32 bits."""
     from narsil.program.ragged import functions_of
+
+    return any("to_int32" in functions_of(lookup.ids) for lookup in readings.lookups)
+
+
+def _all_narrow(readings: Readings) -> list[tuple[int, int]]:
+    """(lookup, its feature) that any int32 leads into its table, by what is done to it."""
+    from narsil.program.bounds import id_limit
     from narsil.program.steps import of_feature
 
-    wraps = any("to_int32" in functions_of(lookup.ids) for lookup in readings.lookups)
-    return not wraps and any(
-        not lookup.ids.is_plain
-        and id_limit(of_feature(lookup.ids, feature), table.rows, _MOST_IDS[False]) == _MOST_IDS[False]
-        for lookup in readings.lookups
+    return [
+        (number, feature)
+        for number, lookup in enumerate(readings.lookups)
+        if not lookup.ids.is_plain
         for feature, table in zip(lookup.features, lookup.tables, strict=True)
-    )
+        if id_limit(of_feature(lookup.ids, feature), table.rows, _MOST_IDS[False]) == _MOST_IDS[False]
+    ]
+
+
+def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
+    """(group, feature) whose int32 ids lead to other rows where they come as int64; None where there is none among
+    those that are tried."""
+    from narsil.program.steps import evaluate_ids, of_feature
+
+    most = _MOST_IDS[False]
+    drawn = np.random.default_rng(0).integers(0, most, 4096)
+    tried = np.concatenate([np.arange(1024), drawn, drawn >> 8, most - 1 - np.arange(1024)])
+    for number, feature in _all_narrow(narrow):
+        one, other = narrow.lookups[number], wide.lookups[number]
+        as_narrow, as_wide = (evaluate_ids(of_feature(each.ids, feature), tried, None) for each in (one, other))
+        if not np.array_equal(as_narrow, as_wide):
+            return one.group, feature
+    return None
 
 
 def _table_of(tbes: Sequence[Any], name: str) -> Any:
