@@ -341,12 +341,8 @@ def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: P
 @pytest.mark.parametrize("averaged", [(), ("user", "hour"), NAMES], ids=["sum", "sum and mean", "mean"])
 @pytest.mark.parametrize("keys", [NAMES, ("hour", "shop", "ad", "user")], ids=["the tables' order", "another order"])
 def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[str], tmp_path: Path) -> None:
-    from narsil.artifacts.compiled_info import processor_flags
-    from narsil.artifacts.packed import kinds_here
     from narsil.compile.compiler import compile_artifact
 
-    if len(averaged) == 2 and not kinds_here(processor_flags()):
-        pytest.skip("mixed pooling needs the fused engine")
     dlrm(tmp_path / "model_default.pt", ROWS, NAMES, keys, averaged)
     source = open_artifact(tmp_path / "model_default.pt")
     assert [feature.name for feature in source.schema.features] == list(keys)
@@ -357,6 +353,3 @@ def test_it_compiles_to_the_same_scores(keys: Sequence[str], averaged: Sequence[
         batch = batch_of(source.schema.rows.tolist(), DENSE, 100, longest=longest)
         expected = direct(tmp_path / "model_default.pt", batch)
         np.testing.assert_allclose(backend.run(batch)["default"], expected, atol=2e-3, rtol=0)
-    if len(averaged) == 2:
-        with pytest.raises(ArtifactError, match="which the inductor engine does not run"):
-            compile_artifact(source, tmp_path / "other", engine="inductor")
