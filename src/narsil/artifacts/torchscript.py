@@ -87,7 +87,8 @@ _DEVICES = ("Device", "Optional[Device]")
 
 def _arguments(module: Any) -> list[Any]:
     """Those of forward beside the module and its dict."""
-    return list(module.forward.schema.arguments[2:])
+    schema = getattr(module, "forward", module).schema  # a script may be a function, too
+    return [argument for argument in schema.arguments if argument.name != "self"][1:]
 
 
 def _unanswered(module: Any) -> bool:
