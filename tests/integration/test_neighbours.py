@@ -24,7 +24,7 @@ from tests.support import engine_with, grpc_server, one_hot, scores_alone
 
 ROOT = Path(__file__).parents[2]
 
-# What both clients do in one process. Narsil knows no method of Triton's, which says so through tritonclient's errors.
+# What both clients do in one process. Narsil answers Triton's ServerMetadata, by tritonclient's own messages.
 SCRIPT = """
 import json, sys
 import numpy as np, google.protobuf, grpc
