@@ -169,6 +169,13 @@ def test_scores_are_those_of_a_direct_call(tmp_path: Path, make: Any) -> None:
     assert np.array_equal(backend.share().run(nothing)[task], direct(nothing).detach().numpy())
 
 
+def test_every_lane_gives_the_tasks_that_were_picked(tmp_path: Path) -> None:
+    backend = load_backend(open_artifact(flat(tmp_path)[0]))
+    backend.schema = backend.schema.picking(backend.schema.tasks)
+    assert backend.share().schema is backend.schema
+    assert backend.share().share().schema is backend.schema
+
+
 class Centred(FlatTorchRec):
     """Whose scores depend on their company."""
 

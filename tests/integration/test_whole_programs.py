@@ -111,6 +111,20 @@ def test_a_model_without_every_step_is_compiled_as_a_whole(compiled):
             np.testing.assert_allclose(scores, expected[task], atol=2e-5)
 
 
+@pytest.mark.parametrize("tasks", [("chain", "click"), ("chain",), ("click",)])
+def test_tasks_are_picked_by_name(compiled, tasks):
+    source, made = compiled
+    backend = load_compiled(made)
+    (batch, *_) = usual(source.schema, np.random.default_rng(3))
+    expected = backend.run(batch)
+    backend.schema = backend.schema.picking(tasks)
+    for lane in (backend, backend.share()):
+        found = lane.run(batch)
+        assert tuple(found) == tasks
+        for task in tasks:
+            np.testing.assert_array_equal(found[task], expected[task])
+
+
 def test_the_fused_engine_names_what_it_has_no_step_for(compiled, tmp_path):
     with pytest.raises(ArtifactError, match=r"the fused engine has no step for aten\.cumprod"):
         compile_artifact(compiled[0], tmp_path / "out", engine="fused")

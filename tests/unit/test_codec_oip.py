@@ -14,7 +14,7 @@ from narsil.errors import InvalidRequest
 from narsil.telemetry.observer import ModelCounts
 from narsil.transports.codec import oip
 from narsil.transports.codec.tensors import DTYPES
-from narsil.wire import scan
+from narsil.wire import put_len, scan
 from tests.messages import inference_pb2 as pb
 from tests.support import SCHEMA
 
@@ -70,7 +70,7 @@ def test_typed_int32_are_read_as_protobuf_writes_them(values):
     tensor = oip._Input("x", "INT32", [len(values)], None)
     body = pb.InferTensorContents(int_contents=values).SerializeToString()
     tensor.contents = (0, len(body))
-    assert oip._typed(body, tensor).tolist() == values
+    assert oip._typed(body, tensor, oip._Budget()).tolist() == values
 
 
 def test_whom_it_asks_and_what_it_wants_back():
@@ -149,6 +149,15 @@ def test_the_fields_of_a_message_are_bounded_wherever_they_stand():
             tensor.parameters[str(n)].int64_param = 1
     with pytest.raises(InvalidRequest, match=r"more than 10000 fields"):
         oip.read(request.SerializeToString())
+    contents = pb.ModelInferRequest()
+    for _ in range(9):
+        # Empty entries of fp32_contents: two bytes each, and a tensor of none.
+        contents.inputs.add(name="x", datatype="FP32", shape=[0])
+    body = b"".join(
+        put_len(5, message.SerializeToString() + put_len(5, b"\x32\x00" * 2000)) for message in contents.inputs
+    )
+    with pytest.raises(InvalidRequest, match=r"more than 10000 fields"):
+        oip.read(body).features(SCHEMA, LIMITS)
 
 
 @given(

@@ -80,7 +80,9 @@ class ArgumentsBackend(Backend):
 
     def share(self) -> ArgumentsBackend:
         """Another instance over the same model."""
-        return ArgumentsBackend(self._forward, self._arguments, self._least, self._threads)
+        shared = ArgumentsBackend(self._forward, self._arguments, self._least, self._threads)
+        shared.schema = self.schema  # which may be of some of the tasks alone
+        return shared
 
     def thread_setup(self) -> None:
         """Sets this thread's intra-op thread count: torch keeps it per thread."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from narsil.artifacts.schema import ModelSchema
-from narsil.dataflow import Batch, Scores
+from narsil.dataflow import Batch, Floats, Scores
+
+Columns = Mapping[str, tuple[int, int]]  # task -> the first of its columns among all of a model's, and how many
 
 
 class Backend(ABC):
@@ -39,3 +44,18 @@ class Backend(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional hook
         """Frees what this instance owns."""
+
+
+def columns_of(schema: ModelSchema) -> Columns:
+    """Where each task's scores stand, of a model that gives all of them beside each other."""
+    starts = np.cumsum([0, *schema.widths]).tolist()
+    return {task: (start, width) for (task, width), start in zip(schema.outputs.items(), starts, strict=False)}
+
+
+def by_task(scores: Floats, columns: Columns, tasks: Sequence[str]) -> Scores:
+    """(B, all columns) taken apart: (B,) of a task of one number, else (B, width), contiguous."""
+
+    def part(first: int, width: int) -> Floats:
+        return scores[:, first] if width == 1 else scores[:, first : first + width]
+
+    return {task: np.ascontiguousarray(part(*columns[task])) for task in tasks}

@@ -22,7 +22,7 @@ from narsil.artifacts.compiled_info import DEVICE, HOST, INT8, CompiledInfo, mac
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.whole import Call, Whole, expression_of
 from narsil.backends.aoti import Container, CoreLibrary
-from narsil.backends.base import Backend
+from narsil.backends.base import Backend, Columns, by_task, columns_of
 from narsil.backends.kernels import bucket
 from narsil.dataflow import Batch, Floats, Scores
 from narsil.errors import ArtifactError, ConfigError, ForwardFailed
@@ -107,21 +107,44 @@ class _Shared:
     info: CompiledInfo
 
 
-class InductorBackend(Backend):
-    """FBGEMM's lookup, then the core as AOTInductor compiled it."""
+class _ContainerBackend(Backend):
+    """What AOTInductor's code asks of its callers on a CPU, whatever it was compiled of; owns a container of it."""
 
     name = "compiled"
+    device = "cpu"
+
+    def __init__(
+        self, schema: ModelSchema, container: Container, intra_op_threads: int, *, batch_invariant: bool
+    ) -> None:
+        self.schema = schema
+        self._container = container
+        self._threads = intra_op_threads
+        self._invariant = batch_invariant
+
+    def bucket(self, rows: int) -> int:
+        """See Backend.bucket: oneDNN compiles for every number of rows."""
+        if self._invariant:
+            return -(-rows // _TILE_ROWS) * _TILE_ROWS
+        return max(bucket(rows), _LEAST_ROWS)
+
+    def thread_setup(self) -> None:
+        """Sets this thread's intra-op thread count: torch keeps it per thread."""
+        torch.set_num_threads(self._threads)
+
+    def close(self) -> None:
+        """Frees the container."""
+        self._container.close()
+
+
+class InductorBackend(_ContainerBackend):
+    """FBGEMM's lookup, then the core as AOTInductor compiled it."""
 
     def __init__(
         self, shared: _Shared, schema: ModelSchema, intra_op_threads: int = 1, *, batch_invariant: bool = False
     ) -> None:
-        self.schema = schema
-        self.device = "cpu"
+        super().__init__(schema, Container(shared.library), intra_op_threads, batch_invariant=batch_invariant)
         self._shared = shared
         (self._task,) = schema.tasks  # CompiledInfo has looked
-        self._threads = intra_op_threads
-        self._invariant = batch_invariant
-        self._container = Container(shared.library)
         self._ones: NDArray[Any] = np.arange(1, dtype=schema.id_dtype)
 
     @classmethod
@@ -134,12 +157,6 @@ class InductorBackend(Backend):
         weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c"))
         shared = _Shared(CoreLibrary(artifact.compiled, info.signature), PooledLookup(weights, info), info)
         return cls(shared, artifact.schema, intra_op_threads, batch_invariant=batch_invariant)
-
-    def bucket(self, rows: int) -> int:
-        """See Backend.bucket: oneDNN compiles for every number of rows."""
-        if self._invariant:
-            return -(-rows // _TILE_ROWS) * _TILE_ROWS
-        return max(bucket(rows), _LEAST_ROWS)
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; dense features are lent to the compiled code, not copied."""
@@ -179,14 +196,6 @@ class InductorBackend(Backend):
     def share(self) -> InductorBackend:
         """Another container over the same code and tables."""
         return InductorBackend(self._shared, self.schema, self._threads, batch_invariant=self._invariant)
-
-    def thread_setup(self) -> None:
-        """Sets this thread's intra-op thread count: torch keeps it per thread."""
-        torch.set_num_threads(self._threads)
-
-    def close(self) -> None:
-        """Frees the container."""
-        self._container.close()
 
 
 class TableLookup:
@@ -234,22 +243,18 @@ class _WholeShared:
     whole: Whole
     lookups: tuple[TableLookup, ...]
     streams: tuple[tuple[Any, Any], ...]  # expressions of ids and of weights
+    columns: Columns  # of all of the program's tasks, whichever of them a schema picks
 
 
-class WholeBackend(Backend):
+class WholeBackend(_ContainerBackend):
     """A program: FBGEMM's lookups, then all between them and the scores as AOTInductor compiled it."""
-
-    name = "compiled"
 
     def __init__(
         self, shared: _WholeShared, schema: ModelSchema, intra_op_threads: int = 1, *, batch_invariant: bool = False
     ) -> None:
-        self.schema = schema
-        self.device = "cpu"
+        container = Container(shared.library, len(shared.lookups) + shared.whole.dense)
+        super().__init__(schema, container, intra_op_threads, batch_invariant=batch_invariant)
         self._shared = shared
-        self._threads = intra_op_threads
-        self._invariant = batch_invariant
-        self._container = Container(shared.library, len(shared.lookups) + shared.whole.dense)
 
     @classmethod
     def load(
@@ -267,34 +272,26 @@ class WholeBackend(Backend):
         weights = torch.from_numpy(np.memmap(artifact.tables, dtype=np.uint8, mode="c"))
         lookups = tuple(TableLookup(weights, call) for call in whole.calls)
         streams = tuple((expression_of(stream.ids), expression_of(stream.weights)) for stream in whole.streams)
-        shared = _WholeShared(CoreLibrary(artifact.compiled, info.signature), whole, lookups, streams)
+        library = CoreLibrary(artifact.compiled, info.signature)
+        shared = _WholeShared(library, whole, lookups, streams, columns_of(artifact.schema))
         return cls(shared, artifact.schema, intra_op_threads, batch_invariant=batch_invariant)
-
-    def bucket(self, rows: int) -> int:
-        """See InductorBackend.bucket."""
-        if self._invariant:
-            return -(-rows // _TILE_ROWS) * _TILE_ROWS
-        return max(bucket(rows), _LEAST_ROWS)
 
     def run(self, batch: Batch) -> Scores:
         """As Backend.run."""
+        least = _TILE_ROWS if self._invariant else _LEAST_ROWS
         step = _TILE_ROWS if self._invariant else max(batch.rows, _LEAST_ROWS)
+        columns = sum(width for _, width in self._shared.columns.values())
         with torch.inference_mode():
             inputs = self._inputs(batch)
             parts = []
             for start in range(0, batch.rows, step):
                 given = [each[start : start + step] for each in inputs]
                 rows = len(given[0])
-                least = _TILE_ROWS if self._invariant else _LEAST_ROWS
                 if rows < least:
                     given = [torch.cat([each, each.new_zeros(least - rows, each.shape[1])]) for each in given]
-                parts.append(self._container.run_all(given, sum(self.schema.widths))[:rows])
+                parts.append(self._container.run_all(given, columns)[:rows])
         scores = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        found, first = {}, 0
-        for task, width in zip(self.schema.tasks, self.schema.widths, strict=True):
-            found[task] = np.ascontiguousarray(scores[:, first] if width == 1 else scores[:, first : first + width])
-            first += width
-        return found
+        return by_task(scores, self._shared.columns, self.schema.tasks)
 
     def _inputs(self, batch: Batch) -> list[torch.Tensor]:
         """What the compiled code takes: dense columns, and what each call gives."""
@@ -327,14 +324,6 @@ class WholeBackend(Backend):
     def share(self) -> WholeBackend:
         """Another container over the same code and tables."""
         return WholeBackend(self._shared, self.schema, self._threads, batch_invariant=self._invariant)
-
-    def thread_setup(self) -> None:
-        """Sets this thread's intra-op thread count: torch keeps it per thread."""
-        torch.set_num_threads(self._threads)
-
-    def close(self) -> None:
-        """Frees the container."""
-        self._container.close()
 
 
 class CudaBackend(Backend):

@@ -8,7 +8,7 @@ place. The structures are program.hpp's.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from typing import Any
 
@@ -19,7 +19,7 @@ from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.packed import Packed, read_leading
 from narsil.artifacts.plan import OPERATIONS, Plan, PlanStep, Stream
 from narsil.artifacts.schema import ModelSchema
-from narsil.backends.base import Backend
+from narsil.backends.base import Backend, Columns, by_task
 from narsil.backends.fused import ForwardLibrary, described
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed
@@ -131,9 +131,6 @@ class PlanNetwork:
         return cls(ForwardLibrary(artifact.compiled), plan, layers, plan.read_arrays(weights[used:]), tables)
 
 
-Columns = Mapping[str, tuple[int, int]]  # task -> the first of its columns among all tasks', and how many
-
-
 class PlanBackend(Backend):
     """A program's forward in one call."""
 
@@ -150,7 +147,7 @@ class PlanBackend(Backend):
     def run(self, batch: Batch) -> Scores:
         """As Backend.run; the batch's arrays are lent to the library, not copied."""
         scores = self.score(batch)
-        return {task: _own(scores, *self._columns[task]) for task in self.schema.tasks}
+        return by_task(scores, self._columns, self.schema.tasks)
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """(B, columns) float32: all tasks' beside each other.
@@ -224,12 +221,6 @@ def _made(expression: IdExpression, batch: Batch, own: NDArray[np.bool_] | None,
     with np.errstate(all="ignore"):
         made[slice(None) if own is None else own] = evaluate_ids(expression, ids, weights)
     return made
-
-
-def _own(scores: NDArray[np.float32], first: int, width: int) -> NDArray[np.float32]:
-    """(B,) of a task of one number, else (B, width), contiguous."""
-    part = scores[:, first] if width == 1 else scores[:, first : first + width]
-    return np.ascontiguousarray(part)
 
 
 def _pointers(arrays: Sequence[NDArray[Any] | None]) -> Any:

@@ -74,6 +74,20 @@ class _Input:
     contents: tuple[int, int] | None = None
 
 
+class _Budget:
+    """Bounds the fields of a message and of all that it holds: reading them costs far more than their bytes do."""
+
+    def __init__(self) -> None:
+        self._left = MAX_FIELDS
+
+    def scan(self, body: bytes, start: int, stop: int) -> list[Field]:
+        found = scan(body, start, stop)
+        self._left -= len(found)
+        if self._left < 0:
+            raise malformed(start, f"more than {MAX_FIELDS} fields")
+        return found
+
+
 @dataclass(slots=True)
 class InferRequest:
     """A serialized ModelInferRequest taken apart as far as that needs no model."""
@@ -87,6 +101,7 @@ class InferRequest:
     inputs: list[_Input] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     raw: list[tuple[int, int]] = field(default_factory=list)
+    budget: _Budget = field(default_factory=_Budget)
 
     def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
         """The rows, held against the schema: views of the body where they are raw. Raises InvalidRequest."""
@@ -104,7 +119,7 @@ class InferRequest:
     def _tensor(self, each: _Input, raw: tuple[int, int] | None) -> Tensor:
         dtype = dtype_of(each.name, each.datatype)
         if raw is None:
-            values = _typed(self.body, each)
+            values = _typed(self.body, each, self.budget)
         elif each.contents is not None and each.contents[0] != each.contents[1]:
             raise InvalidRequest(f"{each.name[:80]} has contents beside raw_input_contents; send one of them")
         else:
@@ -112,24 +127,11 @@ class InferRequest:
         return tensor_of(each.name, each.datatype, tuple(each.shape), values)
 
 
-class _Budget:
-    """Bounds the fields of a message and of all that it holds: reading them costs far more than their bytes do."""
-
-    def __init__(self) -> None:
-        self._left = MAX_FIELDS
-
-    def scan(self, body: bytes, start: int, stop: int) -> list[Field]:
-        found = scan(body, start, stop)
-        self._left -= len(found)
-        if self._left < 0:
-            raise malformed(start, f"more than {MAX_FIELDS} fields")
-        return found
-
-
 def read(body: bytes) -> InferRequest:
     """A serialized ModelInferRequest, not yet held against any schema. Raises InvalidRequest where it is none, or asks
     for what is not served."""
-    out, budget = InferRequest(body), _Budget()
+    out = InferRequest(body)
+    budget = out.budget
     parameters: dict[str, Parameter] = {}
     for found in budget.scan(body, 0, len(body)):
         number, _, start, stop = found
@@ -329,14 +331,14 @@ def _timeout(microseconds: Parameter | None) -> float | None:
     return microseconds / 1e6
 
 
-def _typed(body: bytes, each: _Input) -> NDArray[Any]:
+def _typed(body: bytes, each: _Input, budget: _Budget) -> NDArray[Any]:
     """The numbers of an input that is not raw."""
     known = _TYPED.get(each.datatype)
     if known is None:
         raise InvalidRequest(f"{each.name[:80]}: {each.datatype} has no typed contents; send it in raw_input_contents")
     wanted, name = known
     parts: list[NDArray[Any]] = []
-    for found in scan(body, *(each.contents or (0, 0))):
+    for found in budget.scan(body, *(each.contents or (0, 0))):
         if found[0] != wanted:
             raise InvalidRequest(f"{each.name[:80]} is {each.datatype}: its numbers must be in contents.{name}")
         if found[1] != LEN:
