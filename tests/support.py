@@ -24,8 +24,9 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.extension import AVAILABLE
-from narsil.telemetry.observer import ModelCounts, Observer
+from narsil.telemetry.observer import Observer
 from narsil.transports.base import Transport
+from narsil.transports.endpoints import Counts, no_counts
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
 T = TypeVar("T")
@@ -198,7 +199,7 @@ def grpc_transport(
     limits: RequestLimits | None = None,
     kind: str = "grpcio",
     observer: Observer | None = None,
-    counts: Callable[[str, str], ModelCounts] | None = None,
+    counts: Counts = no_counts,
     **options: Any,
 ) -> Iterator[tuple[Transport, str, OnLoop]]:
     """The engine's model behind a real gRPC socket on loopback, on an event loop in a thread of its own.

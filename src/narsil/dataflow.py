@@ -68,6 +68,12 @@ class OneHot:
         """Rows start .. stop - 1, as a view."""
         return OneHot(self.ids[:, start:stop])
 
+    def jagged(self) -> Jagged:
+        """The same ids in bags of one, for a part that shares a batch with jagged company."""
+        count = self.ids.size
+        starts = np.arange(count, dtype=np.int64).reshape(self.ids.shape)
+        return Jagged(self.ids.reshape(count), starts, np.ones(self.ids.shape, np.int32))
+
 
 @dataclass(frozen=True, slots=True)
 class Jagged:
@@ -86,6 +92,14 @@ class Jagged:
         """Bags end to end in the order of ``lengths``: (T, B) where ``key_major``, else (B, T)."""
         starts = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape) - lengths
         return cls(values, starts, lengths) if key_major else cls(values, starts.T, lengths.T)
+
+    def jagged(self) -> Jagged:
+        """Itself."""
+        return self
+
+    def weights_or_ones(self) -> Floats:
+        """(N,) beside values: an id without a weight weighs 1."""
+        return np.ones(len(self.values), np.float32) if self.weights is None else self.weights
 
     @property
     def count(self) -> int:

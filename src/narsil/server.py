@@ -8,7 +8,6 @@ import gc
 import logging
 import ssl
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,9 @@ from narsil.engine.served_model import ServedModel
 from narsil.errors import ConfigError, NarsilError, first_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
-from narsil.telemetry.observer import CountingObserver, ModelCounts, Observer
+from narsil.telemetry.observer import CountingObserver, Observer
 from narsil.transports.base import Transport
+from narsil.transports.endpoints import Counts, no_counts
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def make_transport(
     engine: Engine,
     settings: ServeSettings,
     observer: Observer | None = None,
-    counts: Callable[[str, str], ModelCounts] | None = None,
+    counts: Counts = no_counts,
 ) -> Transport:
     """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
     if settings.transport == "native" and not AVAILABLE:

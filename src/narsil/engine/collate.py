@@ -39,7 +39,7 @@ class Collator:
         one_hot = [part.sparse for part in parts if isinstance(part.sparse, OneHot)]
         if len(one_hot) == len(parts):
             return self._one_hot_batch(one_hot, rows, dense)
-        return self._jagged_batch([_jagged(part.sparse) for part in parts], rows, dense)
+        return self._jagged_batch([part.sparse.jagged() for part in parts], rows, dense)
 
     def _native_batch(self, parts: Sequence[NativeFeatures], rows: int) -> Batch:
         from narsil._native import collate
@@ -110,25 +110,8 @@ class Collator:
         values = pool[source].astype(self._schema.id_dtype, copy=False)
         weights = None
         if any(part.weights is not None for part in parts):
-            weights = np.concatenate([_weights(part) for part in parts])[source]
+            weights = np.concatenate([part.weights_or_ones() for part in parts])[source]
         return Batch(rows, dense, lengths, values, one_hot=False, weights=weights)
-
-
-def _jagged(sparse: OneHot | Jagged) -> Jagged:
-    """Any sparse part as Jagged; only one that has to share a batch with jagged company is converted."""
-    if isinstance(sparse, Jagged):
-        return sparse
-    count = sparse.ids.size
-    return Jagged(
-        values=sparse.ids.reshape(count),
-        starts=np.arange(count, dtype=np.int64).reshape(sparse.ids.shape),
-        lengths=np.ones(sparse.ids.shape, dtype=np.int32),
-    )
-
-
-def _weights(part: Jagged) -> Floats:
-    """(N,) weights of a part; an id without a weight weighs 1."""
-    return np.ones(len(part.values), dtype=np.float32) if part.weights is None else part.weights
 
 
 def _grown(buffer: NDArray[Any], size: int) -> NDArray[Any]:

@@ -29,11 +29,13 @@ __all__ = [
     "SERVICES",
     "VERSION_KEY",
     "Control",
+    "Counts",
     "Decoded",
     "Endpoint",
     "Kind",
     "Metadata",
     "Wire",
+    "no_counts",
 ]
 
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -70,8 +72,18 @@ class Decoded:
     timeout_s: float | None = None  # that the message asks for; the call may have a deadline beside it
     priority: int = 0
 
+    def deadline(self, arrived: float, of_call: float | None) -> float | None:
+        """The earlier of the call's deadline and the message's, on the engine's clock; None where there is neither."""
+        if self.timeout_s is None:
+            return of_call
+        return arrived + self.timeout_s if of_call is None else min(of_call, arrived + self.timeout_s)
 
-def _no_counts(name: str, version: str) -> ModelCounts:
+
+Counts = Callable[[str, str], ModelCounts]  # (name, version) -> what has happened
+
+
+def no_counts(name: str, version: str) -> ModelCounts:
+    """For a transport that nobody counts for."""
     return ModelCounts()
 
 
@@ -81,7 +93,7 @@ class Control:
 
     catalog: Catalog
     ready: bool = True  # whether it takes requests and is not about to stop
-    counts: Callable[[str, str], ModelCounts] = _no_counts  # (name, version) -> what has happened
+    counts: Counts = no_counts
 
 
 class Wire(Protocol):
@@ -123,10 +135,7 @@ class _NarsilV1(_Unary):
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
         request = narsil_v1.read(body)
-        model = catalog.find(
-            _one("model", request.model_name, metadata.model_name, MODEL_KEY),
-            _one("version", request.model_version, metadata.model_version, VERSION_KEY),
-        )
+        model = _found(request.model_name, request.model_version, metadata, catalog)
         return Decoded(model, request.features(model.schema, model.limits), request.request_id)
 
     def encode(self, decoded: Decoded, result: Result) -> bytes:
@@ -177,8 +186,7 @@ def _one(what: str, said: str, meant: str, key: str) -> str:
 
 def _get_model(body: bytes, metadata: Metadata, control: Control) -> bytes:
     """narsil.v1.Inference/GetModel: a serialized GetModelRequest in, a serialized Model out."""
-    name = _one("model", narsil_v1.decode_get_model(body), metadata.model_name, MODEL_KEY)
-    model = control.catalog.find(name, metadata.model_version)
+    model = _found(narsil_v1.decode_get_model(body), "", metadata, control.catalog)
     return narsil_v1.encode_model(
         model.name, model.version, model.backend, model.schema, model.limits, whole=model.whole
     )

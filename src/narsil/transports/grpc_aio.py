@@ -20,7 +20,7 @@ import grpc
 from narsil.catalog.catalog import EMPTY, Catalog
 from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.telemetry.observer import Careful, ModelCounts, Observer
+from narsil.telemetry.observer import Careful, Observer
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
 from narsil.transports.endpoints import (
     ENDPOINTS,
@@ -28,10 +28,12 @@ from narsil.transports.endpoints import (
     SERVICES,
     VERSION_KEY,
     Control,
+    Counts,
     Endpoint,
     Kind,
     Metadata,
     Wire,
+    no_counts,
 )
 from narsil.transports.health import Health
 from narsil.transports.reflection import Reflection
@@ -44,7 +46,6 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 _Handler: TypeAlias = "Callable[[bytes, _Context], Awaitable[bytes]]"
-Counted: TypeAlias = Callable[[str, str], ModelCounts]
 _MethodHandler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 
 
@@ -109,10 +110,10 @@ class GrpcAioTransport(Transport):
     """Serves every endpoint."""
 
     def __init__(
-        self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None, counts: Counted | None = None
+        self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None, counts: Counts = no_counts
     ) -> None:
         self._engine = engine
-        self._counts = counts or (lambda name, version: ModelCounts())
+        self._counts = counts
         self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
@@ -254,11 +255,11 @@ class GrpcAioTransport(Transport):
         if decoded.passed_over:
             self._observer.passed_over(decoded.model, decoded.passed_over)
         now = engine.now()
-        ends = [each for each in (context.time_remaining(), decoded.timeout_s) if each is not None]
+        remaining = context.time_remaining()
         reply = _Reply(outbox, loop)
         features = decoded.features
         size = max(len(body), features.nbytes)
-        deadline = now + min(ends) if ends else None
+        deadline = decoded.deadline(now, None if remaining is None else now + remaining)
         request = Request(decoded.model, features, reply, now, deadline, size, decoded.priority)
         engine.submit(request)
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +18,20 @@ from narsil.dataflow import Request, Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, status_of
 from narsil.extension import NativeFeatures
-from narsil.telemetry.observer import Careful, ModelCounts, Observer
+from narsil.telemetry.observer import Careful, Observer
 from narsil.transports import health
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
-from narsil.transports.endpoints import ENDPOINTS, REFLECTION, Control, Decoded, Kind, Metadata, Wire
+from narsil.transports.endpoints import (
+    ENDPOINTS,
+    REFLECTION,
+    Control,
+    Counts,
+    Decoded,
+    Kind,
+    Metadata,
+    Wire,
+    no_counts,
+)
 from narsil.transports.reflection import Reflection
 
 if TYPE_CHECKING:
@@ -91,12 +100,12 @@ class NativeTransport(Transport):
         engine: EngineLike,
         options: NativeOptions,
         observer: Observer | None = None,
-        counts: Callable[[str, str], ModelCounts] | None = None,
+        counts: Counts = no_counts,
     ) -> None:
         from narsil._native import Plane
 
         self._engine = engine
-        self._counts = counts or (lambda name, version: ModelCounts())
+        self._counts = counts
         self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
@@ -249,9 +258,7 @@ class NativeTransport(Transport):
             reply, features = _Reply(self, call, wire, decoded), decoded.features
             size = max(len(body), features.nbytes)
             arrived = self._engine.now() if method in self._streams else call.arrived
-            deadline = call.deadline
-            if decoded.timeout_s is not None:
-                deadline = min(arrived + decoded.timeout_s, math.inf if deadline is None else deadline)
+            deadline = decoded.deadline(arrived, call.deadline)
             return Request(decoded.model, features, reply, arrived, deadline, size, decoded.priority)
         except RequestError as error:
             _fail(call, error, wire)

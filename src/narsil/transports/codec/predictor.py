@@ -303,10 +303,7 @@ class _Grouped:
         own = replace(
             self._schema, dense_dim=0, matrices=(), features=tuple(self._schema.features[at] for at in positions)
         )
-        found = _sparse(self._request.body, rows, group, own, self._limits, name)
-        if isinstance(found, OneHot):
-            found = Jagged.laid_out(found.ids.ravel(), np.ones(found.ids.shape, np.int32))
-        return found
+        return _sparse(self._request.body, rows, group, own, self._limits, name).jagged()
 
     def _joined(self, parts: list[Jagged], rows: int) -> OneHot | Jagged:
         """All groups' bags over one pool of ids, in the schema's order of features."""
@@ -318,9 +315,7 @@ class _Grouped:
         lengths = np.concatenate([part.lengths for part in parts])[order]
         values, weights = np.concatenate([part.values for part in parts]), None
         if any(part.weights is not None for part in parts):
-            weights = np.concatenate(
-                [np.ones(len(part.values), np.float32) if part.weights is None else part.weights for part in parts]
-            )
+            weights = np.concatenate([part.weights_or_ones() for part in parts])
         if weights is None and bool((lengths == 1).all()):
             return OneHot(values[starts])
         return Jagged(values, starts, lengths, weights)
