@@ -1,6 +1,7 @@
 """What a request costs before and after its forward: Narsil's transports and C++ gRPC, none of them with a model.
 
-Interleaved rounds, the same client for all. The C++ server is the baseline's, without its model: it parses the same
+Interleaved rounds, the same client for all. Narsil is asked over TorchRec's wire and over the Open Inference Protocol,
+the same rows; the ids of the latter are INT64, as ModelMetadata lists them, the former's INT32. The C++ server is the baseline's, without its model: it parses the same
 message and answers with as many floats.
 """
 
@@ -27,6 +28,7 @@ from narsil.packaging.dlrm import DlrmConfig
 
 HERE = Path(__file__).parent
 CPP = "C++ gRPC"
+OIP = ", OIP"
 READY = r"^listening on (\S+)"
 
 
@@ -47,7 +49,9 @@ def main() -> int:
         argv = [str(binary), "--model", "none"]
         contenders.append(Contender(CPP, lambda concurrency: ServerProcess(argv, READY)))
     for transport in ("grpcio", "native") if AVAILABLE else ("grpcio",):
-        contenders.append(Contender(f"Narsil, {transport}", _narsil(transport, arguments.lanes)))
+        start = _narsil(transport, arguments.lanes)
+        contenders.append(Contender(f"Narsil, {transport}", start))
+        contenders.append(Contender(f"Narsil, {transport}{OIP}", start, protocol="oip"))
     trial = Trial(
         Workload(DlrmConfig().schema, arguments.rows),
         arguments.concurrency,
@@ -62,7 +66,7 @@ def main() -> int:
         runs = run_rounds(
             contenders, trial, on_event=lambda what, done: progress.update(task, description=what, advance=done)
         )
-    compared = [] if binary is None else [*ratios(runs, CPP), *_cpu_ratios(runs)]
+    compared = _oip_ratios(runs) if binary is None else [*ratios(runs, CPP), *_cpu_ratios(runs), *_oip_ratios(runs)]
     report = make_report(list(runs.values()), compared, {"rounds": arguments.rounds}, about=about)
     console.print(render_table(report, "no model: what surrounds a forward, medians of interleaved rounds"))
     for line in ratio_lines(report):
@@ -77,6 +81,15 @@ def _cpu_ratios(runs: Runs) -> list[Ratio]:
         ratio(found, runs[CPP, concurrency], "server_cpu_us_per_req")
         for (name, concurrency), found in runs.items()
         if name != CPP
+    ]
+
+
+def _oip_ratios(runs: Runs) -> list[Ratio]:
+    """Of each transport, the Open Inference Protocol over TorchRec's wire."""
+    return [
+        ratio(found, runs[name.removesuffix(OIP), concurrency], "server_cpu_us_per_req")
+        for (name, concurrency), found in runs.items()
+        if name.endswith(OIP)
     ]
 
 

@@ -32,8 +32,10 @@ void require(bool holds, const std::string& what) {
 }
 
 Wire wire_of(const std::string& name) {
-  require(name == "predictor" || name == "narsil", "wire " + name + " is neither predictor nor narsil");
-  return name == "predictor" ? Wire::PREDICTOR : Wire::NARSIL;
+  if (name == "predictor") return Wire::PREDICTOR;
+  if (name == "narsil") return Wire::NARSIL;
+  require(name == "oip", "wire " + name + " is none of predictor, narsil and oip");
+  return Wire::OIP;
 }
 
 // A tick that takes the GIL: hears Ctrl-C, and reports progress where that is asked for.

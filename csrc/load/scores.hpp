@@ -13,6 +13,8 @@ namespace narsil::load {
 enum class Wire {
   PREDICTOR,  // PredictionResponse: map<string, FloatVec> predictions = 1, FloatVec: repeated float data = 1
   NARSIL,     // PredictResponse: repeated TaskScores scores = 4, TaskScores: string task = 1, bytes values = 2
+  OIP,        // ModelInferResponse: repeated InferOutputTensor outputs = 5, whose name is 1; the scores of the n-th are
+              // the n-th of repeated bytes raw_output_contents = 6
 };
 
 // The number of float32 under `task`, 0 where the task is missing; nothing where the bytes are no such message.

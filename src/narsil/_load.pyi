@@ -10,7 +10,7 @@ from typing import Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_Wire = Literal["predictor", "narsil"]
+_Wire = Literal["predictor", "narsil", "oip"]
 
 def is_target(text: str) -> bool:
     """Whether the text is HOST:PORT, [IPV6]:PORT or unix:PATH: what a Client can be given."""

@@ -14,7 +14,7 @@ pytest.importorskip("narsil._load", reason="narsil._load is not built; it needs 
 
 from narsil import _load
 from narsil.wire import put_len, put_uint, put_varint
-from tests.messages import narsil_pb2, predictor_pb2
+from tests.messages import inference_pb2, narsil_pb2, predictor_pb2
 
 names = st.text(max_size=8)
 counts = st.integers(0, 300)
@@ -37,17 +37,31 @@ def narsil_reply(found: list[tuple[str, int]]) -> bytes:
     return body
 
 
+def oip_reply(found: list[tuple[str, int]]) -> bytes:
+    reply = inference_pb2.ModelInferResponse(model_name="m", id="r")
+    for name, count in found:
+        reply.outputs.add(name=name, datatype="FP32", shape=[count])
+        reply.raw_output_contents.append(np.ones(count, "<f4").tobytes())
+    body: bytes = reply.SerializeToString()
+    return body
+
+
 def scores_in(wire: str, task: str, message: bytes) -> list[float]:
     """As the runtime reads it."""
     if wire == "predictor":
         return list(predictor_pb2.PredictionResponse.FromString(message).predictions[task].data)
+    if wire == "oip":
+        reply = inference_pb2.ModelInferResponse.FromString(message)
+        names = [output.name for output in reply.outputs]
+        place = names.index(task) if task in names else len(reply.raw_output_contents)
+        return np.frombuffer(b"".join(reply.raw_output_contents[place : place + 1]), "<f4").tolist()
     for scores in narsil_pb2.PredictResponse.FromString(message).scores:
         if scores.task == task:
             return np.frombuffer(scores.values, "<f4").tolist()
     return []
 
 
-REPLIES = {"predictor": predictor_reply, "narsil": narsil_reply}
+REPLIES = {"predictor": predictor_reply, "narsil": narsil_reply, "oip": oip_reply}
 wires = st.sampled_from(sorted(REPLIES))
 
 
@@ -88,7 +102,7 @@ def test_floats_may_be_packed_or_not_and_come_in_parts():
     assert _load.count_scores("predictor", "default", message) == 5
 
 
-@pytest.mark.parametrize("wire", ["predictor", "narsil"])
+@pytest.mark.parametrize("wire", sorted(REPLIES))
 @pytest.mark.parametrize(
     "message",
     [
@@ -113,6 +127,8 @@ def test_scores_that_are_no_whole_number_of_floats_are_refused():
     ):
         with pytest.raises(ValueError, match="no reply of this wire"):
             _load.count_scores("narsil", "default", message)
+    with pytest.raises(ValueError, match="no reply of this wire"):
+        _load.count_scores("oip", "default", put_len(6, bytes(7)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from narsil.bench.generator import choose_client
 from narsil.bench.load import ClientChoice, Load
 from narsil.bench.measure import Measurement, Ratio, measure, ratio
 from narsil.bench.servers import ServerProcess
-from narsil.bench.workload import Workload
+from narsil.bench.workload import Protocol, Workload
 
 KEEP = 32  # bodies whose scores are held against the reference
 
@@ -24,6 +24,7 @@ class Contender:
     name: str
     start: Callable[[int], ServerProcess]
     key: Callable[[int], object] = lambda concurrency: None
+    protocol: Protocol = "predictor"
     layers: tuple[str, ...] = ()  # kind of number of each of the model's linear layers, where it is known
 
 
@@ -70,6 +71,7 @@ def run_rounds(
                         load = Load(
                             server.address,
                             trial.workload,
+                            contender.protocol,
                             requests=trial.requests_at(concurrency),
                             warmup=trial.warmup,
                             concurrency=concurrency,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,17 @@ from narsil.artifacts.schema import ModelSchema
 from narsil.client import build_request, read_response
 from narsil.dataflow import Features, Ints, Jagged, OneHot
 from narsil.errors import InvalidRequest
-from narsil.transports.codec import narsil_v1, predictor
-from narsil.wire import FIXED32, LEN, Field, put_len, put_uint, scan, text
+from narsil.transports.codec import narsil_v1, oip, predictor
+from narsil.wire import FIXED32, LEN, Field, put_len, put_text, put_uint, put_varint, scan, text
 
-Protocol = Literal["predictor", "narsil"]
+Protocol = Literal["predictor", "narsil", "oip"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+
+_METHODS: dict[Protocol, str] = {
+    "predictor": predictor.METHOD,
+    "narsil": narsil_v1.METHOD,
+    "oip": oip.SERVICE + "ModelInfer",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ class Workload:
 
     def serialized(self, protocol: Protocol, count: int | None = None) -> list[bytes]:
         """The payloads as request bodies of a wire."""
-        write = self._predictor_body if protocol == "predictor" else narsil_body
-        return [write(features) for features in self.payloads(count)]
+        writers = {"predictor": self._predictor_body, "narsil": narsil_body, "oip": oip_body}
+        return [writers[protocol](features) for features in self.payloads(count)]
 
     def _predictor_body(self, features: Features) -> bytes:
         return predictor_body(features) if self.schema.plain else grouped_body(features, self.schema)
@@ -96,19 +103,40 @@ def narsil_body(features: Features) -> bytes:
     sparse = features.sparse
     if isinstance(sparse, OneHot):
         return build_request(features.dense, np.ascontiguousarray(sparse.ids.T))
+    return build_request(features.dense, *_by_rows(sparse))
+
+
+def oip_body(features: Features) -> bytes:
+    """Features as a serialized ModelInferRequest of the datatypes that ModelMetadata lists."""
+    sparse = features.sparse
+    tensors: list[tuple[str, str, NDArray[Any]]] = []
+    if features.dense.shape[1]:
+        tensors.append(("dense", "FP32", features.dense))
+    if isinstance(sparse, Jagged):
+        values, lengths = _by_rows(sparse)
+        tensors += [("ids.values", "INT64", values.astype("<i8")), ("ids.lengths", "INT32", lengths)]
+    elif len(sparse.ids):
+        tensors.append(("ids", "INT64", np.ascontiguousarray(sparse.ids.T, "<i8")))
+    out = b""
+    for name, datatype, values in tensors:
+        shape = b"".join(put_varint(size) for size in values.shape)
+        out += put_len(5, put_text(1, name) + put_text(2, datatype) + put_len(3, shape))
+    return out + b"".join(put_len(7, values.tobytes()) for _, _, values in tensors)
+
+
+def _by_rows(sparse: Jagged) -> tuple[Ints, Ints]:
+    """(N,) ids, all features of row 0 first, and their (B, T) lengths."""
     bags = [
         sparse.values[start : start + length]
         for starts, lengths in zip(sparse.starts.T, sparse.lengths.T, strict=True)
         for start, length in zip(starts, lengths, strict=True)
     ]
-    return build_request(
-        features.dense, np.concatenate(bags) if bags else np.empty(0, np.int32), np.ascontiguousarray(sparse.lengths.T)
-    )
+    return np.concatenate(bags) if bags else np.empty(0, np.int32), np.ascontiguousarray(sparse.lengths.T)
 
 
 def method(protocol: Protocol) -> str:
     """The full gRPC method name of a wire."""
-    return predictor.METHOD if protocol == "predictor" else narsil_v1.METHOD
+    return _METHODS[protocol]
 
 
 def score_reader(protocol: Protocol, task: str) -> Callable[[bytes], NDArray[np.float32]]:
@@ -120,7 +148,12 @@ def score_reader(protocol: Protocol, task: str) -> Callable[[bytes], NDArray[np.
     def read_narsil(body: bytes) -> NDArray[np.float32]:
         return read_response(body).scores.get(task, np.empty(0, dtype=np.float32)).ravel()
 
-    return (lambda body: _predictor_scores(body, task)) if protocol == "predictor" else read_narsil
+    readers: dict[Protocol, Callable[[bytes], NDArray[np.float32]]] = {
+        "predictor": lambda body: _predictor_scores(body, task),
+        "narsil": read_narsil,
+        "oip": lambda body: _oip_scores(body, task),
+    }
+    return readers[protocol]
 
 
 def _predictor_scores(body: bytes, task: str) -> NDArray[np.float32]:
@@ -132,6 +165,24 @@ def _predictor_scores(body: bytes, task: str) -> NDArray[np.float32]:
             floats = [found for vector in _inside(body, entry, 2) for found in scan(body, vector[2], vector[3])]
             # Packed, or one by one: protobuf allows both.
             scores = b"".join(body[a:b] for number, kind, a, b in floats if number == 1 and kind in (LEN, FIXED32))
+    return _floats(scores, task)
+
+
+def _oip_scores(body: bytes, task: str) -> NDArray[np.float32]:
+    """The task's scores in a serialized ModelInferResponse: the raw contents beside the first output of its name."""
+    message = (0, 0, 0, len(body))
+    names = [
+        "".join(text(body, name[2], name[3], "an output") for name in _inside(body, output, 1)[-1:])
+        for output in _inside(body, message, 5)
+    ]
+    raw = _inside(body, message, 6)
+    if task not in names or names.index(task) >= len(raw):
+        return np.empty(0, np.float32)
+    _, _, start, stop = raw[names.index(task)]
+    return _floats(body[start:stop], task)
+
+
+def _floats(scores: bytes, task: str) -> NDArray[np.float32]:
     if len(scores) % 4:
         raise InvalidRequest(f"scores of task {task}: {len(scores)} bytes are no whole number of float32")
     return np.frombuffer(scores, "<f4")

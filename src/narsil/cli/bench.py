@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from narsil.bench.load import CLIENT_CHOICES, Arrivals, ClientChoice, Load
-from narsil.bench.workload import Protocol, Workload
+from narsil.bench.workload import PROTOCOLS, Protocol, Workload
 from narsil.cli.options import SECONDS, SEED, FiniteRange, GivenPath
 from narsil.cli.targets import schema_for, target_option
 
 
 @click.command()
 @target_option
-@click.option("--protocol", type=click.Choice(["predictor", "narsil"]), default="predictor", show_default=True)
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="predictor", show_default=True)
 @click.option("--schema", type=GivenPath(), help="Artifact to take the schema from; default: ask the server.")
 @click.option(
     "--concurrency",
