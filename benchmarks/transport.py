@@ -1,8 +1,8 @@
 """What a request costs before and after its forward: Narsil's transports and C++ gRPC, none of them with a model.
 
 Interleaved rounds, the same client for all. Narsil is asked over TorchRec's wire and over the Open Inference Protocol,
-the same rows; the ids of the latter are INT64, as ModelMetadata lists them, the former's INT32. The C++ server is the baseline's, without its model: it parses the same
-message and answers with as many floats.
+the same rows; the latter's ids are INT64, as ModelMetadata lists them, the former's INT32. The C++ server is the
+baseline's, without its model: it parses the same message and answers with as many floats.
 """
 
 from __future__ import annotations

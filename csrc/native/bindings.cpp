@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <system_error>
 
 #include "native/collate.hpp"
@@ -58,10 +59,11 @@ py::bytes body_of(const PyCall& self) {
   return py::bytes(reinterpret_cast<const char*>(message.data()), message.size());
 }
 
-// A read-only array over a span of the message, which it keeps alive.
+// A read-only array over a span of the message or of what was copied of it, which it keeps alive.
 py::object view(const PyCall& self, const char* kind, const uint8_t* data, std::vector<py::ssize_t> shape) {
-  auto* const keeper = new std::shared_ptr<Buffer>(self.arrival.message);
-  const py::capsule owner(keeper, [](void* pointer) { delete static_cast<std::shared_ptr<Buffer>*>(pointer); });
+  using Keeper = std::pair<std::shared_ptr<Buffer>, std::shared_ptr<uint8_t[]>>;
+  auto* const keeper = new Keeper(self.arrival.message, self.decoded().own);
+  const py::capsule owner(keeper, [](void* pointer) { delete static_cast<Keeper*>(pointer); });
   py::array array(py::dtype(kind), std::move(shape), {}, data, owner);
   array.attr("setflags")(py::arg("write") = false);
   return std::move(array);
@@ -86,6 +88,34 @@ void answer(const PyCall& self, std::string framed) {
   self.plane->post(self.arrival.rpc);
 }
 
+// Those that the call asks for, in its order; all where it asks for none.
+std::vector<TaskScores> asked_for(const PyCall& self, std::vector<TaskScores> tasks) {
+  const Decoded& found = self.decoded();
+  if (found.outputs.empty()) return tasks;
+  std::vector<TaskScores> picked;
+  for (const uint32_t place : found.outputs) {
+    const std::string& name = found.model->tasks[place];
+    const auto task =
+        std::find_if(tasks.begin(), tasks.end(), [&](const TaskScores& each) { return each.task == name; });
+    if (task == tasks.end()) throw py::value_error("no scores of the task " + name);
+    picked.push_back(*task);
+  }
+  return picked;
+}
+
+std::string encoded(const PyCall& self, const std::vector<TaskScores>& tasks, const Provenance& provenance) {
+  const Model& model = *self.decoded().model;
+  const std::string& request_id = self.decoded().request_id;
+  switch (self.rpc().method->kind) {
+    case Kind::PREDICTOR:
+      return encode_predictor(tasks);
+    case Kind::OIP:
+      return encode_oip(asked_for(self, tasks), model, request_id);
+    default:
+      return encode_narsil(tasks, model, request_id, provenance);
+  }
+}
+
 void answer_scores(const PyCall& self, const py::dict& scores, uint64_t requests, uint64_t rows, double queue_s,
                    double execute_s) {
   if (!self.is_decoded()) throw py::value_error("the message was not decoded");
@@ -99,10 +129,7 @@ void answer_scores(const PyCall& self, const py::dict& scores, uint64_t requests
     kept.push_back(std::move(array));
   }
   const auto microseconds = [](double seconds) { return seconds > 0 ? static_cast<uint64_t>(seconds * 1e6) : 0; };
-  answer(self, self.rpc().method->kind == Kind::PREDICTOR
-                   ? encode_predictor(tasks)
-                   : encode_narsil(tasks, *self.decoded().model, self.decoded().request_id,
-                                   {requests, rows, microseconds(queue_s), microseconds(execute_s)}));
+  answer(self, encoded(self, tasks, {requests, rows, microseconds(queue_s), microseconds(execute_s)}));
 }
 
 void answer_bytes(const PyCall& self, const py::bytes& message) {
@@ -167,17 +194,24 @@ void collate_into(const std::vector<const PyCall*>& calls, int64_t rows, py::arr
 }
 
 std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::string version, int64_t dense_dim,
-                                    std::vector<int64_t> rows, bool wide_ids, int64_t max_rows, int64_t max_ids) {
+                                    std::vector<int64_t> rows, bool wide_ids, int64_t max_rows, int64_t max_ids,
+                                    const std::vector<std::string>& features, std::vector<std::string> tasks) {
   for (const int64_t limit : rows)
     if (limit < 1) throw py::value_error("a table has at least one row");
   if (dense_dim < 0 || max_rows < 0) throw py::value_error("no schema");
-  Model model{std::move(name), std::move(version), {dense_dim, std::move(rows), wide_ids, max_rows, max_ids}};
+  if (!features.empty() && features.size() != rows.size()) throw py::value_error("a name for each feature, or none");
+  Model model{std::move(name),
+              std::move(version),
+              {dense_dim, std::move(rows), wide_ids, max_rows, max_ids},
+              Places(features),
+              std::move(tasks)};
   return std::make_shared<PyModel>(std::move(model), std::move(served));
 }
 
 std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limits) {
   static const std::unordered_map<std::string, Kind> kinds = {{"predictor", Kind::PREDICTOR},
                                                               {"narsil", Kind::NARSIL},
+                                                              {"oip", Kind::OIP},
                                                               {"scores", Kind::SCORES},
                                                               {"unary", Kind::UNARY},
                                                               {"stream", Kind::STREAM},
@@ -282,7 +316,8 @@ PYBIND11_MODULE(_native, module) {
                                if (self.rpc().deadline == NEVER) return py::none();
                                return py::float_(self.rpc().deadline);
                              })
-      .def_property_readonly("size", [](const PyCall& self) { return self.arrival.message->size(); })
+      .def_property_readonly("size",
+                             [](const PyCall& self) { return self.arrival.message->size() + self.decoded().own_size; })
       .def_property_readonly("body", body_of)
       .def_property_readonly("decoded", [](const PyCall& self) { return self.is_decoded(); })
       .def_property_readonly("rows", [](const PyCall& self) { return self.decoded().rows; })
@@ -300,7 +335,8 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<PyModel, std::shared_ptr<PyModel>>(module, "Model")
       .def(py::init(&make_model), py::arg("served"), py::kw_only(), py::arg("name"), py::arg("version"),
-           py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"), py::arg("max_rows"), py::arg("max_ids"))
+           py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"), py::arg("max_rows"), py::arg("max_ids"),
+           py::arg("features") = py::tuple(), py::arg("tasks") = py::tuple())
       .def_readonly("served", &PyModel::served);
 
   py::class_<Plane, std::shared_ptr<Plane>>(module, "Plane")

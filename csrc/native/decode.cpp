@@ -4,20 +4,13 @@
 #include <optional>
 
 #include "native/bytes.hpp"
-#include "wire/protobuf.hpp"
+#include "native/spans.hpp"
 
 namespace narsil::native {
 namespace {
 
 using wire::FieldType;
 using wire::Reader;
-
-// A field's bytes, once they are there.
-struct Span {
-  const uint8_t* data = nullptr;
-  size_t size = 0;
-  bool given = false;
-};
 
 // The loops below have no early exit, so that compilers vectorise them.
 
@@ -117,7 +110,8 @@ bool columns_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& l
   return true;
 }
 
-// Counts and values against the schema; fills in what is found. `typed`: the message says how wide ids are.
+}  // namespace
+
 bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& schema, bool typed) {
   if (found.rows < 1 || found.rows > schema.max_rows) return false;
   const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size();
@@ -136,18 +130,22 @@ bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& 
                     : rows_below<uint32_t>(values.data, rows, schema.rows);
 }
 
-// What the message names or else the metadata; false where the two differ.
 bool agreed(std::string_view& name, Span message, const std::string& metadata) {
-  name = message.size ? std::string_view(reinterpret_cast<const char*>(message.data), message.size) : metadata;
+  name = message.size ? message.text() : metadata;
   return metadata.empty() || name == metadata;
 }
 
-// False where the field has been there before.
 bool once(Span& place, const Reader& reader) {
   if (place.given) return false;
   place = {reader.data, reader.size, true};
   return true;
 }
+
+bool is_ascii(std::string_view text) {
+  return std::none_of(text.begin(), text.end(), [](char byte) { return static_cast<uint8_t>(byte) >= 0x80; });
+}
+
+namespace {
 
 // A FloatFeatures or SparseFeatures of TorchRec's wire: num_features, and up to three spans for fields 2 .. 4.
 bool read_group(Span group, uint64_t& count, Span (&spans)[3]) {
@@ -258,9 +256,8 @@ Decoded decode_narsil(const uint8_t* data, size_t size, const ModelSet& models, 
   if (!agreed(model_name, name, named.name) || !agreed(model_version, version, named.version)) return found;
   const ModelPtr model = models.find(model_name, model_version);
   if (!model) return found;
-  for (size_t i = 0; i < id.size; ++i)
-    if (id.data[i] >= 0x80) return found;  // whether it is UTF-8 is for the portable decoder to say
-  if (id.size) found.request_id.assign(reinterpret_cast<const char*>(id.data), id.size);
+  if (!is_ascii(id.text())) return found;
+  found.request_id = id.text();
   Ids ids;
   if (!read_ids(sparse, ids) || ids.features != model->schema.rows.size()) return found;
   found.wide = ids.wide;

@@ -59,6 +59,40 @@ std::string encode_predictor(const std::vector<TaskScores>& scores) {
   return out;
 }
 
+std::string encode_oip(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id) {
+  static const std::string DATATYPE = "FP32";
+  const auto text_size = [](const std::string& text) { return text.empty() ? 0 : field_size(text.size()); };
+  const auto rows = [](const TaskScores& task) { return task.width ? task.count / task.width : task.count; };
+  const auto shape_size = [&](const TaskScores& task) {
+    return wire::varint_size(rows(task)) + (task.width ? wire::varint_size(task.width) : 0);
+  };
+  const auto tensor_size = [&](const TaskScores& task) {
+    return text_size(task.task) + field_size(DATATYPE.size()) + field_size(shape_size(task));
+  };
+  size_t size = text_size(model.name) + text_size(model.version) + text_size(request_id);
+  for (const TaskScores& task : scores) size += field_size(tensor_size(task)) + field_size(4 * task.count);
+  std::string out = framed(size);
+  const auto put = [&](uint32_t field, const std::string& text) {
+    if (!text.empty()) put_text(out, field, text);
+  };
+  put(1, model.name);
+  put(2, model.version);
+  put(3, request_id);
+  for (const TaskScores& task : scores) {
+    put_tag(out, 5, tensor_size(task));
+    put(1, task.task);
+    put(2, DATATYPE);
+    put_tag(out, 3, shape_size(task));
+    wire::put_varint(out, rows(task));
+    if (task.width) wire::put_varint(out, task.width);
+  }
+  for (const TaskScores& task : scores) {
+    put_tag(out, 6, 4 * task.count);
+    put_floats(out, task);
+  }
+  return out;
+}
+
 std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id,
                           const Provenance& provenance) {
   std::string how;

@@ -23,6 +23,9 @@ struct Provenance {
 // A framed predictor.PredictionResponse, as the protobuf runtime writes it.
 std::string encode_predictor(const std::vector<TaskScores>& scores);
 
+// A framed ModelInferResponse of the Open Inference Protocol.
+std::string encode_oip(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id);
+
 // A framed narsil.v1.PredictResponse.
 std::string encode_narsil(const std::vector<TaskScores>& scores, const Model& model, const std::string& request_id,
                           const Provenance& provenance);

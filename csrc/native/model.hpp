@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -24,9 +26,38 @@ struct Schema {
   int64_t features() const { return static_cast<int64_t>(rows.size()); }
 };
 
+// What a tensor of the Open Inference Protocol holds, by its name. Each of ids, values and lengths is one tensor of all
+// features (BY_ROW, BAGS), of all features key-major (LISTS, and SCORE_LISTS with weights), or of one (FEATURES).
+struct Place {
+  enum Form : uint8_t { DENSE, BY_ROW, BAGS, LISTS, SCORE_LISTS, FEATURES };
+  enum Part : uint8_t { IDS, VALUES, LENGTHS };
+
+  Form form;
+  Part part;
+  uint32_t feature = 0;
+};
+
+// The names under which tensors come for a model.
+class Places {
+ public:
+  Places() = default;  // no tensor has a place
+  explicit Places(const std::vector<std::string>& features);
+
+  // Null where there is none.
+  const Place* find(std::string_view name) const {
+    const auto found = places_.find(name);
+    return found == places_.end() ? nullptr : &found->second;
+  }
+
+ private:
+  std::map<std::string, Place, std::less<>> places_;
+};
+
 struct Model {
   std::string name, version;
   Schema schema;
+  Places places;
+  std::vector<std::string> tasks;
 };
 
 using ModelPtr = std::shared_ptr<const Model>;

@@ -34,6 +34,7 @@ uint64_t decode(Arrivals& arrivals) {
     const Kind kind = arrival.rpc->method->kind;
     if (kind == Kind::PREDICTOR) arrival.decoded = decode_predictor(data, size, *arrivals.models, named);
     if (kind == Kind::NARSIL) arrival.decoded = decode_narsil(data, size, *arrivals.models, named);
+    if (kind == Kind::OIP) arrival.decoded = decode_oip(data, size, *arrivals.models, named);
     if (arrival.decoded.model) ++right;
   }
   return right;

@@ -30,8 +30,10 @@ enum Status : int {
 };
 
 enum class Kind : uint8_t {
+  // Those that score come first.
   PREDICTOR,     // scores rows: TorchRec's wire
   NARSIL,        // scores rows: Narsil's own wire
+  OIP,           // scores rows: the Open Inference Protocol
   SCORES,        // scores rows: a wire that is decoded in Python
   UNARY,         // one message in, one out, answered in Python
   STREAM,        // each message in gets one out, answered in Python
@@ -40,7 +42,7 @@ enum class Kind : uint8_t {
 };
 
 // Whether the engine runs it: such a call can be refused while the server drains, and taken back when its client goes.
-constexpr bool scores(Kind kind) { return kind == Kind::PREDICTOR || kind == Kind::NARSIL || kind == Kind::SCORES; }
+constexpr bool scores(Kind kind) { return kind <= Kind::SCORES; }
 
 constexpr bool is_health(Kind kind) { return kind == Kind::HEALTH_CHECK || kind == Kind::HEALTH_WATCH; }
 

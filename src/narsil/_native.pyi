@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-_Kind = Literal["predictor", "narsil", "scores", "unary", "stream", "health_check", "health_watch"]
+_Kind = Literal["predictor", "narsil", "oip", "scores", "unary", "stream", "health_check", "health_watch"]
 
 class Model:
     """What requests are held against. Immutable, and compared by identity."""
@@ -22,8 +22,13 @@ class Model:
         wide_ids: bool,
         max_rows: int,
         max_ids: int,
+        features: Sequence[str] = (),
+        tasks: Sequence[str] = (),
     ) -> None:
         """``rows`` are (T,) of each feature's table; ``max_rows`` and ``max_ids`` those that one request may have.
+
+        ``features`` are the names of all, or of none; ``tasks`` those whose scores a request may ask for by name. A
+        message that uses others is left to Python.
 
         ``served`` is kept for Call.served. Not by the garbage collector's leave: it must not refer to this model, or
         neither is ever freed. Raises ValueError where the numbers are no schema.
@@ -49,7 +54,7 @@ class Call:
         """On the same clock, from grpc-timeout."""
     @property
     def size(self) -> int:
-        """Bytes of the message."""
+        """Bytes of the message, and of what of it had to be laid out anew."""
     @property
     def body(self) -> bytes:
         """A copy of the message."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narsil.artifacts.schema import Feature, ModelSchema
+from narsil.bench.workload import oip_body
 from narsil.catalog.catalog import Catalog
 from narsil.client import build_request
 from narsil.dataflow import Features, Jagged, OneHot, StageTimes
@@ -19,11 +21,12 @@ from narsil.engine.collate import Collator
 from narsil.engine.served_model import RequestLimits
 from narsil.errors import InvalidRequest, ModelNotFound
 from narsil.extension import AVAILABLE, NativeFeatures
-from narsil.transports.codec import narsil_v1, predictor
+from narsil.transports.codec import narsil_v1, oip, predictor
 from narsil.transports.endpoints import ENDPOINTS, Metadata
-from narsil.wire import put_uint
-from tests.messages import narsil_pb2, predictor_pb2
-from tests.support import SCHEMA, fake_model
+from narsil.wire import put_len, put_uint
+from tests import oip_messages
+from tests.messages import inference_pb2, narsil_pb2, predictor_pb2
+from tests.support import SCHEMA, fake_model, one_hot
 
 if not AVAILABLE:
     pytest.skip("built without the native extension", allow_module_level=True)
@@ -37,7 +40,8 @@ WIDE = ModelSchema(
     features=(Feature("small", "t_small", rows=5, dim=4), Feature("vast", "t_vast", rows=1 << 40, dim=4)),
 )
 ONE = ModelSchema(dense_dim=0, features=(Feature("only", "t_only", rows=3, dim=4),))
-SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE}
+SEVERAL = replace(SCHEMA, tasks=("a", "b", "c"), widths=())
+SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE, "several": SEVERAL}
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -51,6 +55,8 @@ def native_model(schema: ModelSchema, name: str = "fake", version: str = "1", se
         wide_ids=schema.id_dtype.itemsize == 8,
         max_rows=LIMITS.max_rows,
         max_ids=LIMITS.max_ids,
+        features=[feature.name for feature in schema.features],
+        tasks=schema.tasks,
     )
 
 
@@ -61,7 +67,7 @@ class Loop:
         self.schema = schema
         self.catalog = Catalog([fake_model(schema=schema, limits=LIMITS)])
         self.wires = {each.method: each.wire for each in ENDPOINTS if each.wire}
-        kinds: dict[str, Any] = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil"}
+        kinds: dict[str, Any] = {predictor.METHOD: "predictor", narsil_v1.METHOD: "narsil", oip_messages.METHOD: "oip"}
         self.plane = Plane(kinds)
         self.plane.serve([native_model(schema)])
         self.plane.listen_unix(path)
@@ -185,13 +191,23 @@ def is_common(method: str, body: bytes, schema: ModelSchema) -> bool:
 @given(data=st.data())
 def test_a_right_message_of_the_common_form_is_read_and_gives_the_same_rows(loops, name, data):
     loop = loops[name]
-    method, body = data.draw(payloads(loop.schema))
+    method, body, common = data.draw(any_payloads(loop.schema))
     expected = loop.portable(method, body)
     found = loop.decode(method, body)
     assert expected is not None
-    assert (found is not None) == is_common(method, body, loop.schema)
+    assert (found is not None) == common
     if found is not None:
         same(found, expected, loop.schema)
+
+
+@st.composite
+def any_payloads(draw, schema: ModelSchema) -> tuple[str, bytes, bool]:
+    """(method, message, whether native code has to read it) that is right in every point, on any wire."""
+    if draw(st.booleans()):
+        request, common = draw(oip_messages.infer_requests(schema))
+        return oip_messages.METHOD, request.SerializeToString(), common
+    method, body = draw(payloads(schema))
+    return method, body, is_common(method, body, schema)
 
 
 @st.composite
@@ -221,7 +237,7 @@ def damage(draw, body: bytes) -> bytes:
 @given(data=st.data())
 def test_damaged_messages_are_never_read_otherwise_than_the_portable_codec_reads_them(loops, name, data):
     loop = loops[name]
-    method, body = data.draw(payloads(loop.schema))
+    method, body, _ = data.draw(any_payloads(loop.schema))
     body = data.draw(damage(body))
     found = loop.decode(method, body)
     if found is None:
@@ -255,6 +271,21 @@ def test_ids_whose_width_is_told_are_read_in_no_other(loops, longest):
         assert (loops["narrow"].decode(narsil_v1.METHOD, own.SerializeToString()) is not None) == read
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+@settings(SLOW, max_examples=600)
+@given(data=st.data())
+def test_tensors_that_are_spoiled_are_never_read_otherwise_than_the_portable_codec_reads_them(loops, name, data):
+    loop = loops[name]
+    request, _ = data.draw(oip_messages.infer_requests(loop.schema))
+    body = data.draw(oip_messages.spoiled(request)).SerializeToString()
+    found = loop.decode(oip_messages.METHOD, body)
+    if found is None:
+        return
+    expected = loop.portable(oip_messages.METHOD, body)
+    assert expected is not None, "native code took what the portable codec refuses"
+    same(found, expected, loop.schema)
+
+
 def numbers(field: int, value: int) -> bytes:
     return bytes([field << 3]) + put_uint(1, value)[1:]
 
@@ -270,6 +301,15 @@ def numbers(field: int, value: int) -> bytes:
         (narsil_v1.METHOD, b"\x1a\x01\xff"),  # a request_id that is not UTF-8
         (narsil_v1.METHOD, b"\x0a\x05other"),  # another model
         (narsil_v1.METHOD, b"\x3a\x00"),  # an empty context
+        (oip_messages.METHOD, b"\x20\x01"),  # a number
+        (oip_messages.METHOD, b"\x22\x00"),  # an empty parameter
+        (oip_messages.METHOD, b"\x1a\x01\xff"),  # an id that is not UTF-8
+        (oip_messages.METHOD, b"\x0a\x05other"),  # another model
+        (oip_messages.METHOD, b"\x2a\x00"),  # an input more than raw contents
+        (oip_messages.METHOD, b"\x2a\x07\x0a\x01x\x12\x02\x00\x00\x3a\x00"),  # an input of no known name
+        (oip_messages.METHOD, b"\x3a\x00"),  # raw contents more than inputs
+        (oip_messages.METHOD, b"\x32\x05\x0a\x03abc"),  # an output that the model has not
+        (oip_messages.METHOD, b"\x42\x00"),  # a field that nobody knows
     ],
 )
 def test_what_is_unusual_is_left_to_the_portable_codec(loops, method, extra):
@@ -280,6 +320,7 @@ def test_what_is_unusual_is_left_to_the_portable_codec(loops, method, extra):
             id_list_features={"num_features": 4, "lengths": b"\1\0\0\0" * 4, "values": bytes(16)},
         ).SerializeToString(),
         narsil_v1.METHOD: build_request(np.zeros((1, 3)), np.zeros((1, 4), int)),
+        oip_messages.METHOD: oip_body(one_hot(1)),
     }[method]
     loop = loops["narrow"]
     assert loop.decode(method, right) is not None
@@ -289,7 +330,8 @@ def test_what_is_unusual_is_left_to_the_portable_codec(loops, method, extra):
 
 @pytest.mark.parametrize("body", [b"", b"\x08\x01", b"\xff" * 11, b"\x08" + b"\x80" * 10 + b"\x01"])
 def test_what_is_no_request_is_left_alone(loops, body):
-    for loop, method in itertools.product(loops.values(), (predictor.METHOD, narsil_v1.METHOD)):
+    methods = (predictor.METHOD, narsil_v1.METHOD, oip_messages.METHOD)
+    for loop, method in itertools.product(loops.values(), methods):
         assert loop.decode(method, body) is None
 
 
@@ -323,9 +365,9 @@ def test_an_id_outside_its_table_is_found_wherever_it_stands(loops, row, feature
 @given(data=st.data())
 def test_fusing_natively_gives_the_tensors_of_the_portable_collator(loops, name, data):
     loop, schema = loops[name], SCHEMAS[name]
-    bodies = data.draw(st.lists(payloads(schema), min_size=1, max_size=6))
+    bodies = data.draw(st.lists(any_payloads(schema), min_size=1, max_size=6))
     padding = data.draw(st.integers(0, 9))
-    taken = [(loop.take(method, body), method, body) for method, body in bodies]
+    taken = [(loop.take(method, body), method, body) for method, body, _ in bodies]
     kept = [entry for entry in taken if entry[0].decoded]
     try:
         if not kept:
@@ -367,6 +409,7 @@ def test_answers_are_byte_for_byte_the_portable_codec_s(loops, count, tasks, bat
     for method, body in (
         (narsil_v1.METHOD, build_request(dense, ids, request_id=request_id)),
         (predictor.METHOD, predictor_body(dense, ids)),
+        (oip_messages.METHOD, oip_request(dense, ids, id=request_id).SerializeToString()),
     ):
         call = loop.take(method, body)
         assert call.decoded
@@ -375,6 +418,8 @@ def test_answers_are_byte_for_byte_the_portable_codec_s(loops, count, tasks, bat
         if method == narsil_v1.METHOD:
             asked = narsil_v1.read(body)
             expected = narsil_v1.encode(asked.request_id, "fake", "1", scores, stage)
+        elif method == oip_messages.METHOD:
+            expected = oip.encode("fake", "1", request_id, scores, ())
         else:
             expected = predictor.encode(scores)
         assert answer.status == 0
@@ -393,6 +438,71 @@ def predictor_body(dense: np.ndarray, ids: np.ndarray) -> bytes:
     ).SerializeToString()
 
 
+def oip_request(dense: np.ndarray, ids: np.ndarray, by_feature: bool = False, **fields: Any) -> Any:
+    out = inference_pb2.ModelInferRequest(**fields)
+    columns = zip((feature.name for feature in SCHEMA.features), ids.T, strict=True)
+    for name, values in [("dense", dense), *(columns if by_feature else [("ids", ids)])]:
+        kind = "FP32" if name == "dense" else "INT64"
+        out.inputs.add(name=name, datatype=kind, shape=values.shape)
+        out.raw_input_contents.append(values.astype("<f4" if name == "dense" else "<i8").tobytes())
+    return out
+
+
+def test_the_outputs_that_are_asked_for_are_answered_in_their_order(loops):
+    loop = loops["several"]
+    scores = {task: np.full(2, place, np.float32) for place, task in enumerate(SEVERAL.tasks)}
+    asked: tuple[str, ...]
+    for asked in (("c", "a"), ("b",), ("a", "b", "c"), ()):
+        request = oip_request(np.zeros((2, 3)), np.zeros((2, 4), int))
+        for task in asked:
+            request.outputs.add(name=task)
+        call = loop.take(oip_messages.METHOD, request.SerializeToString())
+        assert call.decoded
+        call.answer_scores(scores, 1, 2, 0.0, 0.0)
+        assert loop.end(call).messages == [oip.encode("fake", "1", "", scores, asked)]
+    request.outputs.add(name="b")
+    call = loop.take(oip_messages.METHOD, request.SerializeToString())
+    with pytest.raises(ValueError, match="no scores of the task b"):
+        call.answer_scores({"a": scores["a"]}, 1, 2, 0.0, 0.0)
+    call.fail(0, "")
+    loop.end(call)
+
+
+def test_a_call_says_what_it_holds_beside_its_message(loops):
+    loop, ids = loops["narrow"], np.zeros((5, 4), int)
+    for by_feature, copied in ((False, 0), (True, 5 * 4 * 8)):
+        body = oip_request(np.zeros((5, 3)), ids, by_feature).SerializeToString()
+        call = loop.take(oip_messages.METHOD, body)
+        assert call.decoded
+        assert call.size == len(body) + copied
+        call.fail(0, "")
+        loop.end(call)
+
+
+@pytest.mark.parametrize("names", ["dense", "ids", "a.values", "a.lengths", "a.weights", "id_list_features.values"])
+def test_of_features_that_are_named_as_other_tensors_are_the_portable_codec_reads_the_request(tmp_path, names):
+    features = tuple(Feature(name, "t", rows=9, dim=4) for name in ("a", names))
+    loop = Loop(ModelSchema(dense_dim=0, features=features), str(tmp_path / "plane"))
+    request = inference_pb2.ModelInferRequest()
+    for feature in features:
+        request.inputs.add(name=feature.name, datatype="INT64", shape=[1])
+        request.raw_input_contents.append(bytes(8))
+    assert loop.decode(oip_messages.METHOD, request.SerializeToString()) is None
+    loop.close()
+
+
+def test_a_message_of_too_many_fields_is_left_to_the_portable_codec_which_refuses_it(loops):
+    request = oip_request(np.zeros((1, 3)), np.zeros((1, 4), int))
+    body, loop = request.SerializeToString(), loops["narrow"]
+    assert loop.decode(oip_messages.METHOD, body) is not None
+    empty = b"\x1a\x00" * 10_000  # sizes, none of them
+    first = request.inputs[0].SerializeToString()
+    more = put_len(5, first + empty) + b"".join(put_len(5, each.SerializeToString()) for each in request.inputs[1:])
+    more += b"".join(put_len(7, raw) for raw in request.raw_input_contents)
+    assert loop.decode(oip_messages.METHOD, more) is None
+    assert loop.portable(oip_messages.METHOD, more) is None
+
+
 def test_a_message_s_arrays_outlive_its_call(loops):
     loop = loops["narrow"]
     ids = np.arange(240).reshape(60, 4) % 7
@@ -408,6 +518,19 @@ def test_a_message_s_arrays_outlive_its_call(loops):
     assert lengths is None
     with pytest.raises(ValueError, match="read-only"):
         values[0] = 1
+
+
+def test_ids_that_were_laid_out_anew_outlive_their_call(loops):
+    loop, ids = loops["narrow"], np.arange(240).reshape(60, 4) % 7
+    call = loop.take(oip_messages.METHOD, oip_request(np.ones((60, 3)), ids, by_feature=True).SerializeToString())
+    call.fail(0, "")
+    loop.end(call)
+    _, values, _ = call.arrays()
+    del call
+    for _ in range(20):
+        other = oip_request(np.ones((60, 3)), np.zeros((60, 4)), by_feature=True)
+        loop.decode(oip_messages.METHOD, other.SerializeToString())
+    np.testing.assert_array_equal(values.reshape(4, 60), ids.T)
 
 
 def test_collate_refuses_buffers_that_the_batch_would_overrun(loops):

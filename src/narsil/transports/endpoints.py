@@ -46,6 +46,7 @@ class Kind(Enum):
 
     PREDICTOR = "predictor"  # scores; native code reads TorchRec's wire
     NARSIL = "narsil"  # scores; native code reads Narsil's wire
+    OIP = "oip"  # scores; native code reads the Open Inference Protocol
     SCORES = "scores"  # scores, by its Wire alone: what a new wire begins as
     UNARY = "unary"  # one message in, one out, by ``answer``
     STREAM = "stream"  # each message in gets one out, in order: scores by its Wire, or reflection
@@ -258,7 +259,7 @@ ENDPOINTS = (
     Endpoint(predictor.METHOD, Kind.PREDICTOR, wire=_Predictor()),
     Endpoint(narsil_v1.METHOD, Kind.NARSIL, wire=_NarsilV1()),
     Endpoint(narsil_v1.METHOD_GET_MODEL, Kind.UNARY, answer=_get_model),
-    Endpoint(oip.SERVICE + "ModelInfer", Kind.SCORES, wire=_OpenInference()),
+    Endpoint(oip.SERVICE + "ModelInfer", Kind.OIP, wire=_OpenInference()),
     Endpoint(oip.SERVICE + "ModelStreamInfer", Kind.STREAM, wire=_OpenInferenceStream()),
     Endpoint(oip.SERVICE + "ServerLive", Kind.UNARY, answer=_server_live),
     Endpoint(oip.SERVICE + "ServerReady", Kind.UNARY, answer=_server_ready),

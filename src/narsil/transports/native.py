@@ -280,6 +280,8 @@ def _native_model(make: type[Model], model: ServedModel) -> Model:
         wide_ids=schema.id_dtype.itemsize == 8,
         max_rows=limits.max_rows if own else 0,
         max_ids=limits.max_ids,
+        features=[feature.name for feature in schema.features],
+        tasks=schema.tasks,
     )
 
 
