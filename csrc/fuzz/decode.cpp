@@ -1,7 +1,7 @@
 // Fuzzes the protobuf decoders, and the collation of what they find right.
 //
-// Input: one byte that chooses the wire (bit 0), the usual model (bits 1 to 3) and what the metadata names (bits 4 to
-// 7), then the message.
+// Input: one byte that chooses the wire (bit 0, and bit 7: the Open Inference Protocol), the usual model (bits 1 to 3)
+// and what the metadata names (bits 4 to 6), then the message.
 #include <cstdint>
 #include <iterator>
 #include <vector>
@@ -15,21 +15,21 @@ using namespace narsil::native;
 
 namespace {
 
-ModelPtr model(const char* name, Schema schema) {
-  return std::make_shared<const Model>(Model{name, "1", std::move(schema)});
+ModelPtr model(const char* name, Schema schema, const std::vector<std::string>& features) {
+  return std::make_shared<const Model>(Model{name, "1", std::move(schema), Places(features), {"a", "b"}});
 }
 
 // The input's first byte says which is meant where nothing is named, and what the metadata names.
 const std::vector<ModelPtr> MODELS = {
-    model("fake", {3, {50, 7, 1000, 20}, false, 60, 2000}),
-    model("wide", {2, {5, int64_t{1} << 40}, true, 60, 2000}),
-    model("one", {0, {3}, false, 60, 2000}),
+    model("fake", {3, {50, 7, 1000, 20}, false, 60, 2000}, {"f", "g", "h", "i"}),
+    model("wide", {2, {5, int64_t{1} << 40}, true, 60, 2000}, {"f", "g"}),
+    model("one", {0, {3}, false, 60, 2000}, {"f"}),
 };
 
 const ModelName NAMES[] = {{"", ""}, {"fake", ""}, {"wide", "1"}, {"", "2"}, {"none", ""}};
 
-void require_inside(const uint8_t* span, size_t size, const std::vector<uint8_t>& message) {
-  if (size) REQUIRE(span >= message.data() && span + size <= message.data() + message.size());
+bool inside(const uint8_t* span, size_t size, const uint8_t* whole, size_t whole_size) {
+  return span >= whole && span + size <= whole + whole_size;
 }
 
 // Everything that a forward takes for granted, checked the slow way.
@@ -38,9 +38,15 @@ void require_right(const Decoded& found, const std::vector<uint8_t>& message) {
   const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size();
   const size_t ids = static_cast<size_t>(found.ids), width = found.wide ? 8 : 4;
   REQUIRE(found.rows >= 1 && found.rows <= schema.max_rows && found.ids >= 0 && found.ids <= schema.max_ids);
-  require_inside(found.dense, 4 * rows * static_cast<size_t>(schema.dense_dim), message);
-  require_inside(found.values, width * ids, message);
-  if (found.lengths) require_inside(found.lengths, 4 * rows * features, message);
+  const auto require_there = [&](const uint8_t* span, size_t size) {
+    REQUIRE(!size || inside(span, size, message.data(), message.size()) ||
+            inside(span, size, found.own.get(), found.own_size));
+  };
+  require_there(found.dense, 4 * rows * static_cast<size_t>(schema.dense_dim));
+  require_there(found.values, width * ids);
+  if (found.lengths) require_there(found.lengths, 4 * rows * features);
+  REQUIRE(found.own_size <= 3 * message.size());  // int32 as int64, and lengths
+  for (const uint32_t task : found.outputs) REQUIRE(task < found.model->tasks.size());
   REQUIRE(found.lengths || found.one_hot);
   size_t at = 0;
   for (size_t bag = 0; bag < rows * features; ++bag) {
@@ -85,10 +91,10 @@ void fuse(const Decoded& found) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!size) return 0;
   const ModelSet models(MODELS, (data[0] >> 1 & 7) % MODELS.size());
-  const ModelName& named = NAMES[(data[0] >> 4) % std::size(NAMES)];
+  const ModelName& named = NAMES[(data[0] >> 4 & 7) % std::size(NAMES)];
   const std::vector<uint8_t> message(data + 1, data + size);  // of its own, so that a byte too far is noticed
-  const Decoded found = data[0] & 1 ? decode_narsil(message.data(), message.size(), models, named)
-                                    : decode_predictor(message.data(), message.size(), models, named);
+  const auto decode = data[0] & 0x80 ? decode_oip : data[0] & 1 ? decode_narsil : decode_predictor;
+  const Decoded found = decode(message.data(), message.size(), models, named);
   if (!found.model) return 0;
   REQUIRE(named.name.empty() || named.name == found.model->name);
   REQUIRE(named.version.empty() || named.version == found.model->version);

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.conformance.http2_client import frame, request_headers, settings
 from tests.http2_peer import grpc_message, hpack
-from tests.messages import narsil_pb2, predictor_pb2
+from tests.messages import inference_pb2, narsil_pb2, predictor_pb2
 
 CORPUS = Path(__file__).parent / "corpus"
 # As in decode.cpp: dense columns, rows of each table, ids are int64; and the models' names.
@@ -69,6 +69,38 @@ def unsaid(schema: int, ids: str, lengths: str, rows: int) -> bytes:
         },
     )
     return bytes([schema << 1]) + out.SerializeToString()
+
+
+def tensors(schema: int, form: str, kind: str, counts: str, rows: int) -> bytes:
+    """For decode.cpp, on the Open Inference Protocol: ids of one form, ids and lengths of these datatypes."""
+    dense_dim, tables, _ = SCHEMAS[schema]
+    random = np.random.default_rng(rows)
+    lengths = random.integers(0, 3, (rows, len(tables)))
+    ids = lambda shape: ((kind, random.integers(0, 3, shape)))  # noqa: E731
+    found: dict[str, tuple[str, np.ndarray]] = {}
+    if form == "ids":
+        found["ids"] = ids(lengths.shape)
+    elif form == "features":
+        for name, each in zip("fghi", lengths.T, strict=False):
+            found[name + ".values"], found[name + ".lengths"] = ids(each.sum()), (counts, each)
+        found["f"] = ids((rows, 2))
+        del found["f.values"], found["f.lengths"]
+    else:
+        turned = lengths if form == "bags" else lengths.T
+        name = "ids" if form == "bags" else form
+        found[name + ".values"], found[name + ".lengths"] = ids(lengths.sum()), (counts, turned)
+    if dense_dim:
+        found["dense"] = "FP32", random.random((rows, dense_dim), np.float32)
+    out = inference_pb2.ModelInferRequest(model_name=NAMES[schema] if form == "bags" else "")
+    for name, (datatype, values) in found.items():
+        out.inputs.add(name=name, datatype=datatype, shape=values.shape)
+        out.raw_input_contents.append(
+            values.astype({"FP32": "<f4", "INT32": "<i4", "INT64": "<i8"}[datatype]).tobytes()
+        )
+    if rows > 1:
+        out.outputs.add(name="b")
+        out.outputs.add(name="a")
+    return bytes([0x80 | schema << 1]) + out.SerializeToString()
 
 
 def fed(data: bytes, piece: int = 0xDF) -> bytes:
@@ -161,6 +193,11 @@ def main() -> None:
         for ids, lengths in (("<i8", "<i4"), ("<i4", "<i4"), ("<i8", "<i8")):
             name = f"predictor_{schema}_unsaid_{ids[1:]}_{lengths[1:]}"
             (CORPUS / "decode" / name).write_bytes(unsaid(schema, ids, lengths, 2))
+    for schema in range(len(SCHEMAS)):
+        for form in ("ids", "bags", "id_list_features", "id_score_list_features", "features"):
+            for kind, counts in (("INT32", "INT32"), ("INT64", "INT64"), ("INT32", "INT64")):
+                name = f"oip_{schema}_{form}_{kind}_{counts}"
+                (CORPUS / "decode" / name).write_bytes(tensors(schema, form, kind, counts, 2 if kind == counts else 1))
     for name, data in conversations().items():
         (CORPUS / "session" / name).write_bytes(data)
 

@@ -56,8 +56,8 @@ class Places {
 struct Model {
   std::string name, version;
   Schema schema;
-  Places places;
-  std::vector<std::string> tasks;
+  Places places = {};
+  std::vector<std::string> tasks = {};
 };
 
 using ModelPtr = std::shared_ptr<const Model>;
