@@ -384,8 +384,8 @@ def _from_torchscript(file: Path, dense_dim: int | None) -> Artifact:
         return Artifact(file, name, "1", arguments.schema, "cpu", torchscript=file, arguments=arguments, seen=seen)
     if file.suffix == ".pt2":
         raise ArtifactError(
-            f"{file} needs a schema file beside it, {file.stem}.schema.json, that says what its inputs are: see "
-            "docs/artifacts.md"
+            f"{file} needs a schema file beside it, {file.stem}.schema.json, that says what its inputs are: "
+            f"`narsil inspect --write-schema {file}` drafts one"
         )
     schema, device = derive_schema(file, dense_dim)
     return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)

@@ -3,7 +3,7 @@
 Receives a file; produces an Exported. ``torch.export.load`` itself falls back to pickle for sample inputs and for some
 constants, looks functions up by dotted names under ``torch`` and evaluates sizes as Python: here records that are
 pickles are refused or left unread, every function must be an operator of aten, prims or plain arithmetic, and every
-size an expression of symbols and known functions.
+size an expression of symbols and known functions. What is looked at is what torch's own reader finds.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from __future__ import annotations
 import ast
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from narsil.artifacts.files import check_readable, unreadable
+from narsil.artifacts.pt2 import check_layout, is_package, models_in
 from narsil.errors import ArtifactError, first_line
 
-__all__ = ["Exported", "is_pt2", "load_exported"]
+__all__ = ["Exported", "load_exported"]
 
-_MODEL = re.compile(r"[^/]+/models/([^/]+)\.json")
 _MAX_GRAPH_BYTES = 256 << 20
 _TARGET = re.compile(
     r"torch\.ops\.(aten|prims)\.\w+(\.\w+)?|torch\.sym_\w+|math\.(trunc|floor|ceil|sqrt)|"
@@ -67,21 +65,15 @@ class Exported:
         return pytree.tree_unflatten(list(program.graph_module(*flat)), program.call_spec.out_spec)
 
 
-def is_pt2(path: Path) -> bool:
-    """Whether a file is an archive of torch.export's or of AOTInductor's, by its table of contents."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/archive_format") for name in archive.namelist())
-    except Exception:  # zipfile's own error, and those of struct and codecs that it lets through
-        return False
-
-
 def load_exported(path: Path) -> Exported:
     """The program in a file. Raises ArtifactError saying what the file is instead, or what in it is not let in."""
-    check_readable(path)
-    model = _checked_model(path)
+    names = check_layout(path)
+    if is_package(path):
+        raise ArtifactError(f"{path} is a package of AOTInductor's, which holds code and no program to read")
+    if len(models := models_in(names)) != 1:
+        raise ArtifactError(f"{path} holds {len(models)} exported programs where one is expected")
     try:
-        program = _deserialized(path, model)
+        program = _deserialized(path, models[0])
         return _described(program, path.name)
     except ArtifactError:
         raise
@@ -89,36 +81,15 @@ def load_exported(path: Path) -> Exported:
         raise ArtifactError(f"{path} cannot be loaded as an exported program: {first_line(error)}") from None
 
 
-def _checked_model(path: Path) -> str:
-    """The name of the one model in an archive, once nothing in it would run by being loaded."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any("/data/aotinductor/" in name for name in names):
-                raise ArtifactError(
-                    f"{path} is a package of AOTInductor's, which Narsil does not serve; give the torch.export program "
-                    "that it was compiled from"
-                )
-            models = [found[1] for name in names if (found := _MODEL.fullmatch(name))]
-            if len(models) != 1:
-                raise ArtifactError(f"{path} holds {len(models)} exported programs where one is expected")
-            _check_records(path, archive, names)
-    except ArtifactError:
-        raise
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except Exception:  # zipfile's own error, and those of struct, codecs, json and zlib that it lets through
-        raise ArtifactError(f"{path} is truncated or damaged, or no exported program; copy it again") from None
-    return models[0]
-
-
-def _check_records(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> None:
-    for name in names:
-        if _MODEL.fullmatch(name) or name.endswith("_config.json"):
-            if archive.getinfo(name).file_size > _MAX_GRAPH_BYTES:
+def _check_records(path: Path, reader: Any) -> None:
+    """Raises ArtifactError where something in an archive would run by being loaded."""
+    for name in reader.get_file_names():
+        if name.endswith("_config.json") or name.startswith("models/"):
+            found = reader.read_bytes(name)
+            if len(found) > _MAX_GRAPH_BYTES:
                 raise ArtifactError(f"{path}: {name} is larger than {_MAX_GRAPH_BYTES} bytes")
-            _check_json(path, json.loads(archive.read(name)))
-        elif re.search(r"/data/(weights|constants)/(.*\.pt$|custom_obj|opaque_obj)", name):
+            _check_json(path, json.loads(found))
+        elif re.fullmatch(r"data/(weights|constants)/(.*\.pt|(custom_obj|opaque_obj).*)", name):
             raise ArtifactError(
                 f"{path}: {name.rpartition('/')[2]} is a pickle, which Narsil does not load; save the program with the "
                 "torch of today and with plain tensors alone"
@@ -181,6 +152,7 @@ def _deserialized(path: Path, model: str) -> Any:
     from torch.export.pt2_archive import _package as package
 
     with package.PT2ArchiveReader(str(path)) as reader:
+        _check_records(path, reader)
         graph = reader.read_bytes(f"models/{model}.json")
         if b'"torchrec.' in graph or b'\\"torchrec.' in graph:
             _import_torchrec(path)

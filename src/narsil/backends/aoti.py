@@ -24,15 +24,56 @@ import numpy as np
 import torch
 
 from narsil.dataflow import Floats
-from narsil.errors import ArtifactError, ForwardFailed
+from narsil.errors import ArtifactError, ForwardFailed, first_line, last_line
 
-__all__ = ["Container", "CoreLibrary"]
+__all__ = ["Container", "CoreLibrary", "Library"]
 
 _MAX_LIBRARY_BYTES = 4 << 30
 
 
-class CoreLibrary:
-    """The code of one package, loaded into the process once; all containers run it."""
+class Library:
+    """The code of a package, loaded into the process once; all containers run it."""
+
+    def __init__(self, path: Path, package: Path, again: str) -> None:
+        """``path``: the library, of which the ``package`` is where users know it from; ``again``: what to do where it
+        cannot be loaded, which is an ArtifactError."""
+        try:
+            self._code = ctypes.CDLL(str(path))
+        except OSError as error:
+            told = first_line(error).replace(str(path), path.name)
+            raise ArtifactError(f"{package}: its code cannot be loaded ({told}); {again}") from None
+        try:
+            self.create: Any = self._code.AOTInductorModelContainerCreateWithDevice
+            self.delete: Any = self._code.AOTInductorModelContainerDelete
+            self.run: Any = self._code.AOTInductorModelContainerRun
+        except AttributeError as error:
+            raise ArtifactError(f"{package} is no AOTInductor package of this torch ({error}); {again}") from None
+        self.create.argtypes = (POINTER(c_void_p), c_size_t, c_char_p, c_char_p)
+        self.delete.argtypes = (c_void_p,)
+        self.run.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+        self._last_error: Any = getattr(self._code, "AOTInductorGetLastError", None)
+        if self._last_error is not None:
+            self._last_error.argtypes = (POINTER(c_char_p),)
+
+    def error(self) -> str:
+        """What the last failed call on this thread said."""
+        text = c_char_p()
+        if self._last_error is None or self._last_error(byref(text)) or not text.value:
+            return "see standard error"
+        return last_line(RuntimeError(text.value.decode("utf-8", "replace")))
+
+    def asked(self, container: c_void_p, function: str, kinds: Sequence[Any], *arguments: Any) -> list[Any]:
+        """What a function of the interface tells of a container: a value of each of these ctypes' kinds. Raises
+        ArtifactError."""
+        found = [kind() for kind in kinds]
+        call = getattr(self._code, "AOTInductorModelContainer" + function, None)
+        if call is None or call(container, *arguments, *map(byref, found)):
+            raise ArtifactError(f"the package's code does not tell its {function}; compile it again")
+        return [each.value for each in found]
+
+
+class CoreLibrary(Library):
+    """The code of what Narsil compiled."""
 
     def __init__(self, package: Path, signature: str) -> None:
         """Raises ArtifactError where the package is damaged or was compiled for something other than ``signature``."""
@@ -41,35 +82,13 @@ class CoreLibrary:
         with tempfile.TemporaryDirectory(prefix="narsil-") as folder:
             path = Path(folder) / "model.so"
             path.write_bytes(code)
-            try:
-                self._code = ctypes.CDLL(str(path))
-            except OSError as error:
-                raise ArtifactError(
-                    f"{package}: its code cannot be loaded ({error}); compile the model again"
-                ) from None
-        try:
-            self.create: Any = self._code.AOTInductorModelContainerCreateWithDevice
-            self.delete: Any = self._code.AOTInductorModelContainerDelete
-            self.run: Any = self._code.AOTInductorModelContainerRun
-            self._last_error: Any = getattr(self._code, "AOTInductorGetLastError", None)
-        except AttributeError as error:
-            raise ArtifactError(f"{package} is no AOTInductor package of this torch ({error}); compile again") from None
-        self.create.argtypes = (POINTER(c_void_p), c_size_t, c_char_p, c_char_p)
-        self.delete.argtypes = (c_void_p,)
-        self.run.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
-        if self._last_error is not None:
-            self._last_error.restype = c_char_p
-
-    def error(self) -> str:
-        """What the last failed call on this thread said."""
-        text = self._last_error() if self._last_error is not None else None
-        return text.decode("utf-8", "replace").strip().splitlines()[0] if text else "see standard error"
+            super().__init__(path, package, "compile the model again")
 
 
 class Container:
     """One lane's instance. ``run`` by one thread at a time."""
 
-    def __init__(self, library: CoreLibrary, inputs: int = 2) -> None:
+    def __init__(self, library: Library, inputs: int = 2) -> None:
         self._library = library
         self._handle = c_void_p()
         if library.create(byref(self._handle), 1, b"cpu", None):
@@ -91,6 +110,19 @@ class Container:
         if self._library.run(self._handle, self._inputs, len(inputs), self._outputs, 1, None, None):
             raise ForwardFailed(f"the compiled model failed: {self._library.error()}")
         return _taken(self._outputs[0], rows, columns)
+
+    def run_tensors(self, inputs: Sequence[torch.Tensor], outputs: int) -> list[torch.Tensor]:
+        """Tensors of any kinds and shapes, as many as the code takes and gives. Raises ForwardFailed."""
+        given = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(inputs))
+        handles = (c_void_p * len(inputs))(*(_pointer_in(capsule, None) for capsule in given))
+        made = (c_void_p * outputs)()
+        if self._library.run(self._handle, handles, len(inputs), made, outputs, None, None):
+            raise ForwardFailed(f"the compiled model failed: {self._library.error()}")
+        return [torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(each, None, None)) for each in made]
+
+    def asked(self, function: str, *kinds: Any, of: int | None = None) -> list[Any]:
+        """See Library.asked; ``of``: the number of what is asked about, where there are several."""
+        return self._library.asked(self._handle, function, kinds, *([] if of is None else [c_size_t(of)]))
 
     def close(self) -> None:
         """Frees the container. Safe to call twice."""
@@ -134,6 +166,12 @@ def _shim(name: str, *arguments: Any) -> Any:
     function.restype = c_int32
     return function
 
+
+# torch's own functions take and give handles in capsules without a name.
+_pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_in.restype, _pointer_in.argtypes = c_void_p, (ctypes.py_object, c_char_p)
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
 
 _TORCH = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 _sizes = c_int64 * 2

@@ -1,5 +1,5 @@
-"""Runs models whose arguments a schema file names (backend name "torch"): exported programs, and TorchScript that
-takes several tensors, as facebookresearch/dlrm's ``(dense_x, lS_o, lS_i)``.
+"""Runs models whose arguments a schema file names (backend name "torch"): exported programs, packages of AOTInductor's,
+and TorchScript that takes several tensors, as facebookresearch/dlrm's ``(dense_x, lS_o, lS_i)``.
 
 Receives an Artifact with Arguments; owns the loaded model, which all instances from ``share`` use together. What the
 schema file says is held against the model when it is loaded: rows of first and of last ids are scored.
@@ -7,7 +7,9 @@ schema file says is held against the model when it is loaded: rows of first and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,15 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.arguments import Argument, Arguments
 from narsil.artifacts.artifact import Artifact
-from narsil.artifacts.exported import Exported, is_pt2, load_exported
+from narsil.artifacts.exported import Exported, load_exported
+from narsil.artifacts.given import given
+from narsil.artifacts.pt2 import is_package, is_pt2
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.tbe import table_operators
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.base import Backend
 from narsil.backends.outputs import scores_of
+from narsil.backends.packages import Packaged, checking, load_packaged
 from narsil.dataflow import Batch, Scores
 from narsil.errors import ArtifactError, ForwardFailed, last_line
 from narsil.program.recording import named_outputs
@@ -29,6 +34,8 @@ from narsil.program.recording import named_outputs
 __all__ = ["ArgumentsBackend"]
 
 _PROBED = 4  # rows of a trial
+_LEAST, _MANY = 2, 10_000  # rows that a package is run with while it checks its inputs
+_TRIALS = ((0, 2, "first ids"), (1, 1, "last ids"), (0, 0, "empty bags"))  # ids by the last one, in each bag, in words
 _MOST_TRIED = 8  # rows of an export's smallest batch, below which fewer are tried
 
 Forward = Callable[[list[Any]], Any]  # arguments in the schema file's order
@@ -54,16 +61,31 @@ class ArgumentsBackend(Backend):
         path, arguments = artifact.files_for("torch")["torchscript"], artifact.arguments
         if arguments is None:
             raise ArtifactError(f"{path} has no schema file beside it; write {path.stem}.schema.json")
-        least = 1
-        if is_pt2(path):
+        if is_package(path):
+            backend = cls._of_package(path, arguments, intra_op_threads)
+        elif is_pt2(path):
             exported = load_exported(path)
             least = _least_rows(exported, arguments, path.name)
-            forward: Forward = exported
+            backend = cls(exported, arguments, least, intra_op_threads)
         else:
             forward = _scripted(load_torchscript(path, "cpu"), arguments.inputs, path.name)
-        backend = cls(forward, arguments, least, intra_op_threads)
+            backend = cls(forward, arguments, 1, intra_op_threads)
         backend._check(path.name)
         backend._least = backend._settled_least()
+        return backend
+
+    @classmethod
+    def _of_package(cls, path: Path, arguments: Arguments, threads: int) -> ArgumentsBackend:
+        """A package's code, once it has been run with checks of its inputs."""
+        with checking(path) as packaged:
+            _check_keys(packaged, arguments.inputs, path.name)
+            _check_constants(packaged, arguments.schema, path.name)
+            trial = cls(packaged, arguments, 1, threads)
+            trial._least = _LEAST
+            trial._check(path.name, ((0, 2, "first ids"), (1, 2, "last ids")))
+            trial._check_rows(path.name, _MANY)
+        backend = cls(load_packaged(path), arguments, _LEAST, threads)
+        backend._check_few_ids(path.name)
         return backend
 
     def bucket(self, rows: int) -> int:
@@ -75,12 +97,13 @@ class ArgumentsBackend(Backend):
         if batch.rows < self._least:
             raise ForwardFailed(f"the program was exported for batches of at least {self._least} rows")
         with torch.inference_mode():
-            outputs = self._forward([_given(item, batch, self.schema) for item in self._arguments.inputs])
+            outputs = self._forward([given(item, batch, self.schema) for item in self._arguments.inputs])
         return scores_of(outputs, self.schema.outputs, batch)
 
     def share(self) -> ArgumentsBackend:
         """Another instance over the same model."""
-        shared = ArgumentsBackend(self._forward, self._arguments, self._least, self._threads)
+        forward = self._forward.share() if isinstance(self._forward, Packaged) else self._forward
+        shared = ArgumentsBackend(forward, self._arguments, self._least, self._threads)
         shared.schema = self.schema  # which may be of some of the tasks alone
         return shared
 
@@ -104,14 +127,61 @@ class ArgumentsBackend(Backend):
                 return least
         return 1 if least <= _MOST_TRIED else least
 
-    def _check(self, name: str) -> None:
+    def close(self) -> None:
+        """See Backend.close."""
+        if isinstance(self._forward, Packaged):
+            self._forward.close()
+
+    def _check_rows(self, name: str, rows: int) -> None:
+        """Raises ArtifactError where a program was compiled for fewer rows."""
+        try:
+            self.run(_rows(self.schema, rows, np.zeros(self.schema.num_features, np.int64), 1))
+        except Exception as error:  # whatever a model raises
+            raise ArtifactError(
+                f"{name} does not take {rows} rows ({self._told(error)}); give torch.export.export dynamic_shapes with "
+                "an unbounded torch.export.Dim for its rows and its ids, and compile it again"
+            ) from None
+
+    def _check_few_ids(self, name: str) -> None:
+        """Raises ArtifactError where rows of no ids, or of one, score otherwise than beside rows of many: code that was
+        compiled for two ids at least."""
+        features, rows = self.schema.num_features, max(_PROBED, self._least)
+        if not features:
+            return
+        for few in ([0] * features, [1] * features, [1] + [0] * (features - 1)):
+            lengths = np.zeros((features, rows + 1), np.int32)
+            lengths[:, 0], lengths[:, rows] = few, 2
+            among, alone = (_bags(self.schema, lengths[:, :count]) for count in (rows + 1, rows))
+            try:
+                whole, part = self.run(among), self.run(alone)
+                same = all(np.allclose(part[task], whole[task][:rows], rtol=1e-5, atol=1e-7) for task in part)
+            except Exception as error:  # whatever a model raises
+                same, told = False, self._told(error)
+            else:
+                told = "its scores are others"
+            if not same:
+                raise ArtifactError(
+                    f"{name} does not take requests of fewer than two ids ({told}); serve the torch.export program "
+                    "that it was compiled from"
+                )
+
+    def _told(self, error: Exception) -> str:
+        """What a forward raised, with the names of its inputs."""
+
+        def name(found: re.Match[str]) -> str:
+            return self._arguments.inputs[int(found[1])].name if int(found[1]) < len(self._arguments.inputs) else ""
+
+        told = re.sub(r"input_handles\[(\d+)\]", name, last_line(error))
+        return re.sub(r"(aoti_torch_\w+)\(.*", r"\1 failed", told)
+
+    def _check(self, name: str, trials: Sequence[tuple[int, int, str]] = _TRIALS) -> None:
         """Holds the model against its schema: names and widths of outputs, first and last ids, bags that are empty."""
         last = [feature.rows - 1 for feature in self.schema.features]
-        for ids, length, told in ((0, 2, "first ids"), (1, 1, "last ids"), (0, 0, "empty bags")):
+        for ids, length, told in trials:
             batch = _rows(self.schema, max(_PROBED, self._least), np.array(last) * ids, length)
             try:
                 with torch.inference_mode():
-                    result = self._forward([_given(item, batch, self.schema) for item in self._arguments.inputs])
+                    result = self._forward([given(item, batch, self.schema) for item in self._arguments.inputs])
                     found = {task: tuple(scores.shape) for task, scores in named_outputs(result).items()}
                 if set(found) != set(self.schema.tasks):
                     raise ArtifactError(
@@ -121,7 +191,7 @@ class ArgumentsBackend(Backend):
                 scores_of(result, self.schema.outputs, batch)
             except Exception as error:  # whatever a model raises
                 raise ArtifactError(
-                    f"{name} and its schema file differ: on rows of {told}, {last_line(error)}; mend the schema file"
+                    f"{name} and its schema file differ: on rows of {told}, {self._told(error)}; mend the schema file"
                 ) from None
 
 
@@ -131,6 +201,14 @@ def _rows(schema: ModelSchema, rows: int, ids: NDArray[np.int64], length: int) -
     lengths = np.full(rows * schema.num_features, length, np.int32)
     weights = np.ones(len(values), np.float32) if schema.weighted else None
     return Batch(rows, np.zeros((rows, schema.dense_dim), np.float32), lengths, values, length == 1, weights)
+
+
+def _bags(schema: ModelSchema, lengths: NDArray[np.int32]) -> Batch:
+    """Rows with so many of each feature's last ids."""
+    rows, values = lengths.shape[1], np.repeat(schema.rows - 1, lengths.sum(axis=1)).astype(schema.id_dtype)
+    weights = np.ones(len(values), np.float32) if schema.weighted else None
+    dense = np.ones((rows, schema.dense_dim), np.float32)
+    return Batch(rows, dense, np.ascontiguousarray(lengths).ravel(), values, one_hot=False, weights=weights)
 
 
 def _drawn(schema: ModelSchema, rows: int) -> Batch:
@@ -143,43 +221,6 @@ def _drawn(schema: ModelSchema, rows: int) -> Batch:
     return Batch(rows, dense, np.full(rows * schema.num_features, 2, np.int32), values, False, weights)
 
 
-def _given(item: Argument, batch: Batch, schema: ModelSchema) -> Any:
-    """An argument: a tensor, or a list of them. Copies are made where the batch's own memory does not serve."""
-    if item.holds == "dense":
-        return torch.from_numpy(np.array(batch.dense))
-    lengths = batch.lengths.reshape(schema.num_features, batch.rows)[list(item.features)]
-    if item.holds in ("lengths", "offsets"):
-        parts = [_structure(item, lengths)] if item.layout != "list" else [_structure(item, one) for one in lengths]
-        kind: Any = np.int64 if item.wide else np.int32
-    else:
-        parts = _per_id(item, batch, schema)
-        kind = np.float32 if item.holds == "weights" else np.int64 if item.wide else np.int32
-    tensors = [torch.from_numpy(np.array(part, kind)) for part in parts]
-    return tensors if item.layout == "list" else tensors[0]
-
-
-def _structure(item: Argument, lengths: NDArray[Any]) -> NDArray[Any]:
-    """Lengths or offsets of (T, B), or of one feature's (B,)."""
-    if item.layout == "flat":
-        lengths = lengths.reshape(-1)
-    if item.holds == "lengths":
-        return lengths
-    ends = np.cumsum(lengths, axis=-1, dtype=np.int64)
-    starts: NDArray[Any] = np.concatenate([np.zeros((*ends.shape[:-1], 1), np.int64), ends], axis=-1)
-    return starts if item.last else starts[..., :-1]
-
-
-def _per_id(item: Argument, batch: Batch, schema: ModelSchema) -> list[NDArray[Any]]:
-    """Ids or weights: of each feature, or of all end to end."""
-    weights = np.ones(len(batch.values), np.float32) if batch.weights is None else batch.weights
-    numbers = weights if item.holds == "weights" else batch.values
-    if item.layout == "flat" and item.features == tuple(range(schema.num_features)):
-        return [numbers]
-    stops = np.cumsum(batch.lengths.reshape(schema.num_features, batch.rows).sum(axis=1))
-    found = [numbers[0 if at == 0 else stops[at - 1] : stops[at]] for at in item.features]
-    return found if item.layout == "list" else [np.concatenate(found)]
-
-
 def _scripted(module: Any, inputs: Sequence[Argument], name: str) -> Forward:
     """A ScriptModule's forward over arguments in the schema file's order."""
     if table_operators(module):
@@ -189,7 +230,7 @@ def _scripted(module: Any, inputs: Sequence[Argument], name: str) -> Forward:
         )
     taken = [argument for argument in module.forward.schema.arguments if argument.name != "self"]
     if len(taken) == 1 and str(taken[0].type).replace(" ", "") == "Dict[str,Tensor]":
-        return lambda given: module(dict(zip((item.name for item in inputs), given, strict=True)))
+        return lambda tensors: module(dict(zip((item.name for item in inputs), tensors, strict=True)))
     types = {argument.name: str(argument.type) for argument in taken}
     _check_names(types, inputs, name)
     for item in inputs:
@@ -200,7 +241,7 @@ def _scripted(module: Any, inputs: Sequence[Argument], name: str) -> Forward:
                 f"{item.layout}, a {wanted}"
             )
     places = [[item.name for item in inputs].index(argument) for argument in types]
-    return lambda given: module(*(given[place] for place in places))
+    return lambda tensors: module(*(tensors[place] for place in places))
 
 
 def _check_names(taken: Mapping[str, Any] | Sequence[str], inputs: Sequence[Argument], name: str) -> None:
@@ -210,6 +251,31 @@ def _check_names(taken: Mapping[str, Any] | Sequence[str], inputs: Sequence[Argu
         raise ArtifactError(
             f"{name} takes {', '.join(taken)}, its schema file has {', '.join(told)}: they differ in {odd[0]}"
         )
+
+
+def _check_keys(packaged: Packaged, inputs: Sequence[Argument], name: str) -> None:
+    """Raises ArtifactError where a package takes another number of tensors, or a dict of others."""
+    if len(packaged.keys) != len(inputs):
+        raise ArtifactError(
+            f"{name} takes {len(packaged.keys)} tensors, its schema file has {len(inputs)} inputs; give one for each, "
+            "in this order"
+        )
+    for key, item in zip(packaged.keys, inputs, strict=True):
+        if item.layout == "list":
+            raise ArtifactError(f"{name}: a list is as many inputs as it has tensors; give {item.name} one for each")
+        if key and item.name != key and not item.name.endswith("_" + key):
+            raise ArtifactError(f"{name} takes {key} where its schema file has {item.name}; give them in its order")
+
+
+def _check_constants(packaged: Packaged, schema: ModelSchema, name: str) -> None:
+    """Raises ArtifactError where a package holds no tensor as large as a feature's table."""
+    most = max(packaged.constants().values(), default=0)
+    for feature in schema.features:
+        if feature.rows * feature.dim > most:
+            raise ArtifactError(
+                f"{name} holds no table of {feature.rows} rows of {feature.dim} for the feature {feature.name}: mend "
+                "the schema file; or serve the torch.export program, if the model maps ids before it looks them up"
+            )
 
 
 def _least_rows(exported: Exported, arguments: Arguments, name: str) -> int:
