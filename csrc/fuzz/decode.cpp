@@ -2,6 +2,7 @@
 //
 // Input: one byte that chooses the wire (bit 0, and bit 7: the Open Inference Protocol), the usual model (bits 1 to 3)
 // and what the metadata names (bits 4 to 6), then the message.
+#include <cmath>
 #include <cstdint>
 #include <iterator>
 #include <vector>
@@ -21,9 +22,9 @@ ModelPtr model(const char* name, Schema schema, const std::vector<std::string>& 
 
 // The input's first byte says which is meant where nothing is named, and what the metadata names.
 const std::vector<ModelPtr> MODELS = {
-    model("fake", {3, {50, 7, 1000, 20}, false, 60, 2000}, {"f", "g", "h", "i"}),
-    model("wide", {2, {5, int64_t{1} << 40}, true, 60, 2000}, {"f", "g"}),
-    model("one", {0, {3}, false, 60, 2000}, {"f"}),
+    model("fake", {3, {}, {50, 7, 1000, 20}, {0, -5, 0, INT32_MIN}, false, 60, 2000}, {"f", "g", "h", "i"}),
+    model("wide", {2, {0, 1}, {5, int64_t{1} << 40}, {0, INT64_MIN}, true, 60, 2000}, {"f", "g"}),
+    model("one", {0, {}, {3}, {0}, false, 60, 2000}, {"f"}),
 };
 
 const ModelName NAMES[] = {{"", ""}, {"fake", ""}, {"wide", "1"}, {"", "2"}, {"none", ""}};
@@ -42,7 +43,12 @@ void require_right(const Decoded& found, const std::vector<uint8_t>& message) {
     REQUIRE(!size || inside(span, size, message.data(), message.size()) ||
             inside(span, size, found.own.get(), found.own_size));
   };
-  require_there(found.dense, 4 * rows * static_cast<size_t>(schema.dense_dim));
+  const size_t columns = static_cast<size_t>(schema.dense_dim);
+  require_there(found.dense, 4 * rows * columns);
+  for (size_t i = 0; i < rows * columns; ++i) {
+    const float value = load<float>(found.dense + 4 * i);
+    REQUIRE(std::isfinite(value) || (std::isnan(value) && !schema.takes_nan.empty() && schema.takes_nan[i % columns]));
+  }
   require_there(found.values, width * ids);
   if (found.lengths) require_there(found.lengths, 4 * rows * features);
   REQUIRE(found.own_size <= 3 * message.size());  // int32 as int64, and lengths
@@ -56,7 +62,7 @@ void require_right(const Decoded& found, const std::vector<uint8_t>& message) {
     for (int32_t i = 0; i < length; ++i, ++at) {
       REQUIRE(at < ids);
       const int64_t id = found.wide ? load<int64_t>(found.values + 8 * at) : load<int32_t>(found.values + 4 * at);
-      REQUIRE(id >= 0 && id < schema.rows[feature]);
+      REQUIRE(id >= schema.least[feature] && id < schema.rows[feature]);
     }
   }
   REQUIRE(at == ids);
@@ -80,7 +86,7 @@ void fuse(const Decoded& found) {
       REQUIRE(length >= 0);
       for (int32_t i = 0; i < length; ++i, ++at) {
         REQUIRE(at < values.size());
-        REQUIRE(values[at] >= 0 && values[at] < schema.rows[bag / rows]);
+        REQUIRE(values[at] >= schema.least[bag / rows] && values[at] < schema.rows[bag / rows]);
       }
     }
   }

@@ -194,15 +194,23 @@ void collate_into(const std::vector<const PyCall*>& calls, int64_t rows, py::arr
 }
 
 std::shared_ptr<PyModel> make_model(py::object served, std::string name, std::string version, int64_t dense_dim,
-                                    std::vector<int64_t> rows, bool wide_ids, int64_t max_rows, int64_t max_ids,
+                                    const std::vector<int64_t>& nan_columns, std::vector<int64_t> rows,
+                                    std::vector<int64_t> least, bool wide_ids, int64_t max_rows, int64_t max_ids,
                                     const std::vector<std::string>& features, std::vector<std::string> tasks) {
   for (const int64_t limit : rows)
     if (limit < 1) throw py::value_error("a table has at least one row");
+  if (least.size() != rows.size() || std::any_of(least.begin(), least.end(), [](int64_t id) { return id > 0; }))
+    throw py::value_error("each feature has a least id, of at most 0");
   if (dense_dim < 0 || max_rows < 0) throw py::value_error("no schema");
   if (!features.empty() && features.size() != rows.size()) throw py::value_error("a name for each feature, or none");
+  std::vector<uint8_t> takes_nan(nan_columns.empty() ? 0 : static_cast<size_t>(dense_dim));
+  for (const int64_t column : nan_columns) {
+    if (column < 0 || column >= dense_dim) throw py::value_error("a column in which NaN is a value is none");
+    takes_nan[static_cast<size_t>(column)] = 1;
+  }
   Model model{std::move(name),
               std::move(version),
-              {dense_dim, std::move(rows), wide_ids, max_rows, max_ids},
+              {dense_dim, std::move(takes_nan), std::move(rows), std::move(least), wide_ids, max_rows, max_ids},
               Places(features),
               std::move(tasks)};
   return std::make_shared<PyModel>(std::move(model), std::move(served));
@@ -335,8 +343,8 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<PyModel, std::shared_ptr<PyModel>>(module, "Model")
       .def(py::init(&make_model), py::arg("served"), py::kw_only(), py::arg("name"), py::arg("version"),
-           py::arg("dense_dim"), py::arg("rows"), py::arg("wide_ids"), py::arg("max_rows"), py::arg("max_ids"),
-           py::arg("features") = py::tuple(), py::arg("tasks") = py::tuple())
+           py::arg("dense_dim"), py::arg("nan_columns"), py::arg("rows"), py::arg("least"), py::arg("wide_ids"),
+           py::arg("max_rows"), py::arg("max_ids"), py::arg("features") = py::tuple(), py::arg("tasks") = py::tuple())
       .def_readonly("served", &PyModel::served);
 
   py::class_<Plane, std::shared_ptr<Plane>>(module, "Plane")

@@ -1,7 +1,9 @@
 #include "native/decode.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
+#include <type_traits>
 
 #include "native/bytes.hpp"
 #include "native/spans.hpp"
@@ -12,11 +14,24 @@ namespace {
 using wire::FieldType;
 using wire::Reader;
 
+constexpr uint32_t INFINITE = 0x7F800000u;  // the bits of infinity; those of NaN are more
+
 // The loops below have no early exit, so that compilers vectorise them.
 
 bool all_finite(const uint8_t* at, size_t count) {
   uint32_t wrong = 0;
-  for (size_t i = 0; i < count; ++i) wrong |= (load<uint32_t>(at + 4 * i) & 0x7F800000u) == 0x7F800000u;
+  for (size_t i = 0; i < count; ++i) wrong |= (load<uint32_t>(at + 4 * i) & INFINITE) == INFINITE;
+  return !wrong;
+}
+
+// As all_finite, where NaN is a value of some columns.
+bool all_values(const uint8_t* at, size_t rows, const std::vector<uint8_t>& takes_nan) {
+  uint32_t wrong = 0;
+  for (size_t row = 0; row < rows; ++row, at += 4 * takes_nan.size())
+    for (size_t column = 0; column < takes_nan.size(); ++column) {
+      const uint32_t size = load<uint32_t>(at + 4 * column) & 0x7FFFFFFFu;
+      wrong |= (size == INFINITE) | ((size > INFINITE) & !takes_nan[column]);
+    }
   return !wrong;
 }
 
@@ -26,29 +41,38 @@ bool all_ones(const uint8_t* at, size_t count) {
   return !wrong;
 }
 
-// The largest id below `limit` that a signed number of U's width can be. Read as unsigned, negative ids are larger
-// still.
+// The ids of a feature, as far as numbers of U's width can be such: those at most `span` above `least`, all of them
+// read as unsigned.
 template <class U>
-U most_id(int64_t limit) {
-  const U most = ~U{0} >> 1;
-  return static_cast<uint64_t>(limit) - 1 < most ? static_cast<U>(limit - 1) : most;
-}
+struct Bounds {
+  U least, span;
+
+  Bounds(const Schema& schema, size_t feature) {
+    using Signed = std::make_signed_t<U>;
+    const int64_t low = std::max<int64_t>(schema.least[feature], std::numeric_limits<Signed>::min());
+    const int64_t high = std::min<int64_t>(schema.rows[feature] - 1, std::numeric_limits<Signed>::max());
+    least = static_cast<U>(low);
+    span = static_cast<U>(static_cast<U>(high) - least);
+  }
+
+  bool miss(U id) const { return static_cast<U>(id - least) > span; }
+};
 
 template <class U>
-bool all_below(const uint8_t* at, size_t count, int64_t limit) {
-  const U most = most_id<U>(limit);
+bool all_inside(const uint8_t* at, size_t count, Bounds<U> bounds) {
   U wrong = 0;
-  for (size_t i = 0; i < count; ++i) wrong |= load<U>(at + sizeof(U) * i) > most;
+  for (size_t i = 0; i < count; ++i) wrong |= bounds.miss(load<U>(at + sizeof(U) * i));
   return !wrong;
 }
 
+// One id a bag, by row, every id inside its table.
 template <class U>
-bool rows_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limits) {
-  std::vector<U> most(limits.size());
-  for (size_t t = 0; t < most.size(); ++t) most[t] = most_id<U>(limits[t]);
+bool rows_inside(const uint8_t* at, size_t rows, const Schema& schema) {
+  std::vector<Bounds<U>> bounds;
+  for (size_t t = 0; t < schema.rows.size(); ++t) bounds.emplace_back(schema, t);
   U wrong = 0;
-  for (size_t row = 0; row < rows; ++row, at += sizeof(U) * most.size())
-    for (size_t t = 0; t < most.size(); ++t) wrong |= load<U>(at + sizeof(U) * t) > most[t];
+  for (size_t row = 0; row < rows; ++row, at += sizeof(U) * bounds.size())
+    for (size_t t = 0; t < bounds.size(); ++t) wrong |= bounds[t].miss(load<U>(at + sizeof(U) * t));
   return !wrong;
 }
 
@@ -80,21 +104,21 @@ bool count_ids(Decoded& found, size_t size, Span lengths, size_t bags, bool type
 
 // Every id of every bag inside its table. Lengths have been found to add up.
 template <class U>
-bool bags_below(const Decoded& found, const Schema& schema) {
+bool bags_inside(const Decoded& found, const Schema& schema) {
   const uint8_t* values = found.values;
   const size_t features = schema.rows.size(), rows = static_cast<size_t>(found.rows);
   if (found.key_major) {
     for (size_t t = 0; t < features; ++t) {
       size_t count = 0;
       for (size_t row = 0; row < rows; ++row) count += load<uint32_t>(found.lengths + 4 * (t * rows + row));
-      if (!all_below<U>(values, count, schema.rows[t])) return false;
+      if (!all_inside<U>(values, count, {schema, t})) return false;
       values += sizeof(U) * count;
     }
     return true;
   }
   for (size_t bag = 0; bag < rows * features; ++bag) {
     const size_t count = load<uint32_t>(found.lengths + 4 * bag);
-    if (!all_below<U>(values, count, schema.rows[bag % features])) return false;
+    if (!all_inside<U>(values, count, {schema, bag % features})) return false;
     values += sizeof(U) * count;
   }
   return true;
@@ -102,11 +126,9 @@ bool bags_below(const Decoded& found, const Schema& schema) {
 
 // One id a bag, by feature, every id inside its table.
 template <class U>
-bool columns_below(const uint8_t* at, size_t rows, const std::vector<int64_t>& limits) {
-  for (const int64_t limit : limits) {
-    if (!all_below<U>(at, rows, limit)) return false;
-    at += sizeof(U) * rows;
-  }
+bool columns_inside(const uint8_t* at, size_t rows, const Schema& schema) {
+  for (size_t t = 0; t < schema.rows.size(); ++t, at += sizeof(U) * rows)
+    if (!all_inside<U>(at, rows, {schema, t})) return false;
   return true;
 }
 
@@ -117,17 +139,19 @@ bool right(Decoded& found, Span dense, Span values, Span lengths, const Schema& 
   const size_t rows = static_cast<size_t>(found.rows), features = schema.rows.size();
   if (dense.size != 4 * rows * static_cast<size_t>(schema.dense_dim)) return false;
   if (lengths.given && lengths.size != 4 * rows * features) return false;
-  if (!all_finite(dense.data, dense.size / 4)) return false;
+  if (!(schema.takes_nan.empty() ? all_finite(dense.data, dense.size / 4)
+                                 : all_values(dense.data, rows, schema.takes_nan)))
+    return false;
   if (!count_ids(found, values.size, lengths, rows * features, typed) || found.ids > schema.max_ids) return false;
   found.dense = dense.data;
   found.values = values.data;
   found.lengths = lengths.given ? lengths.data : nullptr;
-  if (!found.one_hot) return found.wide ? bags_below<uint64_t>(found, schema) : bags_below<uint32_t>(found, schema);
+  if (!found.one_hot) return found.wide ? bags_inside<uint64_t>(found, schema) : bags_inside<uint32_t>(found, schema);
   if (found.key_major)
-    return found.wide ? columns_below<uint64_t>(values.data, rows, schema.rows)
-                      : columns_below<uint32_t>(values.data, rows, schema.rows);
-  return found.wide ? rows_below<uint64_t>(values.data, rows, schema.rows)
-                    : rows_below<uint32_t>(values.data, rows, schema.rows);
+    return found.wide ? columns_inside<uint64_t>(values.data, rows, schema)
+                      : columns_inside<uint32_t>(values.data, rows, schema);
+  return found.wide ? rows_inside<uint64_t>(values.data, rows, schema)
+                    : rows_inside<uint32_t>(values.data, rows, schema);
 }
 
 bool agreed(std::string_view& name, Span message, const std::string& metadata) {

@@ -18,9 +18,11 @@ namespace narsil::native {
 // What a request is held against. T features, D dense columns.
 struct Schema {
   int64_t dense_dim = 0;
-  std::vector<int64_t> rows;  // (T,) of each feature's table
-  bool wide_ids = false;      // a batch's ids are int64
-  int64_t max_rows = 0;       // of one request
+  std::vector<uint8_t> takes_nan;  // (D,) whether NaN is a value of each column; empty where it is of none
+  std::vector<int64_t> rows;       // (T,) of each feature's table
+  std::vector<int64_t> least;      // (T,) of each feature: its ids are from here to rows - 1
+  bool wide_ids = false;           // a batch's ids are int64
+  int64_t max_rows = 0;            // of one request
   int64_t max_ids = 0;
 
   int64_t features() const { return static_cast<int64_t>(rows.size()); }

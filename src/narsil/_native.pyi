@@ -18,14 +18,17 @@ class Model:
         name: str,
         version: str,
         dense_dim: int,
+        nan_columns: Sequence[int],
         rows: Sequence[int],
+        least: Sequence[int],
         wide_ids: bool,
         max_rows: int,
         max_ids: int,
         features: Sequence[str] = (),
         tasks: Sequence[str] = (),
     ) -> None:
-        """``rows`` are (T,) of each feature's table; ``max_rows`` and ``max_ids`` those that one request may have.
+        """``nan_columns`` are those of the D in which NaN is a value; ids are (T,) ``least`` to ``rows`` - 1;
+        ``max_rows`` and ``max_ids`` those that one request may have.
 
         ``features`` are the names of all, or of none; ``tasks`` those whose scores a request may ask for by name. A
         message that uses others is left to Python.

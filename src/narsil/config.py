@@ -67,6 +67,9 @@ class ServeSettings(BaseModel):
     dense_dim: int = Field(
         0, ge=0, le=1 << 20, description="Dense columns of a TorchScript file that takes any number; 0: as it says."
     )
+    allow_nan: bool = Field(
+        False, description="Take NaN for a missing number, in those columns in which the model turns it into a score."
+    )
     execution_mode: Literal["batch", "worker"] = Field(
         "batch", description="batch: requests in flight become one fused forward. worker: one by one."
     )

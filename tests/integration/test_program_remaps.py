@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     pytest.importorskip("fbgemm_gpu")
 
 from narsil.compile.exact import ExactScorer
-from narsil.program.bounds import id_limit
+from narsil.program.bounds import id_least, id_limit
 from narsil.program.steps import Bags, of_feature
 from tests.integration.test_program_bags import (
     FEATURES,
@@ -36,6 +36,7 @@ ANY = 2**63 - 1
 KNOWN = torch.tensor([3, 17, 40, 2**31 + 5, 2**40 + 1, 2**62])
 PLACES = torch.tensor([7, 0, 49, 3, 12, 31])
 LIST = torch.arange(TABLE_ROWS).flip(0)
+LEAST: dict[str, int] = {}  # of CHANGES; else 0 where the limit is the table's own, and any int64
 IDS = np.array([0, 3, 16, 17, 18, 39, 40, 49, 50, 2**31 + 5, 2**31 + 6, 2**40 + 1, 2**62, 2**62 + 1, ANY - 1])
 
 
@@ -76,21 +77,24 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], int]] = {
 }
 
 
-def compare(forward: Any, limits: tuple[int, ...], kind: Any = torch.int64) -> None:
+def compare(forward: Any, limits: tuple[int, ...], least: tuple[int, ...], kind: Any = torch.int64) -> None:
     """Read, bounded as it should be, and scored as the model does for ids of all sizes."""
     readings = readings_of(forward, kind)
     assert readings.program is not None, readings.problem
-    found = [ANY] * FEATURES
+    found, lows = [ANY] * FEATURES, [-(2**63)] * FEATURES
     for lookup in readings.lookups:
         for position, table in zip(lookup.features, lookup.tables, strict=True):
             limit = id_limit(of_feature(lookup.ids, position), table.rows, ANY)
             found[position] = min(found[position], limit)
-    assert tuple(found) == limits
+            low = id_least(of_feature(lookup.ids, position), table.rows, limit, -(2**63))
+            lows[position] = max(lows[position], low)
+    assert (tuple(found), tuple(lows)) == (limits, least)
     lengths, _, weights = bags_of(40, 9, seed=3)
     random = np.random.default_rng(4)
     bounds = np.repeat(np.array(limits), lengths.sum(axis=1))
     ids = np.where(random.random(len(bounds)) < 0.7, random.choice(IDS, len(bounds)), random.integers(0, bounds))
     ids = np.minimum(ids, bounds - 1)
+    ids = np.maximum(np.where(random.random(len(ids)) < 0.4, -1 - ids, ids), np.repeat(least, lengths.sum(axis=1)))
     expected = called(forward)(inputs_of(lengths, ids, weights, kind))
     made = readings.program.reference({}, {"g": Bags(lengths, ids, weights)})["default"]
     np.testing.assert_allclose(made, expected.double().numpy(), rtol=1e-5, atol=1e-4)
@@ -99,7 +103,8 @@ def compare(forward: Any, limits: tuple[int, ...], kind: Any = torch.int64) -> N
 @pytest.mark.parametrize("name", CHANGES)
 def test_remapped_ids_are_read_and_bounded(name: str) -> None:
     change, limit = CHANGES[name]
-    compare(all_features(change), (limit,) * FEATURES)
+    least = LEAST.get(name, 0 if limit == TABLE_ROWS else -(2**63))
+    compare(all_features(change), (limit,) * FEATURES, (least,) * FEATURES)
 
 
 def test_each_feature_may_be_remapped_otherwise() -> None:
@@ -113,7 +118,7 @@ def test_each_feature_may_be_remapped_otherwise() -> None:
         ids = torch.cat(parts)
         return torch.cat([feature(lengths, ids, weights, number) for number in range(FEATURES)], 1)
 
-    compare(forward, (ANY, TABLE_ROWS, ANY))
+    compare(forward, (ANY, TABLE_ROWS, ANY), (-(2**63), 0, -(2**63)))
 
 
 def outside(ids: Any) -> Any:

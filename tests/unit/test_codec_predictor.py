@@ -139,7 +139,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "too few dense features": (assign("float_features.num_features", 2), "num_features is 2; the model takes 3"),
     "dense bytes cut": (assign("float_features.values", b"\0" * 13), "13 bytes are no whole number of float32"),
     "a dense row missing": (assign("float_features.values", b"\0" * 12), "12 bytes for 4 rows"),
-    "NaN": (set_dense(2, 1, float("nan")), "row 2, column 1 is nan; values must be finite"),
+    "NaN": (set_dense(2, 1, float("nan")), "row 2, column 1 is nan; values must be finite: --allow-nan serves"),
     "infinity": (set_dense(3, 0, float("-inf")), "row 3, column 0 is -inf"),
     "no sparse": (lambda m: m.ClearField("id_list_features"), r"num_features is 0; the model takes 4 .*user .. shop"),
     "missing feature": (assign("id_list_features.num_features", 3), "id_list_features.num_features is 3"),

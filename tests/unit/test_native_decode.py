@@ -41,7 +41,13 @@ WIDE = ModelSchema(
 )
 ONE = ModelSchema(dense_dim=0, features=(Feature("only", "t_only", rows=3, dim=4),))
 SEVERAL = replace(SCHEMA, tasks=("a", "b", "c"), widths=())
-SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE, "several": SEVERAL}
+GAPS = SCHEMA.taking_nan((0, 2))
+SIGNED = replace(
+    SCHEMA,
+    features=(replace(SCHEMA.features[0], least=-(2**31)), replace(SCHEMA.features[1], least=-5), *SCHEMA.features[2:]),
+)
+VAST = replace(WIDE, features=(WIDE.features[0], replace(WIDE.features[1], rows=2**63 - 1, least=-(2**63))))
+SCHEMAS = {"narrow": SCHEMA, "wide": WIDE, "one": ONE, "several": SEVERAL, "gaps": GAPS, "signed": SIGNED, "vast": VAST}
 SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -51,7 +57,9 @@ def native_model(schema: ModelSchema, name: str = "fake", version: str = "1", se
         name=name,
         version=version,
         dense_dim=schema.dense_dim,
+        nan_columns=list(schema.nan_columns),
         rows=schema.rows.tolist(),
+        least=schema.least.tolist(),
         wide_ids=schema.id_dtype.itemsize == 8,
         max_rows=LIMITS.max_rows,
         max_ids=LIMITS.max_ids,
@@ -136,6 +144,7 @@ def payloads(draw, schema: ModelSchema) -> tuple[str, bytes]:
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     longest = draw(st.sampled_from([None, 0, 1, 3]))
     dense = random.standard_normal((rows, schema.dense_dim), dtype=np.float32)
+    dense[(random.random(dense.shape) < 0.3) & schema.takes_nan] = np.nan
     count = schema.num_features
     narrow = bool(schema.id_dtype.itemsize == 4)
     on_predictor = draw(st.booleans())
@@ -143,9 +152,12 @@ def payloads(draw, schema: ModelSchema) -> tuple[str, bytes]:
     shape = (count, rows) if on_predictor else (rows, count)
     lengths = np.ones(shape, np.int32) if longest is None else random.integers(0, longest + 1, shape).astype(np.int32)
     limits = np.broadcast_to(schema.rows[:, None] if on_predictor else schema.rows, shape)
+    lows = np.broadcast_to(schema.least[:, None] if on_predictor else schema.least, shape)
     if on_predictor and not vast:
-        limits = np.minimum(limits, 1 << 31)
-    values = random.integers(0, np.repeat(limits.ravel(), lengths.ravel()))
+        limits, lows = np.minimum(limits, 1 << 31), np.maximum(lows, -(1 << 31))
+    if draw(st.booleans()):  # few of those that are even over all of them have a size that int32 holds
+        limits, lows = np.minimum(limits, 3), np.maximum(lows, -3)
+    values = random.integers(np.repeat(lows.ravel(), lengths.ravel()), np.repeat(limits.ravel(), lengths.ravel()))
     if on_predictor:
         message = predictor_pb2.PredictionRequest()
         if not schema.dense_dim or draw(st.booleans()):
@@ -260,6 +272,29 @@ def test_an_int64_id_is_not_taken_by_its_low_half(loops, outside, longest):
         assert (loops["narrow"].decode(predictor.METHOD, message.SerializeToString()) is not None) == taken
 
 
+@pytest.mark.parametrize("name", ["narrow", "signed", "wide", "vast"])
+@SLOW
+@given(data=st.data())
+def test_an_id_is_let_in_by_native_code_where_the_portable_codec_lets_it_in(loops, name, data):
+    loop = loops[name]
+    count = loop.schema.num_features
+    borders = [*loop.schema.rows.tolist(), *loop.schema.least.tolist(), 2**31, -(2**31), 2**63 - 1, -(2**63), 0]
+    near = st.builds(lambda border, by: border + by, st.sampled_from(borders), st.integers(-2, 1))
+    ids = data.draw(st.lists(near, min_size=2 * count, max_size=2 * count))
+    kind = data.draw(st.sampled_from(["<i4", "<i8"]))
+    ends = np.iinfo(kind)
+    ids = np.clip(np.array(ids, object), int(ends.min), int(ends.max)).astype(kind).reshape(2, count)
+    bags = data.draw(st.sampled_from([[1] * count, [2] + [1] * (count - 1)]))
+    values = np.concatenate([np.repeat(ids[0], bags), ids[1]])
+    own = narsil_pb2.PredictRequest(batch_size=2, dense=bytes(8 * loop.schema.dense_dim))
+    own.sparse.num_features, own.sparse.id_type, own.sparse.values = count, int(kind == "<i8"), values.tobytes()
+    own.sparse.lengths = np.array([*bags, *[1] * count], "<i4").tobytes()
+    body = own.SerializeToString()
+    right = bool(((ids >= loop.schema.least) & (ids < loop.schema.rows)).all())
+    found, expected = loop.decode(narsil_v1.METHOD, body), loop.portable(narsil_v1.METHOD, body)
+    assert (found is not None, expected is not None) == (right, right)
+
+
 @pytest.mark.parametrize("longest", [1, 2])
 def test_ids_whose_width_is_told_are_read_in_no_other(loops, longest):
     """narsil.v1 tells it; bytes that would do as int64 are left to the portable codec, which says so."""
@@ -333,6 +368,26 @@ def test_what_is_no_request_is_left_alone(loops, body):
     methods = (predictor.METHOD, narsil_v1.METHOD, oip_messages.METHOD)
     for loop, method in itertools.product(loops.values(), methods):
         assert loop.decode(method, body) is None
+
+
+# Numbers as they come: quiet and other NaN of either sign, infinity, and what is next to it.
+BITS = (0, 0x80000000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF, 0xFF800001)
+
+
+@pytest.mark.parametrize("name", ["narrow", "gaps"])
+@SLOW
+@given(data=st.data())
+def test_a_number_is_let_in_by_native_code_where_the_portable_codec_lets_it_in(loops, name, data):
+    loop = loops[name]
+    rows = data.draw(st.integers(1, 4))
+    bits = data.draw(st.lists(st.sampled_from(BITS), min_size=3 * rows, max_size=3 * rows))
+    body = build_request(np.array(bits, np.uint32).view(np.float32).reshape(rows, 3), np.zeros((rows, 4), int))
+    sizes = [bit & 0x7FFFFFFF for bit in bits]
+    right = all(
+        size != 0x7F800000 if at % 3 in loop.schema.nan_columns else size < 0x7F800000 for at, size in enumerate(sizes)
+    )
+    found, expected = loop.decode(narsil_v1.METHOD, body), loop.portable(narsil_v1.METHOD, body)
+    assert (found is not None, expected is not None) == (right, right)
 
 
 @pytest.mark.parametrize("dense", [np.nan, np.inf, -np.inf])

@@ -49,7 +49,9 @@ def native(served: Served) -> Model:
         name=served.name,
         version=served.version,
         dense_dim=schema.dense_dim,
+        nan_columns=list(schema.nan_columns),
         rows=schema.rows.tolist(),
+        least=schema.least.tolist(),
         wide_ids=schema.id_dtype.itemsize == 8,
         max_rows=10,
         max_ids=100,
@@ -279,7 +281,17 @@ def test_calls_of_two_models_are_not_fused(plane, client):
     ],
 )
 def test_what_makes_no_model_is_refused(arguments, why):
-    usual = {"name": "", "version": "", "dense_dim": 1, "rows": [1], "wide_ids": False, "max_rows": 1, "max_ids": 1}
+    usual = {
+        "name": "",
+        "version": "",
+        "dense_dim": 1,
+        "nan_columns": [],
+        "rows": [1],
+        "least": [0],
+        "wide_ids": False,
+        "max_rows": 1,
+        "max_ids": 1,
+    }
     with pytest.raises(ValueError, match=why):
         Model(None, **{**usual, **arguments})
 

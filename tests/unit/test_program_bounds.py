@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from narsil.program.bounds import id_limit
+from narsil.program.bounds import id_least, id_limit
 from narsil.program.steps import IdArray, IdExpression, evaluate_ids
 
 NARROW, WIDE = 2**31, 2**63 - 1
@@ -122,6 +122,30 @@ def test_numbers_that_are_none_bound_nothing(number: float | None) -> None:
     assert id_limit(of("add", IDS, number), 100, NARROW) == 0
 
 
+LEAST: dict[str, tuple[IdExpression, int, int]] = {
+    "ids": (IDS, 100, 0),
+    "remainder": (of("remainder", IDS, 100), 100, -NARROW),
+    "fmod": (of("fmod", IDS, 100), 100, 0),
+    "fmod and what brings it above 0": (of("remainder", of("fmod", IDS, 100), 100), 100, -NARROW),
+    "clamp": (of("clamp", IDS, 0, 99), 100, -NARROW),
+    "clamp(max) alone": (of("clamp", IDS, None, 99), 100, 0),
+    "+ 5": (of("clamp", of("add", IDS, 5), None, 99), 100, -5),
+    "magnitude": (of("clamp", of("abs", IDS), None, 99), 100, -NARROW),
+    "magnitude of what may wrap around": (of("clamp", narrow("abs", IDS), None, 99), 100, 1 - NARROW),
+    "masked bits": (of("bit_and", IDS, 63), 64, -NARROW),
+    "shifted": (of("shift_right", IDS, 40), 100, 0),
+    "searched": (of("search", LIST_OF_KNOWN, IDS), 6, -NARROW),
+    "below 0 is another": (of("where", of("lt", IDS, 0), 7, of("remainder", IDS, 100)), 100, -NARROW),
+    "a list": (of("take", LIST, IDS), 100, 0),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_the_least_id_of(name: str) -> None:
+    expression, rows, least = LEAST[name]
+    assert id_least(expression, rows, id_limit(expression, rows, NARROW), -NARROW) == least
+
+
 NUMBERS = st.integers(-200, 200) | st.sampled_from([2**31 - 1, -(2**31), 2**30, 10**6 + 3])
 
 
@@ -163,11 +187,12 @@ EXPRESSIONS = st.recursive(st.just(IDS), grown, max_leaves=5)
 @settings(deadline=None, max_examples=600)
 @given(EXPRESSIONS, st.integers(1, 400))
 @example(of("clamp", narrow("add", IDS, 1), None, 99), 100)
-def test_every_id_below_the_limit_leads_inside_of_the_table(expression: IdExpression, rows: int) -> None:
+def test_every_id_from_the_least_to_the_limit_leads_inside_of_the_table(expression: IdExpression, rows: int) -> None:
     limit = id_limit(expression, rows, NARROW)
-    near = np.arange(-300, 301)
-    ids = np.concatenate([near, limit + near, limit // 2 + near, np.array([2**30, NARROW - 1, NARROW // 3])])
-    ids = ids[(ids >= 0) & (ids < limit)]
+    least = id_least(expression, rows, limit, -NARROW) if limit else 0
+    near, far = np.arange(-300, 301), np.array([2**30, NARROW - 1, NARROW // 3])
+    ids = np.concatenate([near, limit + near, limit // 2 + near, far, least + near, least // 2 + near, -1 - far])
+    ids = ids[(ids >= least) & (ids < limit)]
     found = np.broadcast_to(evaluate_ids(expression, ids.astype(np.int32), None), ids.shape)
     assert ((found >= 0) & (found < rows)).all()
 

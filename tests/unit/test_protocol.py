@@ -285,9 +285,11 @@ TOLD: dict[str, Callable[[], str]] = {
     "float_features.values: 4 bytes for 2 rows; the model takes 1 float32 a row, 8 bytes": lambda: torchrec(
         float_features__values=floats(0.5)
     ),
-    "float_features.values: row 0, column 0 is nan; values must be finite": lambda: torchrec(
-        float_features__values=floats(np.nan, 2.0)
+    "float_features.values: row 0, column 0 is inf; values must be finite": lambda: torchrec(
+        float_features__values=floats(np.inf, 2.0)
     ),
+    "float_features.values: row 0, column 0 is nan; values must be finite: --allow-nan serves a model that takes NaN "
+    "for a missing value": lambda: torchrec(float_features__values=floats(np.nan, 2.0)),
     "id_list_features.lengths: 4 bytes for 2 features x 2 rows; expected 16 bytes of int32, key-major": lambda: (
         torchrec(id_list_features__lengths=ints(1))
     ),

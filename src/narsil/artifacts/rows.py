@@ -11,7 +11,8 @@ clients send, and what tells forms apart that agree on even rows:
     bags      of one id each; of 0 to 4                  of 0 to 12; half of 0 to 100, half of 0 to 4
     weights   even in [0, 2); 1                          0; N(0, 1)
 
-Each row of numbers and each bag has one kind. In half of the rows no number is below zero: a model may take logarithms.
+Where NaN is a value of some columns, half of the rows have it in some of them, or in all. Each row of numbers and each
+bag has one kind. In half of the rows no number is below zero: a model may take logarithms.
 Where a file's rows are given, its rows of numbers are what is usual, and numbers between the least and the largest of
 its columns are extreme. What is usual is what trained models see, and where a limit can hold for every row; rounding
 grows with what is rounded, so that over extreme rows only an average can be held to one.
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from narsil.artifacts.schema import ModelSchema
 from narsil.dataflow import Batch, Floats
 
-__all__ = ["USUAL_ROWS", "Vocabularies", "extreme", "of_bags", "random_batch", "rows_of", "usual"]
+__all__ = ["USUAL_ROWS", "Vocabularies", "extreme", "of_bags", "random_batch", "rows_of", "usual", "with_missing"]
 
 USUAL_ROWS = 10_000  # at least; half of them one-hot
 _BATCH_ROWS = 500
@@ -39,6 +40,7 @@ _EXTREME_BAGS = (None, 4, 12)
 _EXTREME_BATCHES = 6
 _SHORT, _LONG = 4, 100
 _LONG_BATCHES = 4
+_MISSING = {0.0: 0.5, 0.3: 0.4, 1.0: 0.1}  # how much of a row is missing, of what may be -> the share of such rows
 _LONG_IDS = 250_000  # of a batch of long bags, about: it has fewer rows where there are many features
 
 # Kind -> its share.
@@ -90,7 +92,7 @@ def extreme(
         lengths = _lengths(schema.num_features * rows, longest, random)
         dense = _dense(_EXTREME_DENSE, (rows, schema.dense_dim), random)
         if given is not None:
-            low, high = given.min(axis=0).astype(np.float64), given.max(axis=0).astype(np.float64)
+            low, high = _ends(given)
             between = np.clip(low + (high - low) * random.random(dense.shape), low, high).astype(np.float32)
             dense = np.where(random.random((rows, 1)) < 0.5, between, dense)
         drawn = _batch(schema, dense, lengths, _EXTREME_IDS, _EXTREME_WEIGHTS, random)
@@ -103,7 +105,7 @@ def _with_known(batch: Batch, schema: ModelSchema, known: Vocabularies, random: 
     values = batch.values.copy()
     ends = np.cumsum(batch.lengths.reshape(schema.num_features, -1).sum(axis=1))
     for feature, every in known.items():
-        ids = every[(every >= 0) & (every < schema.features[feature].rows)]
+        ids = every[(every >= schema.features[feature].least) & (every < schema.features[feature].rows)]
         own = np.arange(ends[feature - 1] if feature else 0, ends[feature])
         own = own[random.random(len(own)) < 0.5]
         if len(ids):
@@ -130,10 +132,28 @@ def of_bags(lengths: NDArray[np.integer[Any]], order: NDArray[np.integer[Any]]) 
     return positions
 
 
+def with_missing(dense: Floats, schema: ModelSchema, random: Random) -> Floats:
+    """(B, D), NaN here and there where it is a value."""
+    if not schema.nan_columns:
+        return dense
+    share = random.choice(list(_MISSING), (len(dense), 1), p=list(_MISSING.values()))
+    return np.where((random.random(dense.shape) < share) & schema.takes_nan, np.float32(np.nan), dense)
+
+
+def _ends(given: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(D,) the least and the largest number of each column; 0 where it has none."""
+    is_number = ~np.isnan(given)
+    low, high = np.where(is_number, given, np.inf).min(axis=0), np.where(is_number, given, -np.inf).max(axis=0)
+    has_one = is_number.any(axis=0)
+    return np.where(has_one, low, 0).astype(np.float64), np.where(has_one, high, 0).astype(np.float64)
+
+
 def _batch(schema: ModelSchema, dense: Floats, lengths: Counts, ids: Shares, weights: Shares, random: Random) -> Batch:
     rows = len(dense)
-    values = _ids(ids, np.repeat(schema.rows, rows), lengths, random).astype(schema.id_dtype)
+    values = _ids(ids, np.repeat(schema.rows, rows), lengths, random)
+    values = _with_negative(values, np.repeat(np.repeat(schema.least, rows), lengths), random).astype(schema.id_dtype)
     given = _weights(weights, schema, rows, lengths, random) if schema.weighted else None
+    dense = with_missing(dense, schema, random)
     return Batch(rows, dense, lengths, values, one_hot=bool((lengths == 1).all()), weights=given)
 
 
@@ -179,6 +199,17 @@ def _ids(shares: Shares, tables: NDArray[np.int64], lengths: Counts, random: Ran
         "repeated": one,
     }
     return _picked(shares, drawn, np.repeat(_kinds(shares, len(lengths), random), lengths))
+
+
+def _with_negative(ids: NDArray[np.int64], least: NDArray[np.int64], random: Random) -> NDArray[np.int64]:
+    """(N,) ids, of which some are below 0 where they may be: a quarter even over what they may be, as many as near to 0
+    as the ids before were, and few the least."""
+    if not least.any():
+        return ids
+    kind = random.random(len(ids))
+    even = random.integers(least, np.where(least < 0, 0, 1))
+    found = np.select([kind < 0.25, kind < 0.5, kind < 0.55], [even, np.maximum(-1 - ids, least), least], ids)
+    return np.where(least < 0, found, ids)
 
 
 def _weights(shares: Shares, schema: ModelSchema, rows: int, lengths: Counts, random: Random) -> Floats:

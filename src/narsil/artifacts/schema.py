@@ -31,7 +31,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Feature:
-    """One sparse feature and the table it looks its ids up in. Valid ids are 0 .. rows - 1."""
+    """One sparse feature and the table it looks its ids up in. Valid ids are least .. rows - 1."""
 
     name: str
     table: str
@@ -40,6 +40,7 @@ class Feature:
     pooling: Pooling = "sum"
     weighted: bool = False
     group: str = ""  # the key of its id lists in the model's input; empty where the model has one such group alone
+    least: int = 0  # below 0 where the model takes negative ids, as hashes of strings are, to its table
 
     def __post_init__(self) -> None:
         for value in (self.name, self.table, *([self.group] if self.group != "" else [])):
@@ -51,6 +52,8 @@ class Feature:
         for label, number in (("rows", self.rows), ("dim", self.dim)):
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST:
                 raise ArtifactError(f"feature {self.name}: {label} must be a positive integer, not {_shown(number)}")
+        if type(self.least) is not int or not -(2**63) <= self.least <= 0:
+            raise ArtifactError(f"feature {self.name}: least must be an int64 of at most 0, not {_shown(self.least)}")
         if self.pooling not in ("sum", "mean"):
             raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {_shown(self.pooling)}")
         if not isinstance(self.weighted, bool):
@@ -70,6 +73,7 @@ class ModelSchema:
     widths: tuple[int, ...] = ()  # numbers that each task gives for a row
     # (input of the model, width) of each part of the dense columns, in order; empty where all are float_features'.
     matrices: tuple[tuple[str, int], ...] = ()
+    nan_columns: tuple[int, ...] = ()  # of the D, rising: those in which NaN is a value, that of a missing number
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
@@ -91,6 +95,14 @@ class ModelSchema:
         ):
             raise ArtifactError(
                 f"widths must be positive integers, one for each of {len(self.tasks)} tasks, not {_shown(self.widths)}"
+            )
+
+        if any(type(column) is not int for column in self.nan_columns) or any(
+            not low < high for low, high in itertools.pairwise((-1, *self.nan_columns, self.dense_dim))
+        ):
+            raise ArtifactError(
+                f"nan_columns must be rising numbers of dense columns, 0 to {self.dense_dim - 1}, not "
+                f"{_shown(self.nan_columns)}"
             )
 
     def _check_groups(self) -> None:
@@ -142,6 +154,15 @@ class ModelSchema:
                 raise ConfigError(f"the model has no task {_shown(task)}; it has {', '.join(self.tasks)}")
         return replace(self, tasks=tuple(tasks), widths=tuple(self.outputs[task] for task in tasks))
 
+    def taking_nan(self, columns: Sequence[int]) -> ModelSchema:
+        """The same with these columns as those in which NaN is a value."""
+        return replace(self, nan_columns=tuple(columns))
+
+    @cached_property
+    def takes_nan(self) -> NDArray[np.bool_]:
+        """(D,) whether NaN is a value of each dense column."""
+        return np.isin(np.arange(self.dense_dim), self.nan_columns)
+
     @cached_property
     def index(self) -> dict[str, int]:
         """Feature name -> its position 0 .. T - 1 in key-major order."""
@@ -153,14 +174,25 @@ class ModelSchema:
         return np.array([feature.rows for feature in self.features], dtype=np.int64)
 
     @cached_property
+    def least(self) -> NDArray[np.int64]:
+        """(T,) int64: the least id of each feature, 0 of most."""
+        return np.array([feature.least for feature in self.features], dtype=np.int64)
+
+    @cached_property
+    def max_least(self) -> int:
+        """Ids from it on, up to ``min_rows``, are valid for every feature."""
+        return int(self.least.max(initial=-(2**63)))
+
+    @cached_property
     def min_rows(self) -> int:
-        """The smallest table's rows: ids below it are valid for every feature."""
+        """The smallest table's rows: ids below it, from 0 on, are valid for every feature."""
         return int(self.rows.min(initial=_MOST))
 
     @cached_property
     def id_dtype(self) -> np.dtype[Any]:
         """int32 where every id fits it, else int64."""
-        return np.dtype(np.int32 if int(self.rows.max(initial=0)) <= 2**31 else np.int64)
+        narrow = int(self.rows.max(initial=0)) <= 2**31 and int(self.least.min(initial=0)) >= -(2**31)
+        return np.dtype(np.int32 if narrow else np.int64)
 
     @cached_property
     def weighted(self) -> bool:
@@ -177,13 +209,17 @@ class ModelSchema:
         # As before there were any, where they say nothing.
         if set(self.widths) != {1}:
             plain["widths"] = list(self.widths)
-        return {**plain, "matrices": [list(part) for part in self.matrices]} if self.matrices else plain
+        if self.matrices:
+            plain["matrices"] = [list(part) for part in self.matrices]
+        if self.nan_columns:
+            plain["nan_columns"] = list(self.nan_columns)
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSchema:
         """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
         try:
-            if set(data) - {"widths", "matrices"} != {"dense_dim", "features", "tasks"}:
+            if set(data) - {"widths", "matrices", "nan_columns"} != {"dense_dim", "features", "tasks"}:
                 raise ArtifactError(f"a schema has dense_dim, features and tasks, not {_shown(sorted(data))}")
             widths = data.get("widths", [])
             return cls(
@@ -192,14 +228,13 @@ class ModelSchema:
                 tasks=tuple(data["tasks"]) if isinstance(data["tasks"], list) else (),
                 widths=tuple(widths) if isinstance(widths, list) else (widths,),
                 matrices=tuple((key, width) for key, width in data.get("matrices", [])),
+                nan_columns=tuple(data.get("nan_columns", [])),
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the schema is damaged: {first_line(error)}") from None
 
 
 def _plain(feature: Feature) -> dict[str, Any]:
-    """A feature's values; its group where it says something."""
+    """A feature's values; its group and its least id where they say something."""
     values = asdict(feature)
-    if not feature.group:
-        del values["group"]
-    return values
+    return {key: value for key, value in values.items() if value or key not in ("group", "least")}

@@ -67,7 +67,9 @@ __all__ = [
     "table_operators",
 ]
 
-_MOST_IDS = {False: 2**31, True: 2**63 - 1}  # that a request can hold, by whether its ids are int64
+# By whether ids are int64: how many a request can hold from 0 on, and the least.
+_MOST_IDS = {False: 2**31, True: 2**63 - 1}
+_LEAST_IDS = {False: -(2**31), True: -(2**63)}
 _UNUSED = "none"  # the table of a feature that is never looked up
 
 
@@ -208,10 +210,19 @@ def _probed(
     tasks, outputs = tuple(found.outputs), tuple(found.outputs.values())
     matrices = tuple((key, found.dense_dim if key == sought else widths[key]) for key in columns)
     lone = len(columns) < 2 and "embedding_features" not in columns
-    schema = ModelSchema(sum(part for _, part in matrices), tuple(features), tasks, outputs, () if lone else matrices)
+    from narsil.program.missing import caught_columns
+
     readings = found.readings
     if readings.program is not None and (branch := branch_on_rows(module)):
         readings = replace(readings, program=None, problem=branch)
+    schema = ModelSchema(
+        sum(part for _, part in matrices),
+        tuple(features),
+        tasks,
+        outputs,
+        () if lone else matrices,
+        () if readings.program is None else caught_columns(readings.program, columns),
+    )
     binding = Binding(matrices, tuple((group, *taken[group]) for group in groups), found.wide_ids)
     return ModuleReading(schema, device, binding, readings)
 
@@ -287,6 +298,7 @@ def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
     most = _MOST_IDS[False]
     drawn = np.random.default_rng(0).integers(0, most, 4096)
     tried = np.concatenate([np.arange(1024), drawn, drawn >> 8, most - 1 - np.arange(1024)])
+    tried = np.concatenate([tried, -1 - tried])
     for number, feature in _all_narrow(narrow):
         one, other = narrow.lookups[number], wide.lookups[number]
         as_narrow, as_wide = (evaluate_ids(of_feature(each.ids, feature), tried, None) for each in (one, other))
@@ -319,7 +331,7 @@ def _table_of(tbes: Sequence[Any], name: str) -> Any:
 def _features(names: Sequence[str], lookups: Sequence[Lookup], wide: bool, name: str) -> tuple[Feature, ...]:
     """Each feature with the table that bounds its ids: the one of all that it is looked up in that lets in the
     fewest."""
-    from narsil.program.bounds import id_limit
+    from narsil.program.bounds import id_least, id_limit
     from narsil.program.steps import of_feature
 
     found: dict[int, tuple[int, Table, Pooling]] = {}
@@ -334,13 +346,18 @@ def _features(names: Sequence[str], lookups: Sequence[Lookup], wide: bool, name:
                 )
             if feature not in found or limit < found[feature][0]:
                 found[feature] = limit, table, lookup.pooling
+    least = dict.fromkeys(found, _LEAST_IDS[wide])
+    for lookup in lookups:
+        for feature, table in zip(lookup.features, lookup.tables, strict=True):
+            own = id_least(of_feature(lookup.ids, feature), table.rows, found[feature][0], _LEAST_IDS[wide])
+            least[feature] = max(least[feature], own)
     features = []
     for position, feature_name in enumerate(names):
         if position not in found:
-            features.append(Feature(feature_name, _UNUSED, _MOST_IDS[wide], 1))
+            features.append(Feature(feature_name, _UNUSED, _MOST_IDS[wide], 1, least=_LEAST_IDS[wide]))
             continue
         limit, table, pooling = found[position]
-        features.append(Feature(feature_name, table.name, limit, table.dim, pooling))
+        features.append(Feature(feature_name, table.name, limit, table.dim, pooling, least=least[position]))
     return tuple(features)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from narsil.artifacts.plan import Stream
 from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError
-from narsil.program.bounds import id_limit
+from narsil.program.bounds import id_least, id_limit
 from narsil.program.steps import ID_FUNCTIONS, IdExpression
 
 __all__ = ["Call", "Whole", "WholeTable", "expression_of", "row_bytes"]
@@ -107,9 +107,10 @@ def _check_table(table: WholeTable, call: Call, ids: Any, schema: ModelSchema, t
         raise ArtifactError(f"a stream of the manifest is no expression; {_AGAIN}")
     try:
         limit = id_limit(expression, table.rows, feature.rows)
+        least = id_least(expression, table.rows, feature.rows, feature.least) if limit == feature.rows else 0
     except Exception as error:  # of whatever a function makes of what it is not made for
         raise ArtifactError(f"a stream of the manifest is no expression ({error}); {_AGAIN}") from None
-    if limit < feature.rows:
+    if limit < feature.rows or least > feature.least:
         raise ArtifactError(f"ids of {feature.name} would lead outside of its table of {table.rows} rows; {_AGAIN}")
 
 

@@ -16,6 +16,7 @@ from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
 from narsil.engine.independence import WORKER, dependence
+from narsil.engine.missing import missing_columns, shown
 from narsil.engine.runner import Runner
 from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.errors import ArtifactError, ConfigError, NarsilError, last_line
@@ -24,6 +25,12 @@ from narsil.process import memory_remarks, warn_of
 __all__ = ["failed_forward", "load_model", "warmup_of", "warmup_payloads"]
 
 log = logging.getLogger(__name__)
+
+# By whether the model is compiled.
+_IN_VAIN = {
+    False: "a NaN in any of its dense columns becomes a score that is no number",
+    True: "it was compiled without NaN, which nothing in the model is known to take",
+}
 
 
 def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
@@ -43,6 +50,7 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
     log.info("loaded %s with the %s backend", settings.model, backend.name)
     if picked is not None:
         backend.schema = picked
+    backend.schema = backend.schema.taking_nan(_nan_columns(settings, backend))
     whole = _rows_depend(settings, backend)
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
@@ -55,6 +63,35 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         whole=whole,
     )
     return model, Watch(artifact, backend.name, copied=settings.copy_tables)
+
+
+def _nan_columns(settings: ServeSettings, backend: Backend) -> tuple[int, ...]:
+    """The columns in which requests may hold NaN. Raises ConfigError where it is asked for and there is none, and
+    ArtifactError where the model scores it as no number; the backend is closed then."""
+    if not settings.allow_nan:
+        return ()
+    try:
+        found = missing_columns(backend)
+    except Exception as error:
+        backend.close()
+        if isinstance(error, NarsilError):
+            raise
+        raise failed_forward(settings.model, backend.name, error) from error
+    if not found.columns:
+        backend.close()
+        raise ConfigError(
+            f"{settings.model}: {_IN_VAIN[backend.name == 'compiled']}, so that --allow-nan allows nothing: leave it "
+            "out, or replace NaN in the model, as torch.nan_to_num does"
+        )
+    log.info("NaN is taken for a missing number in the dense columns %s", shown(found.columns))
+    if found.tried:
+        log.warning(
+            "%s: that dense columns %s take NaN was found by trial, not read from the model; a request that is scored "
+            "as no number fails",
+            settings.model,
+            shown(found.tried),
+        )
+    return found.columns
 
 
 def _rows_depend(settings: ServeSettings, backend: Backend) -> bool:

@@ -12,6 +12,7 @@ import click
 from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.cli.options import GivenPath, dense_dim_option
+from narsil.engine.missing import shown
 from narsil.errors import ArtifactError
 
 __all__ = ["command", "quantization_of"]
@@ -103,10 +104,15 @@ def _print(artifact: Artifact, described: dict[str, Any]) -> None:
         f"order; ids {schema.id_dtype}; scores: {', '.join(_outputs(schema))}",
         highlight=False,
     )
+    if schema.nan_columns:
+        console.print(
+            f"served with --allow-nan it takes NaN, for a missing number, in columns {shown(schema.nan_columns)}",
+            highlight=False,
+        )
     grouped = any(feature.group for feature in schema.features)
     features = Table("#", "feature", "table", "valid ids", "dim", "pooling", *(("group",) if grouped else ()))
     for position, feature in enumerate(schema.features[:_SHOWN_FEATURES]):
-        ids = f"0 .. {feature.rows - 1:,}"
+        ids = f"{feature.least:,} .. {feature.rows - 1:,}"
         group = (feature.group + (", weighted" if feature.weighted else ""),) if grouped else ()
         features.add_row(str(position), feature.name, feature.table, ids, str(feature.dim), feature.pooling, *group)
     console.print(features)

@@ -67,7 +67,8 @@ def command(
     with Client(target) as client:
         served = client.model(timeout=timeout)
         tasks = [task for task in served.schema.tasks if task in schema.outputs]
-        if not tasks or served.schema != schema.picking(tasks):
+        # NaN is sent where the server takes it.
+        if not tasks or served.schema != schema.picking(tasks).taking_nan(served.schema.nan_columns):
             raise ConfigError(
                 f"{target} serves {served.name}, whose schema is not that of {model}; give its own artifact"
             )

@@ -100,6 +100,7 @@ def read_model(body: bytes) -> ModelInfo:
     tasks: list[str] = []
     widths: list[int] = []
     matrices: list[tuple[str, int]] = []
+    missing: list[int] = []
     for found in scan(body, 0, len(body)):
         number = found[0]
         if number in strings:
@@ -117,7 +118,9 @@ def read_model(body: bytes) -> ModelInfo:
         elif number == 12:
             expect(found, LEN, "matrices")
             matrices.append(_matrix(body, found))
-    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks), tuple(widths), tuple(matrices))
+        elif number == 13:
+            missing += packed_uints(body, found, "nan_columns")
+    schema = ModelSchema(numbers[4], tuple(features), tuple(tasks), tuple(widths), tuple(matrices), tuple(missing))
     limits = RequestLimits(numbers[7], numbers[8], numbers[9])
     told = all((limits.max_rows, limits.max_ids, limits.max_bytes))
     return ModelInfo(strings[1], strings[2], strings[3], schema, limits if told else None, bool(numbers[11]))
@@ -125,7 +128,7 @@ def read_model(body: bytes) -> ModelInfo:
 
 def _feature(body: bytes, message: Field) -> Feature:
     strings = {1: "", 2: "", 5: "", 7: ""}
-    numbers = {3: 0, 4: 0, 6: 0}
+    numbers = {3: 0, 4: 0, 6: 0, 8: 0}
     for found in scan(body, message[2], message[3]):
         if found[0] in strings:
             strings[found[0]] = _text(body, found, "a feature")
@@ -133,7 +136,8 @@ def _feature(body: bytes, message: Field) -> Feature:
             expect(found, VARINT, "a feature")
             numbers[found[0]] = found[2]
     pooling: Any = strings[5]
-    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, bool(numbers[6]), strings[7])
+    least = numbers[8] - (numbers[8] >> 63 << 64)  # of an int64's bits
+    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, bool(numbers[6]), strings[7], least)
 
 
 def _matrix(body: bytes, message: Field) -> tuple[str, int]:

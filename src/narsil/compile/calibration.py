@@ -81,8 +81,9 @@ def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
     dense = _table(arrays, "dense", schema.dense_dim, path)
     if not len(dense):
         raise ArtifactError(f"{path}: dense has no rows; at least 1 is needed")
-    if not np.isfinite(dense).all():
-        raise ArtifactError(f"{path}: dense must be finite")
+    if not (np.isfinite(dense) | (np.isnan(dense) & schema.takes_nan)).all():
+        taken = f", or NaN in the columns {', '.join(map(str, schema.nan_columns))}" if schema.nan_columns else ""
+        raise ArtifactError(f"{path}: dense must be finite{taken}")
     lengths, values = _bags(arrays, schema, path)
     labels = None if "labels" not in arrays else _by_task(arrays["labels"], len(schema.tasks), path)
     for name, rows in (("bags", lengths), ("labels", labels)):
@@ -94,7 +95,7 @@ def load_calibration(path: Path, schema: ModelSchema) -> Calibration:
         raise ArtifactError(f"{path}: labels must be 0 or 1")
     with np.errstate(over="ignore"):
         numbers = np.ascontiguousarray(dense, np.float32)
-    if not np.isfinite(numbers).all():
+    if np.isinf(numbers).any():
         raise ArtifactError(f"{path}: dense has numbers beyond those of float32")
     return Calibration(
         numbers,
@@ -141,8 +142,8 @@ def _bags(arrays: Arrays, schema: ModelSchema, path: Path) -> tuple[NDArray[Any]
         lengths, values = np.ones(ids.shape, np.int32), ids.ravel()
     if not np.issubdtype(values.dtype, np.integer):
         raise ArtifactError(f"{path}: ids must be whole numbers")
-    limits = np.repeat(np.tile(schema.rows, len(lengths)), lengths.ravel())
-    if len(values) and (values.min() < 0 or (values >= limits).any()):
+    least, limits = (np.repeat(np.tile(each, len(lengths)), lengths.ravel()) for each in (schema.least, schema.rows))
+    if ((values < least) | (values >= limits)).any():
         raise ArtifactError(f"{path}: ids lie outside of the model's tables; is it another model's file?")
     return lengths, values
 

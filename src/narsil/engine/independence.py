@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from narsil.artifacts.rows import with_missing
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.base import Backend
 from narsil.dataflow import Features, Jagged, OneHot
@@ -69,7 +70,7 @@ def dependence(backend: Backend) -> str | None:
 
 def probe_rows(schema: ModelSchema) -> Sequence[Features]:
     """Two pools of 2 * ROWS + 1 rows: one id a bag, and bags of 0 to 3; the first id, the last one and repeats among
-    them, and numbers with heavy tails.
+    them, and numbers with heavy tails, or none where NaN is a value.
 
     Row ROWS + i of a pool has as many ids in each bag as row i; the last row is padding.
     """
@@ -77,6 +78,7 @@ def probe_rows(schema: ModelSchema) -> Sequence[Features]:
     count, features = 2 * ROWS, schema.num_features
     dense = np.zeros((count + 1, schema.dense_dim), np.float32)
     dense[:count] = np.clip(random.standard_t(3, (count, schema.dense_dim)), -100, 100)
+    dense = with_missing(dense, schema, random)
     ids = np.zeros((features, count + 1), schema.id_dtype)
     ids[:, :count] = random.integers(0, schema.rows[:, None], (features, count))
     ids[:, 1:count:5], ids[:, 2:count:5] = 0, schema.rows[:, None] - 1

@@ -1,4 +1,4 @@
-"""Which ids a request may hold, so that whatever the model does to them leads inside its tables.
+"""Which ids a request may hold, negative ones too, so that whatever the model does to them leads inside its tables.
 
 What an expression can be is followed as a range, from what the ids can be. Whole numbers wrap around: what leaves its
 kind's range can be anything in it. Floats round: what they do not hold exactly is not known. Of ``where``, each side is
@@ -18,7 +18,7 @@ import numpy as np
 
 from narsil.program.steps import IdArray, IdExpression
 
-__all__ = ["id_limit"]
+__all__ = ["id_least", "id_limit"]
 
 Range = tuple[float, float]  # least and most, both included
 
@@ -34,18 +34,31 @@ def id_limit(expression: IdExpression, rows: int, most: int) -> int:
     """
     if expression.function == "ids":
         return min(rows, most)
-
-    def fits(limit: int) -> bool:
-        found = _Ranges((0, limit - 1)).of(expression)
-        return found is not None and found[0] >= 0 and found[1] <= rows - 1
-
-    if not fits(1):
+    if not _fits(expression, (0, 0), rows):
         return 0
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return _farthest(1, most, lambda limit: _fits(expression, (0, limit - 1), rows))
+
+
+def id_least(expression: IdExpression, rows: int, limit: int, least: int) -> int:
+    """The most negative L, of at least ``least``, so that ids L .. limit - 1 become 0 .. rows - 1. ``limit`` is at most
+    what id_limit gives, and at least 1; ``least`` is -2^31 where ids are int32, and -2^63 where they are int64."""
+    if expression.function == "ids":
+        return 0
+    return -_farthest(0, -least, lambda below: _fits(expression, (-below, limit - 1), rows))
+
+
+def _farthest(near: int, far: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to which all fit; ``near`` does."""
+    while near < far:
+        middle = (near + far + 1) // 2
+        near, far = (middle, far) if fits(middle) else (near, middle - 1)
+    return near
+
+
+def _fits(expression: IdExpression, ids: Range, rows: int) -> bool:
+    """Whether all of these ids become 0 .. rows - 1."""
+    found = _Ranges(ids).of(expression)
+    return found is not None and found[0] >= 0 and found[1] <= rows - 1
 
 
 class _Ranges:

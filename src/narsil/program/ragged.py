@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from narsil.program.reader import Reader, fixed_array, reads
 from narsil.program.recording import Constant, Op, Ref, Varying
-from narsil.program.steps import ID_FUNCTIONS, IdArray, IdExpression, Lookup, Pooling, Table, of_feature
-from narsil.program.values import Chosen, Counted, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
+from narsil.program.steps import ID_FUNCTIONS, Elementwise, IdArray, IdExpression, Lookup, Pooling, Table, of_feature
+from narsil.program.values import Chosen, Column, Counted, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
 
 __all__ = [
     "IDS",
@@ -135,17 +135,27 @@ def read_search(reader: Reader, op: Op) -> Known:
 
 @reads("aten.empty_like", "aten.ones_like", "aten.full_like")
 def read_like(reader: Reader, op: Op) -> Known:
-    """A number for each id, the same for all, or not set yet."""
+    """A number for each id, or each of a value, the same for all, or not set yet."""
     known = reader.of(op.args[0])
-    if not isinstance(known, PerId):
+    unset = op.name == "aten.empty_like"
+    if not isinstance(known, PerId) and (unset or not isinstance(known, Column)):
         raise Unread("it makes as many numbers as there are of something else")
-    if op.name == "aten.empty_like":
+    if unset and isinstance(known, PerId):
         return PerId(known.group, _UNSET, known.positions)
     number = 1 if op.name == "aten.ones_like" else op.args[1]
     return _like(reader, op, known, number)
 
 
-def _like(reader: Reader, op: Op, known: PerId, number: Any) -> PerId:
+def _like(reader: Reader, op: Op, known: PerId | Column, number: Any) -> Known:
+    if isinstance(known, Column):
+        made = op.outputs[0]
+        if made is None or not isinstance(number, int | float):
+            raise Unread("it makes no tensor, or of no number")
+        # Whatever the value holds, NaN too.
+        kind = reader.recording.tensors[made].dtype
+        one = np.asarray(torch.full((), number, dtype=kind).item(), np.float64)
+        step = Elementwise(made, "where", (known.number, one, one))
+        return reader.add(op, step, known.shape, known.folded)
     if reader.recording.tensors[op.outputs[0] or 0].dtype.is_floating_point or not isinstance(number, int):
         raise Unread("it makes floats")
     nothing = IdExpression("mul", (IDS, 0))
@@ -163,8 +173,10 @@ def chosen(reader: Reader, op: Op, known: PerId, condition: Known) -> Chosen:
 
 @reads("aten.index_put_", "aten.index_put")
 def read_index_put(reader: Reader, op: Op) -> Known:
-    """Numbers of those ids for which a condition is true, replaced."""
+    """Numbers of those ids for which a condition is true, replaced; or those of a value."""
     base = reader.of(op.args[0])
+    if isinstance(base, Column):
+        return _put_into_column(reader, op, base)
     if not isinstance(base, PerId) or len(op.args[1]) != 1 or (len(op.args) > 3 and op.args[3]) or op.kwargs:
         raise Unread("it puts numbers into what are none of ids, or adds them")
     condition = chosen(reader, op, base, reader.of(op.args[1][0])).condition
@@ -178,6 +190,21 @@ def read_index_put(reader: Reader, op: Op) -> Known:
     else:
         raise Unread("it puts numbers of other ids")
     return PerId(base.group, _where(condition, put, base.expression), base.positions)
+
+
+def _put_into_column(reader: Reader, op: Op, base: Column) -> Known:
+    """One number where a mask over the value says so, as ``x[x.isnan()] = 0`` has it."""
+    mask, value = reader.column(op.args[1][0]), reader.of(op.args[2])
+    is_mask = reader.recording.tensors[op.args[1][0].number].dtype == torch.bool
+    if len(op.args[1]) != 1 or (len(op.args) > 3 and op.args[3]) or op.kwargs or not is_mask:
+        raise Unread("it puts numbers into places, or adds them")
+    if mask.shape != base.shape or base.folded or not isinstance(value, Fixed) or value.tensor.numel() != 1:
+        raise Unread("it puts several numbers into a value")
+    number = op.outputs[0]
+    if number is None:
+        raise Unread("it makes no tensor")
+    put = np.asarray(value.tensor.item(), np.float64)
+    return reader.add(op, Elementwise(number, "where", (mask.number, put, base.number)), base.shape)
 
 
 def _where(condition: IdExpression, yes: Any, no: Any) -> IdExpression:
@@ -342,7 +369,7 @@ def read_zeros(reader: Reader, op: Op) -> Known:
     """Zeros beside lengths are the first offset."""
     if isinstance(known := reader.of(op.args[0]), Structure):
         return known
-    if op.name == "aten.zeros_like" and isinstance(known, PerId):
+    if op.name == "aten.zeros_like" and isinstance(known, PerId | Column):
         return _like(reader, op, known, 0)
     raise Unread("its size follows from how many rows there are")
 

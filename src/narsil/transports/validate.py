@@ -45,8 +45,10 @@ def array(data: bytes, start: int, stop: int, dtype: np.dtype[Any], name: str) -
     return np.frombuffer(data, dtype, size // dtype.itemsize, start)
 
 
-def dense(values: Floats, rows: int, width: int, name: str) -> Floats:
-    """(B, D) float32 from a flat array. Raises InvalidRequest on a wrong count, NaN or infinity."""
+def dense(values: Floats, rows: int, takes_nan: NDArray[np.bool_], name: str) -> Floats:
+    """(B, D) float32 from a flat array; ``takes_nan``: (D,) whether NaN is a value of each column. Raises
+    InvalidRequest on a wrong count, infinity, or NaN in another column."""
+    width = len(takes_nan)
     if len(values) != rows * width:
         raise InvalidRequest(
             f"{name}: {values.nbytes} bytes for {rows} rows; the model takes {width} float32 a row, "
@@ -54,15 +56,17 @@ def dense(values: Floats, rows: int, width: int, name: str) -> Floats:
         )
     matrix = values.reshape(rows, width)
     if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(matrix))[0]
-        raise InvalidRequest(f"{name}: row {row}, column {column} is {matrix[row, column]}; values must be finite")
+        outside = ~np.isfinite(matrix) & ~(np.isnan(matrix) & takes_nan)
+        if outside.any():
+            row, column = (int(place) for place in np.argwhere(outside)[0])
+            raise _value_error(matrix[row, column], row, column, takes_nan, name)
     return matrix
 
 
 def one_hot(ids: Ints, schema: ModelSchema) -> OneHot:
     """Sparse features with exactly one id a bag, from a (T, B) array of any strides; every id inside its table."""
-    if ids.size and (ids.min() < 0 or ids.max() >= schema.min_rows):
-        outside = (ids < 0) | (ids >= schema.rows[:, None])
+    if ids.size and (ids.min() < schema.max_least or ids.max() >= schema.min_rows):
+        outside = (ids < schema.least[:, None]) | (ids >= schema.rows[:, None])
         if outside.any():
             feature, row = np.argwhere(outside)[0]
             raise _id_error(schema, int(feature), int(row), int(ids[feature, row]))
@@ -132,12 +136,12 @@ def check_bags(
         raise InvalidRequest(
             f"{name}: lengths add up to {total} ids and values holds {len(values)} {values.dtype.name}"
         )
-    if total and (values.min() < 0 or values.max() >= schema.min_rows):
-        rows = schema.rows[positions]
-        limits = np.repeat(
-            np.broadcast_to(rows[:, None] if key_major else rows, lengths.shape).ravel(), lengths.ravel()
+    if total and (values.min() < schema.max_least or values.max() >= schema.min_rows):
+        least, limits = (
+            np.repeat(np.broadcast_to(each[:, None] if key_major else each, lengths.shape).ravel(), lengths.ravel())
+            for each in (schema.least[positions], schema.rows[positions])
         )
-        outside = (values < 0) | (values >= limits)
+        outside = (values < least) | (values >= limits)
         if outside.any():
             at = int(np.argmax(outside))
             bag = int(np.searchsorted(ends, at, side="right"))
@@ -179,6 +183,17 @@ def _check_unweighted(
             )
 
 
+def _value_error(value: np.float32, row: int, column: int, takes_nan: NDArray[np.bool_], name: str) -> InvalidRequest:
+    allowed = "values must be finite"
+    if np.isnan(value) and takes_nan.any():
+        columns = np.flatnonzero(takes_nan)
+        told = ", ".join(map(str, columns[:6])) + (f" .. {columns[-1]}" if len(columns) > 6 else "")
+        allowed += f", and NaN is taken in columns {told} alone"
+    elif np.isnan(value):
+        allowed += ": --allow-nan serves a model that takes NaN for a missing value"
+    return InvalidRequest(f"{name}: row {row}, column {column} is {value}; {allowed}")
+
+
 def _length_error(schema: ModelSchema, name: str, position: int, row: int, found: int) -> InvalidRequest:
     wrong = "is negative" if found < 0 else "is no int32"
     return InvalidRequest(f"{name}: feature {schema.features[position].name}, row {row}: length {found} {wrong}")
@@ -188,5 +203,5 @@ def _id_error(schema: ModelSchema, position: int, row: int, found: int) -> Inval
     feature = schema.features[position]
     return InvalidRequest(
         f"feature {feature.name}, row {row}: id {found} is outside its table {feature.table}; "
-        f"ids are 0 to {feature.rows - 1}"
+        f"ids are {feature.least} to {feature.rows - 1}"
     )

@@ -35,6 +35,8 @@ METHOD, METHOD_GET_MODEL = PREDICT, GET_MODEL
 
 _MAX_SPANS = 16  # protobuf merges a message that comes in parts; no client sends many
 
+_UNSIGNED = 2**64 - 1  # an int64's varint is that of its bits
+
 _ID_TYPES: dict[int, np.dtype[Any]] = {0: validate.INT32, 1: validate.INT64}
 
 
@@ -59,7 +61,7 @@ class PredictRequest:
         validate.id_count(len(sparse.values), limits)
         if self.context:
             return _with_context(rows, values, sparse, _read_context(body, self.context, schema), schema, limits)
-        return Features(rows, validate.dense(values, rows, schema.dense_dim, "dense"), _sparse(rows, sparse, schema))
+        return Features(rows, validate.dense(values, rows, schema.takes_nan, "dense"), _sparse(rows, sparse, schema))
 
 
 @dataclass(slots=True)
@@ -152,7 +154,8 @@ def encode_model(
             + put_uint(4, feature.dim)
             + put_len(5, feature.pooling.encode())
             + put_uint(6, int(feature.weighted))
-            + put_text(7, feature.group),
+            + put_text(7, feature.group)
+            + put_uint(8, feature.least & _UNSIGNED),
         )
     for task in schema.tasks:
         out += put_len(6, task.encode())
@@ -162,6 +165,8 @@ def encode_model(
     out += put_uint(11, int(whole))
     for key, width in schema.matrices:
         out += put_len(12, put_len(1, key.encode()) + put_uint(2, width))
+    if schema.nan_columns:
+        out += put_len(13, b"".join(map(put_varint, schema.nan_columns)))
     return out
 
 
@@ -338,7 +343,7 @@ def _with_context(
     matrix[:, columns] = context.dense
     return Features(
         rows,
-        validate.dense(matrix.ravel(), rows, schema.dense_dim, "dense"),
+        validate.dense(matrix.ravel(), rows, schema.takes_nan, "dense"),
         _expand_sparse(rows, sparse, context.sparse, schema, limits),
     )
 

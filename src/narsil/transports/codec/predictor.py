@@ -56,7 +56,7 @@ class PredictionRequest:
         dense = validate.array(self.body, *self.dense.get(2, _NOTHING), validate.FLOAT32, "float_features.values")
         return Features(
             rows,
-            validate.dense(dense, rows, schema.dense_dim, "float_features.values"),
+            validate.dense(dense, rows, schema.takes_nan, "float_features.values"),
             _sparse(self.body, rows, self.sparse, schema, limits),
         )
 
@@ -294,14 +294,19 @@ class _Grouped:
             label = f"{name}.values"
             flat = validate.array(body, *self._group(number).get(2, _NOTHING), validate.FLOAT32, label)
             if self._columns[name]:
-                dense[:, self._columns[name]] = validate.dense(flat, rows, len(self._columns[name]), label)
+                takes_nan = self._schema.takes_nan[self._columns[name]]
+                dense[:, self._columns[name]] = validate.dense(flat, rows, takes_nan, label)
         return dense
 
     def _sparse(self, name: str, rows: int) -> Jagged:
         """One group's bags, held against its own features."""
         positions, group = self._features[name], self._group(_LISTS[name])
         own = replace(
-            self._schema, dense_dim=0, matrices=(), features=tuple(self._schema.features[at] for at in positions)
+            self._schema,
+            dense_dim=0,
+            matrices=(),
+            nan_columns=(),
+            features=tuple(self._schema.features[at] for at in positions),
         )
         return _sparse(self._request.body, rows, group, own, self._limits, name).jagged()
 

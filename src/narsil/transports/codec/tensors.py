@@ -174,7 +174,7 @@ def _dense(tensor: Tensor | None, rows: int, schema: ModelSchema) -> Floats:
             f"{tensor.name} is {list(tensor.shape)[:8]}; the model takes [B, {schema.dense_dim}]: B rows of "
             f"{schema.dense_dim} columns"
         )
-    return validate.dense(_as_float32(tensor), rows, schema.dense_dim, tensor.name)
+    return validate.dense(_as_float32(tensor), rows, schema.takes_nan, tensor.name)
 
 
 def _no_ids(given: _Given, rows: int, schema: ModelSchema, limits: RequestLimits) -> OneHot:
