@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import logging
 import os
@@ -35,6 +36,8 @@ _SERVICE_LINK = re.compile(
     r"NARSIL(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")  # the value of NARSIL_PORT, NARSIL_CANARY_PORT..
+
+_MOST_COLUMNS = 1 << 20
 
 _MOST_SOCKET_PATH = 107  # bytes, by unix(7)
 
@@ -64,8 +67,10 @@ class ServeSettings(BaseModel):
         description="Of the model's tasks, those that answers have, in this order: a,b,... Quote a name with a comma.",
     )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
-    dense_dim: int = Field(
-        0, ge=0, le=1 << 20, description="Dense columns of a TorchScript file that takes any number; 0: as it says."
+    dense_dim: int | dict[str, int] = Field(
+        0,
+        description="Dense columns of a TorchScript file that takes any number, or KEY=N,... of one that has several "
+        "inputs of them; 0: as it says.",
     )
     allow_nan: bool = Field(
         False, description="Take NaN for a missing number, in those columns in which the model turns it into a score."
@@ -159,6 +164,16 @@ class ServeSettings(BaseModel):
         if "" in tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"{', '.join(tasks)!r} has a name twice, or an empty one")
         return tasks
+
+    @field_validator("dense_dim", mode="before")
+    @classmethod
+    def _numbers_of_columns(cls, widths: Any) -> Any:
+        if isinstance(widths, str):
+            return widths_in(widths)
+        for width in widths.values() if isinstance(widths, Mapping) else (widths,):
+            if isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= _MOST_COLUMNS:
+                raise ValueError(f"{str(width)[:64]} is no number of columns; it must be 0 to {_MOST_COLUMNS}")
+        return widths
 
     @field_validator("host")
     @classmethod
@@ -264,6 +279,20 @@ def names_in(line: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names)
 
 
+def widths_in(text: str) -> int | dict[str, int]:
+    """A number of columns, or the numbers by key of a line of KEY=N,... Raises ValueError."""
+    parts = [part.rpartition("=") for part in names_in(text)]
+    numbers = [int(number) if number.strip().isdecimal() else -1 for _, _, number in parts]
+    if not parts or not all(0 <= number <= _MOST_COLUMNS for number in numbers):
+        raise ValueError(f"{text[:128]!r} is no number of columns, 0 to {_MOST_COLUMNS}, nor KEY=N,...")
+    keys = [key.strip() for key, _, _ in parts]
+    if keys == [""]:
+        return numbers[0]
+    if "" in keys or len(set(keys)) != len(keys):
+        raise ValueError(f"{text[:128]!r} has a key twice, or a number without one: give KEY=N,...")
+    return dict(zip(keys, numbers, strict=True))
+
+
 # What one request or batch may have, and what all that wait may have together.
 _PART_OF = {
     "batch_size": "max_queue_requests",
@@ -351,4 +380,8 @@ def _explain(detail: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A setting's value as JSON has it."""
+    if isinstance(value, dict):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow([f"{key}={number}" for key, number in value.items()])
+        return line.getvalue()
     return str(value) if isinstance(value, Path) else value

@@ -160,6 +160,31 @@ class TwoUnknown(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([data["x"], data["y"]], 1))
 
 
+class Columns(torch.nn.Module):  # type: ignore[name-defined]
+    """Numbers of a column each, beside a matrix whose width is plain to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.over = torch.nn.Linear(5, 2), torch.nn.Linear(5, 1)
+
+    @takes()
+    def forward(self, data: Any) -> Any:
+        every = torch.cat([data["c.values"], data["a.values"], data["b.values"], self.first(data["wide"])], 1)
+        return self.over(every).sigmoid().squeeze(1)
+
+
+class Spread(torch.nn.Module):  # type: ignore[name-defined]
+    """Takes one column of x, or four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.over = torch.nn.Parameter(torch.ones(4)), torch.nn.Linear(5, 1)
+
+    @takes()
+    def forward(self, data: Any) -> Any:
+        return self.over(torch.cat([data["x"] * self.scale, data["y"]], 1))
+
+
 class OneMore(torch.nn.Module):  # type: ignore[name-defined]
     @takes(scale=int)
     def forward(self, data: Any, scale: Any) -> Any:
@@ -168,10 +193,44 @@ class OneMore(torch.nn.Module):  # type: ignore[name-defined]
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [(TwoUnknown, "how many columns x and y have is not plain to see"), (OneMore, "a device at most")],
+    [
+        (TwoUnknown, "how many columns x and y have is not plain to see; give their numbers with --dense-dim x=N,y=N"),
+        (Spread, "how many columns x and y have is not plain to see"),
+        (OneMore, "a device at most"),
+    ],
 )
 def test_what_cannot_be_told_is_refused_in_a_sentence(kind: Any, why: str, tmp_path: Path) -> None:
     path = tmp_path / "model_default.pt"
     torch.jit.script(torch.fx.GraphModule(kind(), Tracer().trace(kind()))).save(str(path))
     with pytest.raises(ArtifactError, match=why):
         open_artifact(path)
+
+
+def scripted(kind: Any, path: Path) -> Path:
+    torch.manual_seed(5)
+    module = kind().eval()
+    torch.jit.script(torch.fx.GraphModule(module, Tracer().trace(module))).save(str(path))
+    return path
+
+
+def test_several_columns_of_one_number_each_are_found(tmp_path: Path) -> None:
+    schema = open_artifact(scripted(Columns, tmp_path / "model_default.pt")).schema
+    assert schema.matrices == (("a.values", 1), ("b.values", 1), ("c.values", 1), ("wide", 5))
+
+
+@pytest.mark.parametrize(("kind", "widths"), [(TwoUnknown, {"x": 2, "y": 4}), (Spread, {"x": 4, "y": 1})])
+def test_widths_that_are_given_by_name_are_taken(kind: Any, widths: dict[str, int], tmp_path: Path) -> None:
+    path = scripted(kind, tmp_path / "model_default.pt")
+    artifact = open_artifact(path, dense_dim=widths)
+    assert artifact.schema.matrices == tuple(widths.items())
+    backend, loaded = load_backend(artifact, "torch"), load_torchscript(path, "cpu")
+    batch = next(iter(usual(artifact.schema, np.random.default_rng(3))))
+    found = backend.run(batch)["default"].reshape(batch.rows, -1)
+    wanted = loaded(direct(artifact.schema, batch, kind)).detach().numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_width_of_what_the_model_does_not_take_is_refused(tmp_path: Path) -> None:
+    path = scripted(TwoUnknown, tmp_path / "model_default.pt")
+    with pytest.raises(ArtifactError, match="forward takes no numbers as z, whose width is given; it takes x, y"):
+        open_artifact(path, dense_dim={"x": 2, "z": 4})

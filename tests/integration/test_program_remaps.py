@@ -36,7 +36,8 @@ ANY = 2**63 - 1
 KNOWN = torch.tensor([3, 17, 40, 2**31 + 5, 2**40 + 1, 2**62])
 PLACES = torch.tensor([7, 0, 49, 3, 12, 31])
 LIST = torch.arange(TABLE_ROWS).flip(0)
-LEAST: dict[str, int] = {}  # of CHANGES; else 0 where the limit is the table's own, and any int64
+# Of CHANGES that let through what is below 0; of others it is 0 where the limit is the table's own, else any int64.
+LEAST = {"fmod": 0, "masked": 0, "times whether": 0}
 IDS = np.array([0, 3, 16, 17, 18, 39, 40, 49, 50, 2**31 + 5, 2**31 + 6, 2**40 + 1, 2**62, 2**62 + 1, ANY - 1])
 
 

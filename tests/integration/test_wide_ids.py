@@ -32,6 +32,8 @@ with warnings.catch_warnings():
     from torchrec.modules.embedding_modules import EmbeddingBagCollection
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tests.integration.test_feature_inputs import takes
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NAMES, ROWS = ("managed", "hashed", "plain"), (20, 30, 40)
@@ -61,6 +63,7 @@ class Remapped(torch.nn.Module):  # type: ignore[name-defined]
         at = torch.searchsorted(self.known[:-1], ids)
         return torch.where(self.known[at] == ids, self.places[at], torch.full_like(ids, 19))
 
+    @takes()
     def forward(self, data: Any) -> Any:
         lengths, values = data["id_list_features.lengths"], data["id_list_features.values"]
         keyed = KeyedJaggedTensor(keys=list(NAMES), lengths=lengths, values=values)
@@ -76,7 +79,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(2)
     module = Remapped().eval()
-    module.forward.__func__.__annotations__["data"] = dict.__class_getitem__((str, torch.Tensor))
     path = tmp_path_factory.mktemp("remapped") / "model_default.pt"
     torch.jit.script(torch.fx.GraphModule(module, Tracer().trace(module))).save(str(path))
     return path

@@ -319,3 +319,28 @@ def test_serve_prints_its_effective_settings_without_loading_a_model():
 def test_settings_cannot_change_once_made():
     with pytest.raises(ValueError, match="frozen"):
         load_settings(GIVEN).lanes = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "widths", "printed"),
+    [
+        ("13", 13, "dense_dim = 13"),
+        (13, 13, "dense_dim = 13"),
+        ("a.values=1,b=12", {"a.values": 1, "b": 12}, 'dense_dim = "a.values=1,b=12"'),
+        ({"b": 2}, {"b": 2}, 'dense_dim = "b=2"'),
+        ('"a,b=c=2"', {"a,b=c": 2}, 'dense_dim = "\\"a,b=c=2\\""'),
+    ],
+)
+def test_dense_columns_are_one_number_or_one_for_each_input(given, widths, printed, tmp_path):
+    settings = load_settings({**GIVEN, "dense_dim": given})
+    assert settings.dense_dim == widths
+    assert printed in settings.to_toml()
+    assert load_settings({}, config_file(tmp_path, settings.to_toml())).dense_dim == widths
+
+
+@pytest.mark.parametrize(
+    "given", ["", "x", "-1", "1.5", "a=", "a=b", "a=1,a=2", "a=1,2", "=3,a=2", -1, True, {"a": -1}]
+)
+def test_what_is_no_number_of_columns_is_refused(given):
+    with pytest.raises(ConfigError, match=r"^dense_dim: .*(no number of columns|a key twice)"):
+        load_settings({**GIVEN, "dense_dim": given})

@@ -13,7 +13,7 @@ import pytest
 from narsil.backends.fake import FakeBackend
 from narsil.catalog import loading
 from narsil.catalog.loading import failed_forward, load_model, warmup_of, warmup_payloads
-from narsil.config import ServeSettings
+from narsil.config import ServeSettings, load_settings
 from narsil.dataflow import Batch, Floats
 from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, ConfigError
@@ -113,6 +113,42 @@ def test_a_model_that_is_served_whole_is_warmed_by_the_sizes_that_it_takes():
     assert sorted(set(every)) == [1, 16, 128, 512]
     assert rows_of(ServedModel("m", "1", [Loaded(by_fours)], whole=True)) == [rows for rows in every if rows > 1]
     assert rows_of(ServedModel("m", "1", [Loaded(centred)], whole=True)) == every
+
+
+def test_one_that_takes_no_usual_size_is_warmed_by_the_ones_it_was_tried_with():
+    def by_fives(scores, batch):
+        if batch.rows % 5:
+            raise RuntimeError("no")
+        return scores - scores.mean()
+
+    assert set(rows_of(ServedModel("m", "1", [Loaded(by_fives)], whole=True))) == {5, 60}
+
+
+class Padding(Loaded):
+    """One that asks for batches of whole dozens."""
+
+    name = "torch"
+
+    def bucket(self, rows):
+        return -(-rows // 12) * 12
+
+
+@pytest.mark.parametrize(("change", "reloaded"), [(centred, True), (lambda scores, batch: scores, False)])
+def test_kernels_that_compile_for_each_number_of_rows_are_not_for_requests_of_any_number(monkeypatch, change, reloaded):
+    artifact = SimpleNamespace(name="mine", version="3", manifest=None, torchscript=None)
+    made: list[tuple[bool, Loaded]] = []
+
+    def load_backend(*_, tune_kernels, **__):
+        made.append((tune_kernels, (Padding if tune_kernels else Loaded)(change)))
+        return made[-1][1]
+
+    monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim: artifact)
+    monkeypatch.setattr(loading, "load_backend", load_backend)
+    monkeypatch.setattr(loading, "Watch", lambda *_, **__: None)
+    model, _ = load_model(load_settings({"model": "models/mine", "lanes": 1, "execution_mode": "worker"}))
+    assert [tuned for tuned, _ in made] == ([True, False] if reloaded else [True])
+    assert model.backends[0] is made[-1][1]
+    assert made[0][1].closed == reloaded
 
 
 def test_others_are_warmed_by_every_size_so_that_one_that_fails_ends_the_start():

@@ -146,10 +146,12 @@ class Artifact:
         return {role: path for role, path in files.items() if path is not None}
 
 
-def open_artifact(path: str | Path, *, verify: bool = True, dense_dim: int | None = None) -> Artifact:
+def open_artifact(
+    path: str | Path, *, verify: bool = True, dense_dim: int | Mapping[str, int] | None = None
+) -> Artifact:
     """The artifact at a path.
 
-    ``dense_dim``: the number of dense columns, where neither a manifest nor the model says.
+    ``dense_dim``: the number of dense columns, or of each input of them, where neither a manifest nor the model says.
 
     ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where the
     manifest is damaged, or no backend's files are all there, whole, and in the folder. Where those of one backend are,
@@ -162,7 +164,7 @@ def open_artifact(path: str | Path, *, verify: bool = True, dense_dim: int | Non
         raise unreadable(path, error) from None
 
 
-def _open(path: Path, verify: bool, dense_dim: int | None) -> Artifact:
+def _open(path: Path, verify: bool, dense_dim: int | Mapping[str, int] | None) -> Artifact:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; make an artifact with `narsil package dlrm --out {path}`")
     folder = path if path.is_dir() else path.parent
@@ -372,7 +374,7 @@ def _only_torchscript(path: Path) -> Path:
     )
 
 
-def _from_torchscript(file: Path, dense_dim: int | None) -> Artifact:
+def _from_torchscript(file: Path, dense_dim: int | Mapping[str, int] | None) -> Artifact:
     from narsil.artifacts.torchrec import derive_schema
 
     seen = {file: FileState.of(file)}

@@ -8,7 +8,7 @@ every lookup's are held against its tables before it runs: nothing is read out o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from narsil.program.recording import Recording, Ref
 from narsil.program.steps import Bags, Table
 from narsil.program.values import Known, PerId, Structure
 
-__all__ = ["Probed", "Rows", "probe"]
+__all__ = ["Probed", "Rows", "lone_columns", "probe"]
 
 ROWS = (5, 7)  # of the two recordings
 MOST_COLUMNS = 4096  # of the widths that are tried
@@ -125,6 +125,26 @@ def probe(
     recording = merged(*recorded)
     readings = read(recording, ROWS, _both(takes, rows), table_of, takes.matrices, _known(recording, takes, rows))
     return Probed(dense_dim, wide_ids, readings, _outputs(recording, name), recording)
+
+
+def lone_columns(forward: Any, takes: Takes, keys: Sequence[str], table_of: TableOf) -> dict[str, int] | None:
+    """The widths of several matrices of which none is known: one column each, as TorchEasyRec's features have. None
+    where the model does not run on that, or where one of them could have another number of columns. ``takes`` has no
+    others that are not known."""
+    guard, ones = _guard(table_of), dict.fromkeys(keys, 1)
+
+    def runs(widths: Mapping[str, int], wide: bool) -> bool:
+        return _runs(forward, replace(takes, known={**takes.known, **widths}), 0, wide, guard) is None
+
+    wide = next((wide for wide in (False, True) if runs(ones, wide)), None)
+    if wide is None:
+        return None
+    # One column is broadcast to as many as a constant has.
+    sizes = {size for weight in forward.parameters() if weight.dim() == 1 for size in weight.shape}
+    others = sorted({2, 3} | {size for size in sizes if 1 < size <= MOST_COLUMNS})
+    if any(runs({**ones, key: other}, wide) for key in keys for other in others):
+        return None
+    return ones
 
 
 _ALL = "all"  # groups that are joined, one behind the other

@@ -94,12 +94,14 @@ class ModuleReading:
     readings: Readings | None  # None where the model could not be run here
 
 
-def derive_schema(path: Path, dense_dim: int | None = None) -> tuple[ModelSchema, str]:
+def derive_schema(path: Path, dense_dim: int | Mapping[str, int] | None = None) -> tuple[ModelSchema, str]:
     """The schema of a TorchScript file, and its device (cpu or cuda:N). Raises ArtifactError."""
     return schema_of(load_torchscript(path, "cpu"), path.name, dense_dim)
 
 
-def schema_of(module: Any, name: str = "the module", dense_dim: int | None = None) -> tuple[ModelSchema, str]:
+def schema_of(
+    module: Any, name: str = "the module", dense_dim: int | Mapping[str, int] | None = None
+) -> tuple[ModelSchema, str]:
     """The schema and the device of a loaded ScriptModule. Raises ArtifactError."""
     reading = read_module(module, name, dense_dim)
     return reading.schema, reading.device
@@ -112,8 +114,7 @@ def read_module(
     interface: Interface | None = None,
 ) -> ModuleReading:
     """All of it. ``dense_dim``: the number of dense columns, where the model does not say (of the first matrix, or by
-    name); ``interface``: the module's,
-    where its graph has been rewritten since. Raises ArtifactError."""
+    name); ``interface``: the module's, where its graph has been rewritten since. Raises ArtifactError."""
     try:
         return _read(module, name, dense_dim, interface or interface_of(module, name))
     except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
@@ -174,11 +175,26 @@ def _probed(
     device: str,
     given: int | Mapping[str, int] | None,
 ) -> ModuleReading:
-    from narsil.artifacts.probing import Takes, probe
+    from narsil.artifacts.probing import Takes, lone_columns, probe
 
-    sought, width, widths = _widths(interface, columns, given, name)
+    forward = forward_of(module, device)
     taken = {group: (len(interface.features[group]), group + WEIGHTS in interface.reads) for group in groups}
-    takes, forward = Takes(sought, taken, device, widths, interface.joined), forward_of(module, device)
+    widths = _widths(interface, columns, given, name)
+    unknown = [key for key in columns if key not in widths]
+    if len(unknown) > 1:
+        found_widths = lone_columns(
+            forward, Takes(None, taken, device, widths, interface.joined), unknown, _table_of(tbes, name)
+        )
+        if found_widths is None:
+            told = ",".join(f"{key}=N" for key in unknown)
+            raise ArtifactError(
+                f"{name}: how many columns {' and '.join(unknown)} have is not plain to see; give their numbers with "
+                f"--dense-dim {told}"
+            )
+        widths |= found_widths
+    sought = next((key for key in columns if key not in widths), columns[0] if columns else None)
+    width = widths.pop(sought, None) if sought is not None else None
+    takes = Takes(sought, taken, device, widths, interface.joined)
     found = probe(forward, takes, width, _table_of(tbes, name), name)
     wide = None
     if not found.wide_ids and (found.readings.unknown_ids or _all_narrow(found.readings)):
@@ -234,21 +250,18 @@ def _shared(features: Sequence[Feature]) -> str | None:
 
 def _widths(
     interface: Interface, columns: Sequence[str], given: int | Mapping[str, int] | None, name: str
-) -> tuple[str | None, int | None, dict[str, int]]:
-    """(the matrix whose width is sought, or is given alone, its width where that is known, the others' widths)."""
+) -> dict[str, int]:
+    """The matrices whose width is known. ``given``: of the first one, or by name."""
     widths = dict(interface.widths)
     if isinstance(given, Mapping):
+        if odd := sorted(set(given) - set(columns)):
+            raise ArtifactError(
+                f"{name}: forward takes no numbers as {odd[0]}, whose width is given; it takes {', '.join(columns)}"
+            )
         widths |= given
     elif given is not None and columns:
         widths[columns[0]] = given
-    unknown = [key for key in columns if key not in widths]
-    if len(unknown) > 1:
-        raise ArtifactError(
-            f"{name}: how many columns {' and '.join(unknown)} have is not plain to see; join them into one matrix in "
-            "the model, or let each enter a linear layer first"
-        )
-    sought = unknown[0] if unknown else columns[0] if columns else None
-    return sought, widths.get(sought or ""), {key: widths[key] for key in columns if key != sought}
+    return widths
 
 
 def _chosen(narrow: Probed, wide: Probed, interface: Interface, name: str) -> Probed:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from narsil.artifacts.artifact import BACKEND_ROLES, open_artifact
+from narsil.artifacts.artifact import BACKEND_ROLES, Artifact, open_artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.watching import Watch
 from narsil.backends.base import Backend
 from narsil.backends.registry import load_backend
 from narsil.config import ServeSettings
 from narsil.dataflow import Features, Jagged, OneHot
-from narsil.engine.independence import WORKER, dependence
+from narsil.engine.independence import SIZES, WORKER, dependence
 from narsil.engine.missing import missing_columns, shown
 from narsil.engine.runner import Runner
 from narsil.engine.served_model import RequestLimits, ServedModel
@@ -25,6 +25,8 @@ from narsil.process import memory_remarks, warn_of
 __all__ = ["failed_forward", "load_model", "warmup_of", "warmup_payloads"]
 
 log = logging.getLogger(__name__)
+
+_ODD_ROWS = 257  # that a backend which pads at all would pad
 
 # By whether the model is compiled.
 _IN_VAIN = {
@@ -38,20 +40,19 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
     files change. Raises NarsilError."""
     artifact = open_artifact(settings.model, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
     picked = artifact.schema.picking(settings.tasks) if settings.tasks else None
-    backend = load_backend(
-        artifact,
-        settings.backend,
-        settings.device,
-        settings.intra_op_threads,
-        tune_kernels=settings.tune_kernels,
-        batch_invariant=settings.batch_invariant,
-        copy_tables=settings.copy_tables,
-    )
+    backend = _loaded(artifact, settings, tune_kernels=settings.tune_kernels)
     log.info("loaded %s with the %s backend", settings.model, backend.name)
     if picked is not None:
         backend.schema = picked
     backend.schema = backend.schema.taking_nan(_nan_columns(settings, backend))
     whole = _rows_depend(settings, backend)
+    if whole and backend.name == "torch" and backend.bucket(_ODD_ROWS) != _ODD_ROWS:
+        # What compiles for every number of rows that it meets would do so for ever: requests are not padded.
+        schema = backend.schema
+        backend.close()
+        backend = _loaded(artifact, settings, tune_kernels=False)
+        backend.schema = schema
+        log.info("its linear layers stay with torch's own kernels, since requests bring any number of rows")
     warn_of(settings.given_in_vain(backend=backend.name, checksums=artifact.manifest is not None))
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
@@ -63,6 +64,18 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
         whole=whole,
     )
     return model, Watch(artifact, backend.name, copied=settings.copy_tables)
+
+
+def _loaded(artifact: Artifact, settings: ServeSettings, *, tune_kernels: bool) -> Backend:
+    return load_backend(
+        artifact,
+        settings.backend,
+        settings.device,
+        settings.intra_op_threads,
+        tune_kernels=tune_kernels,
+        batch_invariant=settings.batch_invariant,
+        copy_tables=settings.copy_tables,
+    )
 
 
 def _nan_columns(settings: ServeSettings, backend: Backend) -> tuple[int, ...]:
@@ -126,7 +139,11 @@ def warmup_of(model: ServedModel, max_batch_rows: int) -> list[Features]:
     if not model.whole:
         return payloads
     runner = Runner(model.name, model.backends[0], whole=True)
-    return [payload for payload in payloads if _runs(runner, payload)] or payloads
+    taken = [payload for payload in payloads if _runs(runner, payload)]
+    if not taken:
+        others = (payload for rows in SIZES for payload in _payloads_of(model.schema, rows))
+        taken = [payload for payload in others if _runs(runner, payload)]
+    return taken or payloads
 
 
 def _runs(runner: Runner, payload: Features) -> bool:
@@ -148,12 +165,15 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
 
     Each size comes twice, since a profiling executor optimizes after its first runs.
     """
-    features = schema.num_features
     for rows in sorted({min(rows, max_batch_rows) for rows in (1, 16, 128, 1024, max_batch_rows)}):
-        dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
-        ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
-        lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (features, 1))
-        values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
-        for _ in range(2):
-            yield Features(rows, dense, OneHot(ids))
-            yield Features(rows, dense, Jagged.laid_out(values, lengths))
+        yield from _payloads_of(schema, rows)
+
+
+def _payloads_of(schema: ModelSchema, rows: int) -> Iterator[Features]:
+    dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
+    ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
+    lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (schema.num_features, 1))
+    values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
+    for _ in range(2):
+        yield Features(rows, dense, OneHot(ids))
+        yield Features(rows, dense, Jagged.laid_out(values, lengths))

@@ -58,7 +58,7 @@ def command(
     engine: str,
     calibration: Path | None,
     max_deviation: float | None,
-    dense_dim: int | None,
+    dense_dim: int | dict[str, int] | None,
 ) -> None:
     """Compile the model at MODEL for this machine.
 

@@ -25,7 +25,7 @@ _SHOWN_FEATURES = 40
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
 @dense_dim_option
-def command(path: Path, as_json: bool, no_verify: bool, dense_dim: int | None) -> None:
+def command(path: Path, as_json: bool, no_verify: bool, dense_dim: int | dict[str, int] | None) -> None:
     """Print the schema that the artifact at PATH expects, and check its files. Exits with 1 where one is not whole."""
     artifact = open_artifact(path, verify=not no_verify, dense_dim=dense_dim)
     described = _describe(artifact, verified=not no_verify)

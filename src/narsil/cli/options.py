@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText", "dense_dim_option"]
+from narsil.config import widths_in
+
+__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText", "GivenWidths", "dense_dim_option"]
 
 
 class FiniteRange(click.FloatRange):
@@ -46,11 +48,25 @@ class GivenText(click.types.StringParamType):
         return text
 
 
+class GivenWidths(click.types.StringParamType):
+    """Numbers of dense columns: N, or KEY=N,..."""
+
+    name = "N or KEY=N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A number, or a number by key. Raises click.BadParameter."""
+        try:
+            return widths_in(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
 SECONDS = FiniteRange(0, 86_400, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
 
 dense_dim_option = click.option(
     "--dense-dim",
-    type=click.IntRange(1, 1 << 20),
-    help="Number of dense columns of a TorchScript file without a manifest, where the model takes any number of them.",
+    type=GivenWidths(),
+    help="Number of dense columns of a TorchScript file without a manifest, where the model takes any number of them; "
+    "KEY=N,... of a model that has several inputs of them.",
 )
