@@ -118,6 +118,10 @@ class ServeSettings(BaseModel):
         le=1_000_000,
         description="Streams that one connection may have reset a second, as a mean over five seconds.",
     )
+    shared_memory: bool = Field(
+        False,
+        description="Let clients of the Open Inference Protocol hand tensors over in shared memory of this machine.",
+    )
     shutdown_delay: float = Field(
         0.0,
         ge=0,

@@ -212,6 +212,7 @@ def make_transport(
             settings.max_metadata_bytes,
             settings.max_queue_bytes,
             settings.max_resets_per_second,
+            settings.shared_memory,
         ),
         observer,
         counts,
@@ -238,6 +239,7 @@ def grpc_options(settings: ServeSettings) -> GrpcOptions:
         read(settings.tls_certificate),
         read(settings.tls_key),
         read(settings.tls_client_ca),
+        settings.shared_memory,
     )
 
 

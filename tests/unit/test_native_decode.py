@@ -523,6 +523,22 @@ def test_the_outputs_that_are_asked_for_are_answered_in_their_order(loops):
     loop.end(call)
 
 
+def test_ids_of_one_feature_are_not_taken_for_another_s(loops):
+    """Lengths that add up over all features, and not for each."""
+    loop = loops["narrow"]
+    for counts, read in (((2, 2), True), ((1, 3), False), ((3, 1), False)):
+        request = oip_request(np.zeros((2, 3)), np.zeros((2, 4), int), by_feature=True)
+        for place, count in zip((1, 2), counts, strict=True):
+            name = request.inputs[place].name
+            request.inputs[place].name, request.inputs[place].shape[:] = name + ".values", [count]
+            request.raw_input_contents[place] = bytes(8 * count)
+            request.inputs.add(name=name + ".lengths", datatype="INT32", shape=[2])
+            request.raw_input_contents.append(np.array([2, 0], "<i4").tobytes())
+        body = request.SerializeToString()
+        assert (loop.decode(oip_messages.METHOD, body) is not None) == read
+        assert (loop.portable(oip_messages.METHOD, body) is not None) == read
+
+
 def test_a_call_says_what_it_holds_beside_its_message(loops):
     loop, ids = loops["narrow"], np.zeros((5, 4), int)
     for by_feature, copied in ((False, 0), (True, 5 * 4 * 8)):

@@ -7,8 +7,8 @@ themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from narsil.engine.served_model import ServedModel
 from narsil.errors import InvalidRequest, ModelNotFound, NoModel, RequestError
 from narsil.telemetry.observer import ModelCounts
 from narsil.transports.codec import narsil_v1, oip, predictor
+from narsil.transports.shared_memory import SharedMemory
 from narsil.wire import MODEL_KEY, VERSION_KEY
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Metadata",
     "Wire",
     "no_counts",
+    "with_shared_memory",
 ]
 
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -145,18 +147,22 @@ class _NarsilV1(_Unary):
 
 
 class _OpenInference(_Unary):
-    """The Open Inference Protocol: the message names the model, or metadata does."""
+    """The Open Inference Protocol: the message names the model, or metadata does. Tensors may lie in ``memory``."""
+
+    def __init__(self, memory: SharedMemory | None = None) -> None:
+        self._memory = memory
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
-        request = oip.read(body)
+        request = oip.read(body, shared=self._memory is not None)
         model = _found(request.model_name, request.model_version, metadata, catalog)
-        features = request.features(model.schema, model.limits)
-        echo = (request.request_id, tuple(request.outputs))
+        features = request.features(model.schema, model.limits, self._memory)
+        slots = request.slots(model.schema, features.rows, self._memory)
+        echo = (request.request_id, tuple(request.outputs), slots)
         return Decoded(model, features, echo, timeout_s=request.timeout_s, priority=request.priority)
 
     def encode(self, decoded: Decoded, result: Result) -> bytes:
-        (request_id, outputs), model = decoded.echo, decoded.model
-        return oip.encode(model.name, model.version, request_id, result.scores or {}, outputs)
+        (request_id, outputs, slots), model = decoded.echo, decoded.model
+        return oip.encode(model.name, model.version, request_id, result.scores or {}, outputs, slots)
 
 
 class _OpenInferenceStream(_OpenInference):
@@ -273,6 +279,40 @@ ENDPOINTS = (
     Endpoint("/grpc.health.v1.Health/Check", Kind.HEALTH_CHECK),
     Endpoint("/grpc.health.v1.Health/Watch", Kind.HEALTH_WATCH),
 )
+
+
+def with_shared_memory(rows: Sequence[Endpoint], memory: SharedMemory) -> tuple[Endpoint, ...]:
+    """The same methods, of which those of the Open Inference Protocol take tensors in shared memory, and those that
+    register it."""
+
+    def register(body: bytes, metadata: Metadata, control: Control) -> bytes:
+        memory.register(*oip.read_region(body))
+        return b""
+
+    def unregister(body: bytes, metadata: Metadata, control: Control) -> bytes:
+        memory.unregister(oip.read_named(body)[0])
+        return b""
+
+    def status(body: bytes, metadata: Metadata, control: Control) -> bytes:
+        return oip.encode_regions(memory.regions(oip.read_named(body)[0]))
+
+    def server(body: bytes, metadata: Metadata, control: Control) -> bytes:
+        return oip.encode_server(version("narsil"), (*oip.EXTENSIONS, oip.SHARED_MEMORY))
+
+    changed: dict[str, dict[str, Any]] = {
+        oip.SERVICE + "ModelInfer": {"wire": _OpenInference(memory)},
+        oip.SERVICE + "ModelStreamInfer": {"wire": _OpenInferenceStream(memory)},
+        oip.SERVICE + "ServerMetadata": {"answer": server},
+    }
+    added = {"Register": register, "Unregister": unregister, "Status": status}
+    return (
+        *(replace(each, **changed.get(each.method, {})) for each in rows),
+        *(
+            Endpoint(f"{oip.SERVICE}SystemSharedMemory{name}", Kind.UNARY, answer=answer)
+            for name, answer in added.items()
+        ),
+    )
+
 
 # Services that carry requests: what health checks may ask for by name.
 SERVICES = tuple(dict.fromkeys(each.service for each in ENDPOINTS if each.wire or each.answer))

@@ -34,9 +34,11 @@ from narsil.transports.endpoints import (
     Metadata,
     Wire,
     no_counts,
+    with_shared_memory,
 )
 from narsil.transports.health import Health
 from narsil.transports.reflection import Reflection
+from narsil.transports.shared_memory import SharedMemory
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class GrpcOptions:
     tls_certificate: bytes | None = None  # PEM; with it goes the key
     tls_key: bytes | None = None
     tls_client_ca: bytes | None = None  # PEM; given: clients must present a certificate it signed
+    shared_memory: bool = False  # whether clients may hand tensors over in it
 
 
 class _Outbox:
@@ -149,8 +152,9 @@ class GrpcAioTransport(Transport):
             ],
         )
         self._health = Health(("", *SERVICES))
+        rows = with_shared_memory(ENDPOINTS, SharedMemory()) if options.shared_memory else ENDPOINTS
         server.add_generic_rpc_handlers(
-            (_RawHandlers({each.method: self._handler(each, outbox, loop) for each in ENDPOINTS}),)
+            (_RawHandlers({each.method: self._handler(each, outbox, loop) for each in rows}),)
         )
         try:
             port = self._bind(server)

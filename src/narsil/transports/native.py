@@ -31,8 +31,10 @@ from narsil.transports.endpoints import (
     Metadata,
     Wire,
     no_counts,
+    with_shared_memory,
 )
 from narsil.transports.reflection import Reflection
+from narsil.transports.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
     from narsil._native import Call, Model
@@ -53,6 +55,7 @@ class NativeOptions:
     # Of messages that are still arriving or wait for a lane to take them, and of answers that clients do not read.
     max_buffered_bytes: int = 1 << 29
     max_resets_per_second: int = 200  # of one connection, as a mean over five seconds
+    shared_memory: bool = False  # whether clients may hand tensors over in it
     limits: Mapping[str, float] = field(default_factory=dict)  # others, by the names that _native.Plane gives them
 
 
@@ -86,6 +89,9 @@ class _Reply:
                 )
             else:
                 call.answer(self._wire.encode(self._decoded, result))
+        except RequestError as error:
+            transport.undelivered(call.method, error)
+            _fail(call, error, self._wire)
         except Exception as error:
             transport.undelivered(call.method, error)
             _fail_unexpected(call)
@@ -110,16 +116,17 @@ class NativeTransport(Transport):
         self._options = options
         self._observer = Careful(observer or Observer())
         self._catalog = EMPTY
-        self._wires: dict[str, Wire] = {each.method: each.wire for each in ENDPOINTS if each.wire}
+        rows = with_shared_memory(ENDPOINTS, SharedMemory()) if options.shared_memory else ENDPOINTS
+        self._wires: dict[str, Wire] = {each.method: each.wire for each in rows if each.wire}
         # Their calls last longer than a message: a request's time begins when it is taken from its stream.
-        self._streams = frozenset(each.method for each in ENDPOINTS if each.kind is Kind.STREAM)
+        self._streams = frozenset(each.method for each in rows if each.kind is Kind.STREAM)
         self._controls: dict[str, Callable[[bytes, Metadata, Control], bytes]] = {
-            each.method: each.answer for each in ENDPOINTS if each.answer
+            each.method: each.answer for each in rows if each.answer
         }
         reflection = Reflection()
         self._controls[REFLECTION] = lambda body, metadata, control: reflection.answer(body)
         self._plane = Plane(
-            {each.method: each.kind.value for each in ENDPOINTS},
+            {each.method: each.kind.value for each in rows},
             {
                 "max_message": options.max_message_bytes,
                 "max_metadata": options.max_metadata_bytes,

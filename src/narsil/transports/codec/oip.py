@@ -28,6 +28,7 @@ from narsil.transports.codec.tensors import (
     picked,
     tensor_of,
 )
+from narsil.transports.shared_memory import Region, SharedMemory, Slot
 from narsil.wire import (
     FIXED64,
     LEN,
@@ -46,16 +47,18 @@ from narsil.wire import (
 
 SERVICE = "/inference.GRPCInferenceService/"
 EXTENSIONS = ("model_configuration", "statistics", "binary_tensor_data")
+SHARED_MEMORY = "system_shared_memory"  # an extension that is off unless it is asked for
 
 _STATELESS = "Narsil keeps no state between requests; leave it out"
-_NO_SHARED_MEMORY = "shared memory is not served here; send the tensor's bytes"
+_REGION, _REGION_OFFSET, _REGION_SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
+_NO_SHARED_MEMORY = "shared memory is not served here (--shared-memory); send the tensor's bytes"
 # Parameters that would change what an answer means, and cannot be had.
 _REFUSED = {
     "sequence_id": _STATELESS,
     "sequence_start": _STATELESS,
     "sequence_end": _STATELESS,
     "classification": "classes are not ranked here; leave it out and take the scores",
-    "shared_memory_region": _NO_SHARED_MEMORY,
+    _REGION: _NO_SHARED_MEMORY,
 }
 _TYPED = {"FP32": (6, "fp32_contents"), "FP64": (7, "fp64_contents"), "INT32": (2, "int_contents")} | {
     "INT64": (3, "int64_contents")
@@ -72,6 +75,16 @@ class _Input:
     datatype: str = ""
     shape: list[int] = field(default_factory=list)
     contents: tuple[int, int] | None = None
+    place: _Place | None = None  # where its bytes are, if not in the message
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Bytes of a region of shared memory, as a request's parameters say."""
+
+    region: str
+    offset: int
+    size: int
 
 
 class _Budget:
@@ -100,25 +113,48 @@ class InferRequest:
     priority: int = 0
     inputs: list[_Input] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    places: dict[str, _Place] = field(default_factory=dict)  # of outputs that are not to stand in the answer
     raw: list[tuple[int, int]] = field(default_factory=list)
     budget: _Budget = field(default_factory=_Budget)
 
-    def features(self, schema: ModelSchema, limits: RequestLimits) -> Features:
-        """The rows, held against the schema: views of the body where they are raw. Raises InvalidRequest."""
+    def features(self, schema: ModelSchema, limits: RequestLimits, memory: SharedMemory | None = None) -> Features:
+        """The rows, held against the schema: views of the body where they are raw. Raises InvalidRequest.
+
+        ``memory`` is what ``read`` was told is served.
+        """
         check_names(self.outputs, schema)
-        return features_of(self._tensors(), schema, limits)
+        return features_of(self._tensors(limits, memory), schema, limits)
 
-    def _tensors(self) -> list[Tensor]:
-        if self.raw and len(self.raw) != len(self.inputs):
+    def slots(self, schema: ModelSchema, rows: int, memory: SharedMemory | None) -> dict[str, Slot]:
+        """Where outputs go that are not to stand in the answer. Raises InvalidRequest where they have no room."""
+        out: dict[str, Slot] = {}
+        for name, place in self.places.items():
+            needed = 4 * rows * schema.outputs[name]
+            if place.size < needed:
+                raise InvalidRequest(f"output {name[:80]!r} has {needed} bytes; {_REGION_SIZE} is {place.size}")
+            if memory is not None:
+                out[name] = memory.slot(place.region, place.offset, needed)
+        return out
+
+    def _tensors(self, limits: RequestLimits, memory: SharedMemory | None) -> list[Tensor]:
+        here = sum(each.place is None for each in self.inputs)
+        if self.raw and len(self.raw) != here:
+            raise InvalidRequest(f"raw_input_contents has {len(self.raw)} entries for {here} inputs; send one for each")
+        away = sum(each.place.size for each in self.inputs if each.place is not None)
+        if away > limits.max_bytes:
             raise InvalidRequest(
-                f"raw_input_contents has {len(self.raw)} entries for {len(self.inputs)} inputs; send one for each"
+                f"the inputs in shared memory have {away} bytes in all; the limit is {limits.max_bytes} "
+                f"(--max-message-bytes). {limits.advice}"
             )
-        spans: Sequence[tuple[int, int] | None] = self.raw or [None] * len(self.inputs)
-        return [self._tensor(each, span) for each, span in zip(self.inputs, spans, strict=True)]
+        spans = iter(self.raw)
+        return [self._tensor(each, next(spans, None) if each.place is None else None, memory) for each in self.inputs]
 
-    def _tensor(self, each: _Input, raw: tuple[int, int] | None) -> Tensor:
+    def _tensor(self, each: _Input, raw: tuple[int, int] | None, memory: SharedMemory | None) -> Tensor:
         dtype = dtype_of(each.name, each.datatype)
-        if raw is None:
+        if each.place is not None and memory is not None:
+            copy = memory.slot(each.place.region, each.place.offset, each.place.size).read()
+            values = validate.array(copy, 0, len(copy), dtype, each.name[:80])
+        elif raw is None:
             values = _typed(self.body, each, self.budget)
         elif each.contents is not None and each.contents[0] != each.contents[1]:
             raise InvalidRequest(f"{each.name[:80]} has contents beside raw_input_contents; send one of them")
@@ -127,9 +163,9 @@ class InferRequest:
         return tensor_of(each.name, each.datatype, tuple(each.shape), values)
 
 
-def read(body: bytes) -> InferRequest:
+def read(body: bytes, *, shared: bool = False) -> InferRequest:
     """A serialized ModelInferRequest, not yet held against any schema. Raises InvalidRequest where it is none, or asks
-    for what is not served."""
+    for what is not served: tensors in shared memory, unless they are ``shared``."""
     out = InferRequest(body)
     budget = out.budget
     parameters: dict[str, Parameter] = {}
@@ -147,9 +183,12 @@ def read(body: bytes) -> InferRequest:
         elif number == 4:
             _read_parameter(body, start, stop, budget, parameters)
         elif number == 5:
-            out.inputs.append(_read_input(body, start, stop, budget))
+            out.inputs.append(_read_input(body, start, stop, budget, shared))
         elif number == 6:
-            out.outputs.append(_read_output(body, start, stop, budget))
+            name, place = _read_output(body, start, stop, budget, shared)
+            out.outputs.append(name)
+            if place is not None:
+                out.places[name] = place
         else:
             out.raw.append((start, stop))
     _refuse(parameters, "the request")
@@ -159,13 +198,24 @@ def read(body: bytes) -> InferRequest:
     return out
 
 
-def encode(model_name: str, version: str, request_id: str, scores: Scores, names: Sequence[str]) -> bytes:
-    """A serialized ModelInferResponse with these outputs, raw."""
+def encode(
+    model_name: str,
+    version: str,
+    request_id: str,
+    scores: Scores,
+    names: Sequence[str],
+    slots: Mapping[str, Slot] | None = None,
+) -> bytes:
+    """A serialized ModelInferResponse with these outputs, raw. Those with a slot are put there, and are empty in it."""
     out = put_text(1, model_name) + put_text(2, version) + put_text(3, request_id)
     raw = b""
     for task, values in picked(scores, names).items():
         out += put_len(5, _tensor_message(task, "FP32", values.shape))
-        raw += put_len(6, values.astype("<f4", copy=False).tobytes())
+        numbers = values.astype("<f4", copy=False).tobytes()
+        if slots and task in slots:
+            slots[task].write(numbers)
+            numbers = b""
+        raw += put_len(6, numbers)
     return out + raw
 
 
@@ -194,9 +244,36 @@ def encode_flag(value: bool) -> bytes:
     return put_uint(1, int(value))
 
 
-def encode_server(version: str) -> bytes:
+def encode_server(version: str, extensions: Sequence[str] = EXTENSIONS) -> bytes:
     """A serialized ServerMetadataResponse."""
-    return put_text(1, "narsil") + put_text(2, version) + b"".join(put_text(3, each) for each in EXTENSIONS)
+    return put_text(1, "narsil") + put_text(2, version) + b"".join(put_text(3, each) for each in extensions)
+
+
+def read_region(body: bytes) -> tuple[str, str, int, int]:
+    """(name, key, offset, bytes) of a SystemSharedMemoryRegisterRequest."""
+    texts, numbers = {1: "", 2: ""}, {3: 0, 4: 0}
+    for found in scan(body, 0, len(body)):
+        if found[0] in texts:
+            expect(found, LEN, "name" if found[0] == 1 else "key")
+            texts[found[0]] = text(body, found[2], found[3], "a name")
+        elif found[0] in numbers:
+            expect(found, VARINT, "offset" if found[0] == 3 else "byte_size")
+            numbers[found[0]] = found[2]
+    return texts[1], texts[2], numbers[3], numbers[4]
+
+
+def encode_regions(regions: Sequence[Region]) -> bytes:
+    """A serialized SystemSharedMemoryStatusResponse."""
+    return b"".join(
+        put_len(
+            1,
+            put_text(1, each.name)
+            + put_len(
+                2, put_text(1, each.name) + put_text(2, each.key) + put_uint(3, each.offset) + put_uint(4, each.size)
+            ),
+        )
+        for each in regions
+    )
 
 
 def encode_metadata(name: str, versions: Sequence[str], backend: str, schema: ModelSchema) -> bytes:
@@ -255,7 +332,7 @@ def _sizes(number: int, shape: Sizes) -> bytes:
     return put_len(number, b"".join(put_varint(size & 0xFFFFFFFFFFFFFFFF) for size in shape))
 
 
-def _read_input(body: bytes, start: int, stop: int, budget: _Budget) -> _Input:
+def _read_input(body: bytes, start: int, stop: int, budget: _Budget, shared: bool) -> _Input:
     out = _Input()
     parameters: dict[str, Parameter] = {}
     for found in budget.scan(body, start, stop):
@@ -274,11 +351,11 @@ def _read_input(body: bytes, start: int, stop: int, budget: _Budget) -> _Input:
                 _read_parameter(body, a, b, budget, parameters)
             else:
                 out.contents = (a, b)
-    _refuse(parameters, f"input {out.name[:80]!r}")
+    out.place = _placed(parameters, f"input {out.name[:80]!r}", shared)
     return out
 
 
-def _read_output(body: bytes, start: int, stop: int, budget: _Budget) -> str:
+def _read_output(body: bytes, start: int, stop: int, budget: _Budget, shared: bool) -> tuple[str, _Place | None]:
     name = ""
     parameters: dict[str, Parameter] = {}
     for found in budget.scan(body, start, stop):
@@ -289,8 +366,21 @@ def _read_output(body: bytes, start: int, stop: int, budget: _Budget) -> str:
             name = text(body, a, b, "an output's name")
         elif number == 2:
             _read_parameter(body, a, b, budget, parameters)
-    _refuse(parameters, f"output {name[:80]!r}")
-    return name
+    return name, _placed(parameters, f"output {name[:80]!r}", shared)
+
+
+def _placed(parameters: dict[str, Parameter], where: str, shared: bool) -> _Place | None:
+    """Where in shared memory a tensor is, by its parameters; all others of what is not served are refused."""
+    region = parameters.pop(_REGION, "") if shared else ""
+    _refuse(parameters, where)
+    if not region:
+        return None
+    offset, size = parameters.get(_REGION_OFFSET, 0), parameters.get(_REGION_SIZE, 0)
+    if not isinstance(region, str) or not isinstance(offset, int) or not isinstance(size, int):
+        raise InvalidRequest(f"{where}: {_REGION} must be a text, and its byte_size and offset whole numbers")
+    if offset < 0 or size < 0:
+        raise InvalidRequest(f"{where}: shared memory from {offset} on, {size} bytes: neither may be negative")
+    return _Place(region, offset, size)
 
 
 def _read_parameter(body: bytes, start: int, stop: int, budget: _Budget, into: dict[str, Parameter]) -> None:
