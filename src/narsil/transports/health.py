@@ -59,11 +59,11 @@ class Health:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._watchers[peer] += 1
         try:
-            yield self._status() if known else _response(SERVICE_UNKNOWN)
-            if not self._retired.is_set():
-                await self._retired.wait()
-                if known:
-                    yield self._status()
+            told = self._status()
+            yield told if known else _response(SERVICE_UNKNOWN)
+            await self._retired.wait()
+            if known and self._status() != told:  # which may have happened while that was sent
+                yield self._status()
         finally:
             self._watchers -= Counter([peer])  # and what is 0 is left out
 
