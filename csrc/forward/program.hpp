@@ -50,9 +50,9 @@ struct Step {
   int64_t width;     // of what it makes
   Operand operands[3];
   int64_t sizes[4];  // LOOKUP: first table, tables; SEQUENCE: table, length; LINEAR: sub-rows of a row, their strides
-                     // in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n; REDUCE, SOFTMAX,
-                     // NORM: outer, axis, inner; COLUMNS: first of those that it takes; OUTPUT: first of those that it
-                     // fills
+                     // in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n, batch; REDUCE,
+                     // SOFTMAX, NORM: outer, axis, inner; COLUMNS: first of those that it takes; OUTPUT: first of those
+                     // that it fills
   const void*
       data[2];       // LINEAR: its Layer; DOT: weights and bias; MOVE: runs of 5 int64; NORM: weight and bias or null
   float numbers[3];  // ELEMENTWISE: what the function takes; NORM: epsilon; SEQUENCE: fill
@@ -187,15 +187,16 @@ void run_dots(const Step& step, const float* in, float* out) {
   }
 }
 
-// (m, k) by (k, n).
+// Products of (m, k) by (k, n), as many as the batch has.
 void multiply(const Step& step, const float* left, const float* right, float* out) {
-  const int64_t m = step.sizes[0], k = step.sizes[1], n = step.sizes[2];
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(m * n));
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t p = 0; p < k; ++p) {
-      const float factor = left[i * k + p];
-      for (int64_t j = 0; j < n; ++j) out[i * n + j] += factor * right[p * n + j];
-    }
+  const int64_t m = step.sizes[0], k = step.sizes[1], n = step.sizes[2], batch = step.sizes[3];
+  std::memset(out, 0, sizeof(float) * static_cast<size_t>(batch * m * n));
+  for (int64_t b = 0; b < batch; ++b, left += m * k, right += k * n, out += m * n)
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t p = 0; p < k; ++p) {
+        const float factor = left[i * k + p];
+        for (int64_t j = 0; j < n; ++j) out[i * n + j] += factor * right[p * n + j];
+      }
 }
 
 // Whether a number takes the place of the largest, or of the least, so far: a NaN does, and stays.

@@ -135,8 +135,6 @@ def test_operations_of_several_steps(name: str, library: ForwardLibrary | None) 
         (lambda x: x.roll(1, 0), "aten.roll: it moves rows"),
         (lambda x: x.roll(1), "aten.roll: it moves rows"),
         (lambda x: x.roll(70, 0), "aten.roll: it moves rows"),  # which changes nothing of 5, 7 or 2 rows
-        (lambda x: x.repeat(2, 1)[: x.shape[0]], "aten.repeat: it repeats rows"),
-        (lambda x: x.repeat(2, 1, 1)[0], "aten.repeat: it repeats rows"),
         (lambda x: x / x.norm(), "aten.linalg_vector_norm: it goes over the rows"),
         (lambda x: (x - x.mean(1, keepdim=True)) / x.std(), "aten.std: it goes over the rows"),
         (lambda x: F.log_softmax(x, 0), "aten._log_softmax: it goes over the rows"),

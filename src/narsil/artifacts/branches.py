@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 __all__ = ["branch_on_rows"]
 
 _TRUSTED = re.compile(r"code/__torch__/(torchrec|fbgemm_gpu)/")  # by the qualified name of what was scripted
@@ -25,7 +27,7 @@ _NUMBERS = re.compile(r"\b(int|float|bool|number|Scalar|t)\b")  # in a type that
 _FIXED = frozenset(
     {"aten::dim", "prim::dtype", "prim::device", "prim::layout", "aten::is_floating_point", "aten::is_complex"}
     | {"aten::__is__", "aten::__isnot__", "prim::isinstance", "prim::is_cuda", "aten::device", "prim::requires_grad"}
-    | {"aten::get_device", "aten::element_size", "aten::__contains__", "aten::is_signed"}
+    | {"aten::get_device", "aten::element_size", "aten::__contains__", "aten::is_signed", "prim::is_nested"}
 )
 # What makes two numbers differ where their sources do.
 _LINEAR = frozenset(
@@ -35,6 +37,8 @@ _LINEAR = frozenset(
     | {"prim::NumToTensor", "aten::size", "aten::numel", "aten::len", "aten::list", "prim::data", "aten::_set_item"}
     | {"prim::GetAttr", "aten::__range_length", "aten::values", "aten::keys", "aten::items", "aten::floordiv"}
 )
+# What makes two numbers differ where the one of its sources that follows from the rows does.
+_ONE_TO_ONE = frozenset({"aten::mul", "aten::div", "aten::Float", "aten::FloatImplicit", "aten::sqrt", "aten::log"})
 _HARMLESS = frozenset({"aten::format", "prim::RaiseException", "prim::Print", "aten::warn", "aten::__not__"})
 _PLAIN, _BENT = 1, 2  # what is known of a number that follows from the rows: how it does, or no more than that
 
@@ -42,7 +46,9 @@ _PLAIN, _BENT = 1, 2  # what is known of a number that follows from the rows: ho
 def branch_on_rows(module: Any) -> str:
     """The first place where what forward does follows from the rows in a way that no recording shows; empty where there
     is none."""
-    return _Walk(module.inlined_graph).problem
+    graph = module.inlined_graph  # a copy
+    torch._C._jit_pass_constant_propagation(graph)  # a branch on an argument that is always None goes
+    return _Walk(graph).problem
 
 
 class _Walk:
@@ -82,7 +88,7 @@ class _Walk:
                 self._flow(made, node.outputs())
         if self._rank(deciding) == 0:
             return
-        if _trusted(node):
+        if _trusted(node) or (kind == "prim::If" and all(map(_only_compares, blocks))):
             self._mark(node.outputs(), _BENT)
         elif not any(map(_raises, blocks)):
             self._complain(node, "branches on" if kind == "prim::If" else "loops over")
@@ -104,10 +110,14 @@ class _Walk:
             if inputs[0].debugName() in self.own and not _TRUSTED_TYPE.match(str(inputs[0].type())):
                 self.problem = self.problem or f"forward writes to its module's attribute {node.s('name')}"
             return
-        if kind == "aten::len" and inputs[0].node().kind() == "aten::size":
-            return  # how many axes there are
+        if kind == "aten::len" and _is_as_long(inputs[0]):
+            return
         if kind in _FIXED or kind in _HARMLESS:
             self._mark(outputs, _BENT if kind == "aten::__not__" and rank else 0)
+            return
+        if kind == "prim::TupleUnpack" and all(parts := [_put_at(inputs[0], at) for at in range(len(outputs))]):
+            for part, output in zip(parts, outputs, strict=True):
+                self._mark([output], self._rank(part))
             return
         taken = [value for value in inputs if _is_tensor(value) and value.debugName() not in self.own]
         if (taken or kind == "prim::GetAttr") and any(map(_holds_numbers, outputs)):
@@ -128,7 +138,9 @@ class _Walk:
 
     def _is_linear(self, kind: str, inputs: list[Any]) -> bool:
         following = [value for value in inputs if self.follows.get(value.debugName(), 0)]
-        return kind in _LINEAR or (kind == "aten::mul" and len(following) < 2)
+        if kind == "aten::mul" and all(map(_is_size, following)):
+            return True
+        return kind in _LINEAR or (kind in _ONE_TO_ONE and len(following) < 2)
 
     def _rank(self, values: Iterable[Any]) -> int:
         return max((self.follows.get(value.debugName(), 0) for value in values), default=0)
@@ -144,6 +156,50 @@ class _Walk:
 
 def _raises(block: Any) -> bool:
     return any(node.kind() == "prim::RaiseException" for node in block.nodes())
+
+
+def _put_at(value: Any, place: int) -> list[Any]:
+    """What a tuple may have at a place; empty where that is not known."""
+    node = value.node()
+    if node.kind() == "prim::TupleConstruct":
+        return [list(node.inputs())[place]]
+    if node.kind() != "prim::If":
+        return []
+    output = [made.debugName() for made in node.outputs()].index(value.debugName())
+    made = [list(block.outputs())[output] for block in node.blocks() if not _raises(block)]
+    found = [_put_at(part, place) for part in made if part.node().kind() != "prim::Uninitialized"]
+    return [part for each in found for part in each] if all(found) else []
+
+
+def _only_compares(block: Any) -> bool:
+    """Whether a branch gives nothing but truth values, of numbers, as ``and`` and ``or`` do."""
+    values = [value for node in block.nodes() for value in node.outputs()]
+    kinds = [str(value.type()) for value in (*values, *block.outputs())]
+    return all(kind in ("bool", "int", "float") for kind in kinds) and not any(
+        list(node.blocks()) or node.kind() == "prim::SetAttr" for node in block.nodes()
+    )
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a number is a tensor's size, to which nothing was added: of two of them, the product is a multiple of how
+    many rows there are, or their square, which recordings tell apart."""
+    node = value.node()
+    of = next(iter(node.inputs()), None)
+    if node.kind() in ("prim::ListUnpack", "aten::__getitem__"):
+        return bool(of is not None and of.node().kind() == "aten::size")
+    return bool(node.kind() == "aten::size")
+
+
+def _is_as_long(value: Any) -> bool:
+    """Whether a list has as many numbers for other rows: how many axes there are, or those that are written down."""
+    node = value.node()
+    kind, inputs = node.kind(), list(node.inputs())
+    if kind in ("aten::size", "prim::ListConstruct"):
+        return True
+    if kind in ("aten::add", "aten::list"):
+        return all(map(_is_as_long, inputs))
+    constant = all(bound.node().kind() == "prim::Constant" for bound in inputs[1:])
+    return bool(kind == "aten::slice" and constant and _is_as_long(inputs[0]))
 
 
 def _trusted(node: Any) -> bool:

@@ -329,10 +329,10 @@ class _StepCheck:
         self._operand(0, vectors * dim)
 
     def _matmul(self) -> None:
-        m, k, n = self._sizes(3)
-        self._need(m * n == self.step.width and k > 0)
-        self._operand(0, m * k)
-        self._operand(1, k * n)
+        m, k, n, batch = self._sizes(4)
+        self._need(m * n * batch == self.step.width and k > 0)
+        self._operand(0, m * k * batch)
+        self._operand(1, k * n * batch)
 
     def _reduce(self) -> None:
         outer, axis, inner = self._sizes(3)

@@ -27,6 +27,7 @@ from narsil.artifacts.plan import ALIGN, FUNCTIONS, PlanArray, PlanOperand, Plan
 from narsil.errors import ArtifactError
 from narsil.program.origins import Origins, Trace
 from narsil.program.steps import (
+    ByRow,
     Elementwise,
     IdArray,
     IdExpression,
@@ -133,6 +134,7 @@ class _Lowering:
 
     def _lower(self, step: Step) -> None:
         kinds: dict[type[Step], Any] = {
+            ByRow: self._by_row,
             Lookup: self._lookup,
             Laid: self._laid,
             Linear: self._linear,
@@ -326,22 +328,39 @@ class _Lowering:
         )
         self.drafts.append(_Draft(plan, value, tuple(taken)))
 
+    def _by_row(self, step: ByRow) -> None:
+        array = np.ascontiguousarray(step.array, np.float32).ravel()
+        value = self._made(step.out)
+        plan = PlanStep("elementwise", width=value.width, function=FUNCTIONS.index("clamp"), numbers=(None, None))
+        self.drafts.append(_Draft(plan, value, (array,)))
+
     def _matmul(self, step: MatMul) -> None:
         shapes = [self._shape(part) if isinstance(part, int) else part.shape for part in (step.left, step.right)]
-        (m, k), (_, n) = shapes
-        if isinstance(step.left, int) and isinstance(step.right, int) and self._are_pairs(step, m):
+        (m, k), n = shapes[0][-2:], shapes[1][-1]
+        if (
+            len(shapes[0]) == len(shapes[1]) == 2
+            and isinstance(step.left, int)
+            and isinstance(step.right, int)
+            and self._are_pairs(step, m)
+        ):
             pairs = np.triu_indices(m, k=1)
             self.pairs[step.out] = {(int(i), int(j)): at for at, (i, j) in enumerate(zip(*pairs, strict=True))}
             value = self._value(step.out, len(pairs[0]))
             source = self._operand(self.trace.of(step.left))
             self.drafts.append(_Draft(PlanStep("pairs", width=value.width, sizes=(m, k)), value, (source,)))
             return
-        taken = tuple(
-            self._operand(self.trace.of(part)) if isinstance(part, int) else np.asarray(part, np.float32).ravel()
-            for part in (step.left, step.right)
-        )
+        batch = self._shape(step.out)[:-2]
+        taken: list[_Value | NDArray[np.float32]] = []
+        for part, shape in zip((step.left, step.right), shapes, strict=True):
+            whole = (*batch, *shape[-2:])
+            if isinstance(part, int):
+                origins = self.trace.of(part)
+                taken.append(self._operand(origins if shape == whole else origins.broadcast(whole)))
+            else:
+                taken.append(np.ascontiguousarray(np.broadcast_to(part, whole), np.float32).ravel())
         value = self._made(step.out)
-        self.drafts.append(_Draft(PlanStep("matmul", width=value.width, sizes=(m, k, n)), value, taken))
+        sizes = (m, k, n, _size(batch))
+        self.drafts.append(_Draft(PlanStep("matmul", width=value.width, sizes=sizes), value, tuple(taken)))
 
     def _are_pairs(self, step: MatMul, vectors: int) -> bool:
         """Whether vectors are multiplied by themselves, and only products of two different ones are ever taken."""
@@ -538,7 +557,7 @@ def _plain(expression: Any, lowering: _Lowering) -> Any:
 
 
 def _computes(step: Step) -> bool:
-    kinds = (Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
+    kinds = (ByRow, Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
     return type(step) in kinds or hasattr(step, "call")
 
 

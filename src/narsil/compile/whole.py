@@ -25,7 +25,7 @@ from narsil.program.reader import Readings
 from narsil.program.recording import Constant, Op, Ref
 from narsil.program.replaying import PerRow, plain_arguments
 from narsil.program.steps import IdArray, IdExpression, Lookup, Table, of_feature
-from narsil.program.values import Column, Fixed, Unread
+from narsil.program.values import Column, Fixed, Turned, Unread
 
 __all__ = ["WholeModel", "whole_model"]
 
@@ -149,7 +149,7 @@ class _Making:
             if number in self.needed or isinstance(known, Fixed):
                 continue
             op = self.made_by.get(number)
-            if not isinstance(known, Column):
+            if not isinstance(known, Column | Turned):
                 told = "what a request brings" if op is None else op.name
                 raise ArtifactError(
                     f"{self.name}: the inductor engine runs numbers of rows alone, and {told} makes others; serve it "

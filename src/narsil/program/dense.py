@@ -14,7 +14,7 @@ import torch
 
 from narsil.program.ragged import chosen, converted, looked_up_in, per_id, rearranged
 from narsil.program.reader import Reader, fixed_array, has_varying, reads
-from narsil.program.recording import Op, Varying
+from narsil.program.recording import Op, Ref, Varying
 from narsil.program.sequences import move_vectors
 from narsil.program.steps import (
     ELEMENTWISE,
@@ -289,9 +289,10 @@ def read_bmm(reader: Reader, op: Op) -> Known:
         raise Unread("it adds to what it multiplies")
     left, right = reader.of(op.args[0]), reader.of(op.args[1])
     operands: list[Operand] = []
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
+    columns = [known for known in (left, right) if isinstance(known, Column)]
     for known in (left, right):
-        if isinstance(known, Column) and not known.folded and len(known.shape) == 2:
+        if isinstance(known, Column) and len(known.shape) >= 2 + known.folded:
             operands.append(known.number)
             shapes.append(known.shape)
         elif isinstance(known, Fixed) and (
@@ -302,7 +303,10 @@ def read_bmm(reader: Reader, op: Op) -> Known:
             shapes.append(array.shape[-2:])
         else:
             raise Unread("it multiplies across rows")
-    return reader.add(op, MatMul(_only(op), *operands), (shapes[0][0], shapes[1][1]))
+    if any((column.folded, column.shape[:-2]) != (columns[0].folded, columns[0].shape[:-2]) for column in columns):
+        raise Unread("it multiplies what is laid out in several ways")
+    shape = (*columns[0].shape[:-2], shapes[0][-2], shapes[1][-1])
+    return reader.add(op, MatMul(_only(op), *operands), shape, columns[0].folded)
 
 
 @reads(
@@ -480,7 +484,7 @@ def read_index_select(reader: Reader, op: Op) -> Known:
     return _taken(reader, op, column, (*(slice(None),) * axis, fixed_array(reader.fixed(op.args[2]))))
 
 
-@reads("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind")
+@reads("aten.split", "aten.unsafe_split", "aten.split_with_sizes", "aten.chunk", "aten.unbind")
 def read_split(reader: Reader, op: Op) -> Any:
     """An axis in pieces."""
     known = reader.of(op.args[0])
@@ -527,11 +531,14 @@ def read_reduce(reader: Reader, op: Op) -> Known:
 @reads("aten._softmax")
 def read_softmax(reader: Reader, op: Op) -> Known:
     """Over one axis of the row."""
-    column = reader.column(op.args[0])
-    axis = op.args[1] % (len(column.shape) + 1) - 1
-    if axis < 0:
+    column = reader.of(op.args[0])
+    if not isinstance(column, Column):
+        raise Unread("it takes no rows of numbers")
+    axis = op.args[1] % (len(column.shape) + 1 - column.folded)
+    if axis == 0:
         raise Unread("it goes over the rows")
-    return reader.add(op, Softmax(_only(op), column.number, axis), column.shape)
+    step = Softmax(_only(op), column.number, axis - 1 + column.folded)
+    return reader.add(op, step, column.shape, column.folded)
 
 
 @reads("aten.native_layer_norm")
@@ -576,3 +583,12 @@ def read_batch_norm(reader: Reader, op: Op) -> Any:
 def read_made(reader: Reader, op: Op) -> Known:
     """A constant that forward makes each time."""
     return Fixed(reader.recording.tensors[_only(op)])
+
+
+@reads("aten.empty")
+def read_empty(reader: Reader, op: Op) -> Known:
+    """Memory that TorchScript fills without an operation, as it does with a list of numbers."""
+    first, second = reader.pair(Ref(_only(op)))
+    if first.shape != second.shape or not torch.equal(first, second):
+        raise Unread("what is in it follows from the rows")
+    return Fixed(first)

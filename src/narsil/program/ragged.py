@@ -268,7 +268,7 @@ def converted(known: PerId, before: torch.dtype, kind: torch.dtype) -> PerId:
 def rearranged(reader: Reader, op: Op) -> Any:
     """What an operation makes that moves ids, or lengths, and looks at neither."""
     sources = [known for leaf in _tensors(op) if isinstance(known := reader.of(leaf), PerId)]
-    if op.name in ("aten.slice", "aten.split"):
+    if op.name in ("aten.slice", "aten.split", "aten.unsafe_split"):
         _check_reached(reader, op)
     if not sources:
         return _structure(reader, op)

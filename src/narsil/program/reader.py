@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from narsil.program.recording import Constant, Op, Recording, Ref, Varying
 from narsil.program.replaying import Replayed, Source, check_rows, plain_arguments, refuse_unseen
 from narsil.program.steps import Arrange, Concat, Elementwise, Lookup, Program, Step, Table
-from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Unread, Vectors
+from narsil.program.values import Column, Fixed, Known, Opaque, PerId, Structure, Turned, Unread, Vectors
 
-__all__ = ["Reader", "Readings", "TableOf", "fixed_array", "reads"]
+__all__ = ["READERS", "ROWS_ANYWHERE", "Reader", "Readings", "TableOf", "fixed_array", "reads"]
 
 ROUNDED = {torch.float16: "to_float16", torch.bfloat16: "to_bfloat16"}
 
@@ -37,9 +37,12 @@ _MAY_VARY = frozenset(
     for name in ("view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "slice", "narrow", "split")
 ) | {"aten.split_with_sizes", "aten.select", "fbgemm.permute_2D_sparse_data", "fbgemm.permute_1D_sparse_data"}
 # Ids that are let in are none that it would change.
+_FEW_BYTES = 1 << 24  # of memory in which two tensors' places are compared one by one
 _WRITES_NOTHING = frozenset({"fbgemm.bounds_check_indices"})
 
-_READERS: dict[str, Callable[[Reader, Op], Any]] = {}
+READERS: dict[str, Callable[[Reader, Op], Any]] = {}
+# How operations are read that have no reader, or whose rows are not the first axis: program/turned.py's.
+ROWS_ANYWHERE: dict[str, Callable[[Reader, Op], Any]] = {}
 
 # (the lookup's weights, position of the feature) -> its table.
 TableOf = Callable[[torch.Tensor, int], Table]
@@ -51,9 +54,9 @@ def reads(*names: str) -> Callable[[Callable[[Reader, Op], Any]], Callable[[Read
 
     def register(function: Callable[[Reader, Op], Any]) -> Callable[[Reader, Op], Any]:
         for name in names:
-            if name in _READERS:
+            if name in READERS:
                 raise ValueError(f"two readers for {name}")
-            _READERS[name] = function
+            READERS[name] = function
         return function
 
     return register
@@ -83,7 +86,8 @@ class Reader:
         groups: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]],
         table_of: TableOf,
     ) -> None:
-        self.recording = recording
+        # Stand-ins are added behind the recorded tensors.
+        self.recording = replace(recording, tensors=list(recording.tensors), second=list(recording.second))
         self.rows = rows
         self.groups = groups
         self.table_of = table_of
@@ -172,6 +176,14 @@ class Reader:
         self.shapes[number] = shape
         return number
 
+    def stand_in(self, first: torch.Tensor, second: torch.Tensor) -> int:
+        """The number of a tensor that both recordings might have had."""
+        tensors, others = self.recording.tensors, self.recording.second
+        assert isinstance(tensors, list) and isinstance(others, list)  # noqa: PT018, S101 - made so
+        tensors.append(first)
+        others.append(second)
+        return len(tensors) - 1
+
     def check_shape(self, number: int, shape: tuple[int, ...], folded: int = 0) -> None:
         """Raises Unread unless a tensor has the rows of either recording, and this shape for each of them."""
         per_row = int(np.prod(shape[:folded], dtype=np.int64))
@@ -200,8 +212,10 @@ class Reader:
         made: Any
         try:
             made = self._meant(op)
+            if isinstance(made, Fixed) and not self._is_fixed(op):
+                raise Unread("it makes a constant for each row")
         except Unread as problem:
-            made = self._replayed(op, problem)
+            made = self._otherwise(op, problem)
         results = made if isinstance(made, tuple) else (made,) * len(op.outputs)
         for number, result in zip(op.outputs, results, strict=True):
             if number is not None and result is not None:
@@ -215,11 +229,28 @@ class Reader:
         made = [number for number in op.outputs if number is not None]
         if any(self.recording.tensors[number].is_complex() for number in (*taken, *made)):
             raise Unread("no step for complex numbers")
-        if op.name not in _READERS:
+        if any(isinstance(self.known.get(number), Turned) for number in taken):
+            return ROWS_ANYWHERE["computed"](self, op)
+        if op.name not in READERS:
             raise Unread("no step for it")
         if has_varying(op) and op.name not in _MAY_VARY:
             raise Unread("a number that it takes follows from how many rows there are")
-        return _READERS[op.name](self, op)
+        return READERS[op.name](self, op)
+
+    def _otherwise(self, op: Op, problem: Unread) -> Any:
+        """What no reader knows: by example where it moves numbers alone, else as it was recorded."""
+        before = len(self.steps), dict(self.shapes)
+        try:
+            return ROWS_ANYWHERE["by_example"](self, op)
+        except Unread:
+            del self.steps[before[0] :]
+            self.shapes = before[1]
+            return self._replayed(op, problem)
+
+    def _is_fixed(self, op: Op) -> bool:
+        """Whether what it makes has the same shape for other rows."""
+        made = [number for number in op.outputs if number is not None]
+        return all(self.recording.tensors[n].shape == self.recording.second[n].shape for n in made)
 
     def _replayed(self, op: Op, problem: Unread) -> Any:
         """What no reader knows: as it was recorded where that treats each row by itself, else nothing."""
@@ -231,7 +262,7 @@ class Reader:
             except Unread as why:
                 del self.steps[before[0] :]
                 self.shapes = before[1]
-                reason = f"{op.name}: {problem if op.name in _READERS else why}"
+                reason = f"{op.name}: {problem if op.name in READERS else why}"
         self._note_unread(op, reason)
         return Opaque(reason)
 
@@ -325,9 +356,9 @@ class Reader:
 
     def _forget_aliases(self, op: Op, written: Sequence[Any]) -> None:
         """What shares memory with a tensor that an operation changed in place is no longer what it was."""
-        changed = {_memory(tensor) for tensor in self._tensors_in(written)} - {0}
+        changed = [tensor for tensor in self._tensors_in(written) if _memory(tensor)]
         for number, tensor in enumerate(self.recording.tensors):
-            if number in self.known and number not in op.outputs and _memory(tensor) in changed:
+            if number in self.known and number not in op.outputs and any(_overlap(tensor, part) for part in changed):
                 self.known[number] = Opaque(f"{op.name}: it changes a tensor in place")
 
     def _written_to(self) -> frozenset[int]:
@@ -384,9 +415,22 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
 
 
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have a number in memory in common."""
+    if _memory(one) != _memory(other):
+        return False
+    size = max(part.untyped_storage().nbytes() for part in (one, other))
+    if one.element_size() != other.element_size() or not 0 < size <= _FEW_BYTES:
+        return True
+    met = torch.zeros(size // one.element_size(), dtype=torch.bool)
+    met.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(met.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
 def _told(known: Known) -> str:
     return {
         Column: "rows laid out as more than one",
+        Turned: "rows that are not the first axis",
         Fixed: "a constant of the model",
         PerId: "a number for each id",
         Vectors: "a vector for each id",

@@ -19,10 +19,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narsil.errors import ArtifactError
+from narsil.program.rewriting import REWRITTEN
 
 __all__ = ["Constant", "Op", "Recording", "Ref", "Varying", "merged", "record"]
 
 _FEW = 1 << 16  # numbers of a constant that forward makes each time it runs
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_KEPT = ("aten.linear",)
 
 Guard = Callable[[str, Sequence[Any]], None]  # an operation and its arguments, before it runs
 
@@ -130,6 +134,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._constants: dict[int, Constant] = {}
         self._guard = guard
+        self._rewriting = False  # whether operations come from one that is rewritten
         self.raised: Exception | None = None  # by the guard or by an operation
 
     def given(self, tensor: Tensor) -> int:
@@ -150,7 +155,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and writes it down."""
         name = str(func.overloadpacket)
+        if (result := self._rewritten(name, func, args, kwargs or {})) is not None:
+            return result
         described = self.described(args), {key: self.described(value) for key, value in (kwargs or {}).items()}
+        if torch.Tag.inplace_view in func.tags and isinstance(described[0][0], Ref):
+            # The same tensor lies otherwise from here on: what was given before is kept as it lay.
+            self.tensors[described[0][0].number] = args[0].detach()
+            name = name.removesuffix("_")
         try:
             self._guard(name, args)
             result = func(*args, **(kwargs or {}))
@@ -159,7 +170,26 @@ class _Recorder(TorchDispatchMode):
             raise
         made = result if isinstance(result, tuple | list) else (result,)
         outputs = tuple(self.given(item) if isinstance(item, Tensor) else None for item in made)
-        self.ops.append(Op(name, *described, outputs, func))
+        call = func if name == str(func.overloadpacket) else getattr(torch.ops.aten, name.removeprefix("aten."))
+        self.ops.append(Op(name, *described, outputs, call))
+        return result
+
+    def _rewritten(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of plain operations that do the same, written down; None where there are none."""
+        plain = REWRITTEN.get(name)
+        if plain is None and self._rewriting and name not in _KEPT and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            plain = func.decompose  # of one that a rewritten operation does: others come here in parts
+        if plain is None:
+            return None
+        before, outer = (len(self.ops), len(self.tensors)), self._rewriting
+        self._rewriting = True
+        try:
+            with self:
+                result = plain(*args, **kwargs)
+        finally:
+            self._rewriting = outer
+        if result is None:
+            del self.ops[before[0] :], self.tensors[before[1] :]
         return result
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "ID_FUNCTIONS",
     "Arrange",
     "Bags",
+    "ByRow",
     "Concat",
     "Elementwise",
     "IdArray",
@@ -332,6 +333,18 @@ class Laid(Step):
 
 
 @dataclass(frozen=True, eq=False)
+class ByRow(Step):
+    """The same numbers for every row."""
+
+    array: NDArray[np.float64]
+
+    def reference(self, values: Mapping[int, Values], groups: Mapping[str, Bags]) -> Values:
+        """See Step.reference."""
+        counts = [len(value) for value in values.values()] + [bags.lengths.shape[1] for bags in groups.values()]
+        return np.broadcast_to(self.array, (counts[0], *self.array.shape))
+
+
+@dataclass(frozen=True, eq=False)
 class Linear(Step):
     """Over the last axis: x . weight^T + bias."""
 
@@ -431,7 +444,7 @@ class Concat(Step):
 
 @dataclass(frozen=True, eq=False)
 class MatMul(Step):
-    """Matrix products of the last two axes, row by row."""
+    """Matrix products of the last two axes, row by row; axes before those broadcast as numpy's do."""
 
     left: Operand
     right: Operand

@@ -9,7 +9,19 @@ from torch import Tensor
 
 from narsil.program.steps import IdExpression, Table
 
-__all__ = ["Chosen", "Column", "Counted", "Fixed", "Known", "Opaque", "PerId", "Structure", "Unread", "Vectors"]
+__all__ = [
+    "Chosen",
+    "Column",
+    "Counted",
+    "Fixed",
+    "Known",
+    "Opaque",
+    "PerId",
+    "Structure",
+    "Turned",
+    "Unread",
+    "Vectors",
+]
 
 
 class Unread(Exception):
@@ -24,6 +36,16 @@ class Column:
     number: int
     shape: tuple[int, ...]
     folded: int = 0
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A value of the program, (B, *lead, pre, post, *trail), in a tensor (*lead, pre * B * post, *trail): ``at`` is how
+    many axes lie before the rows'."""
+
+    number: int
+    shape: tuple[int, ...]
+    at: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,4 +101,4 @@ class Opaque:
     reason: str
 
 
-Known = Column | Fixed | PerId | Chosen | Vectors | Counted | Structure | Opaque
+Known = Column | Turned | Fixed | PerId | Chosen | Vectors | Counted | Structure | Opaque
