@@ -26,9 +26,11 @@ lint: setup ## ruff, mypy, import layers, the native code's format; .pre-commit-
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE_CODE)
 
 # CI adds --complete: a test that is skipped for want of anything but the machine fails the run. And a floor of coverage.
+# Processes take file by file, in the order of folders: what a file's tests share is made once, and the quick files come last.
 TEST_OPTIONS ?=
-test: setup ## all tests, and the share of the code's branches that they take
-	$(BIN)/pytest --cov --cov-report=term $(TEST_OPTIONS)
+TEST_PROCESSES ?= 2
+test: setup ## all tests in TEST_PROCESSES (2) processes, and the share of the code's branches that they take
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(TEST_OPTIONS)
 
 # The native extensions with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package: the one that is in
 # use stays as it is. The interpreter's own leaks are not looked for; the replayed corpus's are. --sanitized has the tests

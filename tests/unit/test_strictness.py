@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from narsil.extension import AVAILABLE
@@ -19,14 +21,23 @@ def test_that_does_not():
 """
 
 
+CONFTEST = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+pytest_plugins = ["tests.strictness"]
+"""
+
+
 def ran(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return pytester.runpytest("-p", "tests.strictness", "-p", "no:cacheprovider", *options)
+    pytester.makeconftest(CONFTEST)
+    return pytester.runpytest("-p", "no:cacheprovider", *options)
 
 
 @pytest.mark.parametrize(
     ("reason", "options", "code"),
     [
         ("built without it", ["--complete"], 1),
+        ("built without it", ["--complete", "--numprocesses", "1"], 1),  # `make test` has the tests run elsewhere
         ("built without it", [], 0),
         ("the fused engine needs AVX-512", ["--complete"], 0),
     ],
@@ -44,6 +55,7 @@ def test_a_complete_run_fails_on_a_module_that_is_skipped_as_a_whole(pytester):
     pytester.makepyfile(test_other="def test_that_runs(): pass")
     assert ran(pytester).ret == 0
     assert ran(pytester, "--complete").ret == 1
+    assert ran(pytester, "--complete", "--numprocesses", "1").ret == 1
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="built without the native extension")
