@@ -18,15 +18,15 @@ from narsil.bench.workload import predictor_body
 from narsil.client import Context, build_request
 from narsil.engine.collate import Collator
 from narsil.transports.codec import narsil_v1, predictor
-from tests.integration.test_torchrec_artifact import NAMES, ROWS, dlrm  # skips this module without torchrec
 from tests.messages import Message, narsil_pb2, predictor_pb2
 from tests.support import PATIENCE_S, jagged, one_hot, unary
+from tests.torchrec_models import DENSE, NAMES, ROWS, dlrm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOLERANCE = 1e-5
 T = len(NAMES)
-D = 5  # dense columns of the artifact
+D = DENSE
 LARGEST = NAMES[int(np.argmax(ROWS))]
 
 
@@ -35,7 +35,7 @@ def artifact(tmp_path_factory) -> Artifact:
     path = tmp_path_factory.mktemp("torchrec") / "model_default.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dlrm(path, ROWS, NAMES)
+        dlrm(path)
     return open_artifact(path)
 
 

@@ -21,11 +21,7 @@ from narsil.engine.collate import Collator
 from narsil.errors import InvalidRequest
 from narsil.transports.codec import narsil_v1, predictor
 from tests.support import PATIENCE_S, TRANSPORTS, jagged, one_hot, unary
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("torchrec")
-
-from tests.integration.test_torchrec_artifact import Listwise, WidePredict, wide  # noqa: E402 - needs TorchRec
+from tests.torchrec_models import Listwise, Predict, called, inputs_of, torch, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,7 +29,7 @@ TOLERANCE = 2e-5  # of a score; the direct call runs on torch's own kernels
 MOST = 304  # rows of a request
 
 
-class Centred(WidePredict):
+class Centred(Predict):
     """Scores less the mean of the request's."""
 
     def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +37,7 @@ class Centred(WidePredict):
         return {"default": scores - scores.mean()}
 
 
-class Rare(WidePredict):
+class Rare(Predict):
     """Events of a base rate of 5e-5, whose scores lean on their mean."""
 
     def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -59,15 +55,7 @@ class Direct:
 
     def __call__(self, features: Features) -> Any:
         batch = Collator(self.schema).collate([features])
-        with torch.inference_mode():
-            scores = self.module(
-                {
-                    "float_features": torch.from_numpy(batch.dense),
-                    "id_list_features.lengths": torch.from_numpy(batch.lengths),
-                    "id_list_features.values": torch.from_numpy(batch.values),
-                }
-            )
-        return scores["default"].numpy().copy()
+        return called(self.module, inputs_of(batch)).copy()
 
 
 @pytest.fixture(scope="module", params=[Listwise, Centred, Rare])

@@ -3,22 +3,12 @@ by the torch backend and by the program's reference as a direct call scores them
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchrec")
-    from torchrec.fx.tracer import Tracer
-    from torchrec.modules.embedding_configs import EmbeddingBagConfig
-    from torchrec.modules.embedding_modules import EmbeddingBagCollection
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.rows import usual
@@ -28,6 +18,7 @@ from narsil.backends.registry import load_backend
 from narsil.compile.exact import exact_scorer
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError
+from tests.torchrec_models import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, script, torch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -60,7 +51,7 @@ def bags(names: Any, rows: Any, *, weighted: bool = False) -> Any:
     return made
 
 
-class AnInputEach(torch.nn.Module):  # type: ignore[name-defined]
+class AnInputEach(torch.nn.Module):
     """As TorchEasyRec has it."""
 
     def __init__(self) -> None:
@@ -78,7 +69,7 @@ class AnInputEach(torch.nn.Module):  # type: ignore[name-defined]
         return {"logits": logits, "probs": logits.sigmoid()}
 
 
-class Groups(torch.nn.Module):  # type: ignore[name-defined]
+class Groups(torch.nn.Module):
     """Plain ids beside weighted ones, and vectors."""
 
     def __init__(self) -> None:
@@ -101,7 +92,7 @@ class Groups(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([*parts, data["embedding_features"]], 1)).sigmoid().squeeze(1)
 
 
-class NoIds(torch.nn.Module):  # type: ignore[name-defined]
+class NoIds(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.over = torch.nn.Linear(6, 1)
@@ -134,7 +125,7 @@ def test_it_is_scored_as_a_direct_call_scores_it(kind: Any, tmp_path: Path) -> N
     path = tmp_path / "model_default.pt"
     torch.manual_seed(5)
     module = kind().eval()
-    torch.jit.script(torch.fx.GraphModule(module, Tracer().trace(module))).save(str(path))
+    script(module, path)
     artifact = open_artifact(path)
     backend, exact = load_backend(artifact, "torch"), exact_scorer(artifact)
     assert exact is not None
@@ -150,7 +141,7 @@ def test_it_is_scored_as_a_direct_call_scores_it(kind: Any, tmp_path: Path) -> N
             np.testing.assert_allclose(found[task], precise[task], rtol=1e-5, atol=1e-5)
 
 
-class TwoUnknown(torch.nn.Module):  # type: ignore[name-defined]
+class TwoUnknown(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.over = torch.nn.Linear(6, 1)
@@ -160,7 +151,7 @@ class TwoUnknown(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([data["x"], data["y"]], 1))
 
 
-class Columns(torch.nn.Module):  # type: ignore[name-defined]
+class Columns(torch.nn.Module):
     """Numbers of a column each, beside a matrix whose width is plain to see."""
 
     def __init__(self) -> None:
@@ -173,7 +164,7 @@ class Columns(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(every).sigmoid().squeeze(1)
 
 
-class Spread(torch.nn.Module):  # type: ignore[name-defined]
+class Spread(torch.nn.Module):
     """Takes one column of x, or four."""
 
     def __init__(self) -> None:
@@ -185,7 +176,7 @@ class Spread(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([data["x"] * self.scale, data["y"]], 1))
 
 
-class OneMore(torch.nn.Module):  # type: ignore[name-defined]
+class OneMore(torch.nn.Module):
     @takes(scale=int)
     def forward(self, data: Any, scale: Any) -> Any:
         return data["x"] * scale
@@ -201,15 +192,14 @@ class OneMore(torch.nn.Module):  # type: ignore[name-defined]
 )
 def test_what_cannot_be_told_is_refused_in_a_sentence(kind: Any, why: str, tmp_path: Path) -> None:
     path = tmp_path / "model_default.pt"
-    torch.jit.script(torch.fx.GraphModule(kind(), Tracer().trace(kind()))).save(str(path))
+    script(kind(), path)
     with pytest.raises(ArtifactError, match=why):
         open_artifact(path)
 
 
 def scripted(kind: Any, path: Path) -> Path:
     torch.manual_seed(5)
-    module = kind().eval()
-    torch.jit.script(torch.fx.GraphModule(module, Tracer().trace(module))).save(str(path))
+    script(kind(), path)
     return path
 
 

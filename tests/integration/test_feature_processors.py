@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.torchrec_models import (
+    DENSE,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    Flat,
+    direct,
+    inputs_of,
+    package,
+    torch,
+)
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchrec")
-    from torchrec.fx.tracer import Tracer
-    from torchrec.inference.modules import PredictModule, quantize_inference_model
-    from torchrec.modules.embedding_configs import EmbeddingBagConfig
-    from torchrec.modules.embedding_modules import EmbeddingBagCollection
     from torchrec.modules.feature_processor import PositionWeightedProcessor
     from torchrec.modules.feature_processor_ import PositionWeightedModule, PositionWeightedModuleCollection
     from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.backends.registry import load_backend
@@ -29,10 +33,10 @@ from tests.fixtures_models import batch_of, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DENSE, KEYS, ROWS, LONGEST = 5, ["c", "a", "b"], [30, 40, 50], 7
+KEYS, ROWS, LONGEST = ["c", "a", "b"], [30, 40, 50], 7
 
 
-class Weighed(torch.nn.Module):  # type: ignore[name-defined]
+class Weighed(torch.nn.Module):
     """``form``: of TorchRec's, what weighs the ids."""
 
     def __init__(self, form: str) -> None:
@@ -71,31 +75,6 @@ class Weighed(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([dense, self.bags(sparse).values()], 1))
 
 
-class Predict(PredictModule):
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        sparse = KeyedJaggedTensor(
-            keys=KEYS, lengths=batch["id_list_features.lengths"], values=batch["id_list_features.values"]
-        )
-        return {"default": self.predict_module(batch["float_features"], sparse).sigmoid().reshape(-1)}
-
-
-def inputs_of(batch: Any) -> dict[str, Any]:
-    return {
-        "float_features": torch.from_numpy(batch.dense),
-        "id_list_features.lengths": torch.from_numpy(batch.lengths),
-        "id_list_features.values": torch.from_numpy(batch.values),
-    }
-
-
-def packaged(form: str, quantized: bool, path: Path) -> None:
-    module: Any = Predict(Weighed(form), torch.device("cpu"))
-    if quantized:
-        module = quantize_inference_model(module)
-    module(inputs_of(batch_of(ROWS, DENSE, 2)))
-    graph = Tracer(leaf_modules=["IntNBitTableBatchedEmbeddingBagsCodegen"]).trace(module.eval())
-    torch.jit.script(torch.fx.GraphModule(module, graph)).save(str(path))
-
-
 # Quantized modules cannot be packaged: torch.fx cannot trace TorchRec's dict of them.
 FORMS = [
     ("processor", True),
@@ -110,14 +89,14 @@ FORMS = [
 @pytest.mark.parametrize(("form", "quantized"), FORMS)
 def test_it_is_scored_as_a_direct_call_scores_it(form: str, quantized: bool, tmp_path: Path) -> None:
     path = tmp_path / "model_default.pt"
-    packaged(form, quantized, path)
+    module = Flat(Weighed(form), KEYS)
+    package(module, inputs_of(batch_of(ROWS, DENSE, 2)), path, quantized=quantized, sharded=False)
     artifact = open_artifact(path)
     assert [(feature.name, feature.rows) for feature in artifact.schema.features] == list(zip(KEYS, ROWS, strict=True))
-    backend, module = load_backend(artifact, "torch", tune_kernels=False), torch.jit.load(str(path))
+    backend = load_backend(artifact, "torch", tune_kernels=False)
     for longest in (None, LONGEST):
         batch = batch_of(ROWS, DENSE, 9, longest=longest, seed=2)
-        with torch.inference_mode():
-            expected = module(inputs_of(batch))["default"].numpy()
+        expected = direct(path, batch)
         np.testing.assert_array_equal(backend.run(batch)["default"], expected)
         for rows in ([0], [4], [*range(9), 0, 0, 0]):
             found = backend.run(rows_of(batch, len(KEYS), rows))["default"]

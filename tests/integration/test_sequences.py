@@ -3,7 +3,6 @@ their programs compute what they do; others stay what they are to the torch back
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.torchrec_models import DENSE, Flat, called, direct, inputs_of, package, torch
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchrec")
-    from torchrec.distributed.global_settings import set_propogate_device
-    from torchrec.fx.tracer import Tracer
-    from torchrec.inference.modules import (
-        PredictModule,
-        assign_weights_to_tbe,
-        get_table_to_weights_from_tbe,
-        quantize_inference_model,
-        shard_quant_model,
-    )
     from torchrec.modules.embedding_configs import EmbeddingConfig
     from torchrec.modules.embedding_modules import EmbeddingCollection
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.torchrec import read_module
@@ -38,7 +27,7 @@ from tests.fixtures_models import batch_of, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DENSE, KEYS, ROWS, LENGTH, DIM = 5, ["c", "a", "b"], [30, 40, 30], 6, 8
+KEYS, ROWS, LENGTH, DIM = ["c", "a", "b"], [30, 40, 30], 6, 8
 
 Pool = Callable[[Any], Any]  # of a JaggedTensor: (B, DIM)
 
@@ -73,7 +62,7 @@ UNREAD: dict[str, tuple[Pool, str]] = {
 }
 
 
-class Sequences(torch.nn.Module):  # type: ignore[name-defined]
+class Sequences(torch.nn.Module):
     """a and c share a table."""
 
     def __init__(self, pool: Pool) -> None:
@@ -97,39 +86,8 @@ class Sequences(torch.nn.Module):  # type: ignore[name-defined]
         return self.over(torch.cat([dense, *(self.pool(found[key]) for key in KEYS)], 1))
 
 
-class Predict(PredictModule):
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        sparse = KeyedJaggedTensor(
-            keys=KEYS, lengths=batch["id_list_features.lengths"], values=batch["id_list_features.values"]
-        )
-        return {"default": self.predict_module(batch["float_features"], sparse).sigmoid().reshape(-1)}
-
-
-def inputs_of(batch: Any) -> dict[str, Any]:
-    return {
-        "float_features": torch.from_numpy(batch.dense),
-        "id_list_features.lengths": torch.from_numpy(batch.lengths),
-        "id_list_features.values": torch.from_numpy(batch.values),
-    }
-
-
 def packaged(pool: Pool, path: Path, sharded: bool = True) -> None:
-    logging.disable(logging.WARNING)
-    try:
-        set_propogate_device(True)
-        module: Any = quantize_inference_model(Predict(Sequences(pool), torch.device("cpu")))
-        if sharded:
-            weights = {
-                table: tuple(part.clone() for part in parts if part is not None)
-                for table, parts in get_table_to_weights_from_tbe(module).items()
-            }
-            module, _ = shard_quant_model(module, compute_device="cpu", sharding_device="cpu")
-            assign_weights_to_tbe(module, weights)
-        module(inputs_of(batch_of(ROWS, DENSE, 2)))
-        graph = Tracer(leaf_modules=["IntNBitTableBatchedEmbeddingBagsCodegen"]).trace(module.eval())
-        torch.jit.script(torch.fx.GraphModule(module, graph)).save(str(path))
-    finally:
-        logging.disable(logging.NOTSET)
+    package(Flat(Sequences(pool), KEYS), inputs_of(batch_of(ROWS, DENSE, 2)), path, sharded=sharded)
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -144,8 +102,7 @@ def test_its_program_computes_the_same(name: str, sharded: bool, tmp_path: Path)
     assert reading.readings.program is not None, reading.readings.problem
     for longest in (None, 4, 20):
         batch = batch_of(ROWS, DENSE, 9, longest=longest, seed=2)
-        with torch.inference_mode():
-            expected = module(inputs_of(batch))["default"].numpy()
+        expected = called(module, inputs_of(batch))
         assert len(np.unique(expected)) > 5
         bags = Bags(batch.lengths.reshape(len(KEYS), batch.rows), batch.values)
         program = reading.readings.program
@@ -162,10 +119,9 @@ def test_others_have_no_program_and_are_scored_as_a_direct_call_scores_them(name
     assert readings is not None
     assert readings.program is None
     assert why in readings.problem
-    backend, module = load_backend(open_artifact(path), "torch", tune_kernels=False), torch.jit.load(str(path))
+    backend = load_backend(open_artifact(path), "torch", tune_kernels=False)
     batch = batch_of(ROWS, DENSE, 9, longest=4, seed=2)
-    with torch.inference_mode():
-        expected = module(inputs_of(batch))["default"].numpy()
+    expected = direct(path, batch)
     np.testing.assert_array_equal(backend.run(batch)["default"], expected)
     padded = backend.run(rows_of(batch, len(KEYS), [*range(9), 0, 0, 0]))["default"]
     np.testing.assert_allclose(padded[:9], expected, atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,25 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchrec")
-    from torchrec.distributed.global_settings import set_propogate_device
-    from torchrec.fx.tracer import Tracer
-    from torchrec.inference.dlrm_predict import DLRMPredictModule
-    from torchrec.inference.modules import (
-        PredictModule,
-        assign_weights_to_tbe,
-        get_table_to_weights_from_tbe,
-        quantize_inference_model,
-        shard_quant_model,
-    )
-    from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-    from torchrec.modules.embedding_modules import EmbeddingBagCollection
-    from torchrec.modules.mlp import MLP
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.torchrec import derive_schema
@@ -43,157 +23,26 @@ from narsil.errors import ArtifactError, ConfigError
 from tests.fixtures_models import batch_of
 from tests.support import engine_with
 from tests.support import request as asked_for
+from tests.torchrec_models import (
+    DENSE,
+    NAMES,
+    ROWS,
+    WIDE,
+    DLRMPredictModule,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    Listwise,
+    Sliced,
+    Weighted,
+    direct,
+    dlrm,
+    package,
+    some_inputs,
+    torch,
+    wide,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-DENSE = 5
-
-
-def distinct_rows(tables: Sequence[EmbeddingBagConfig], *, weighted: bool = False) -> EmbeddingBagCollection:
-    """Tables whose rows all differ: TorchRec's packager alone would leave them all zero."""
-    bags = EmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"), is_weighted=weighted)
-    for number, table in enumerate(bags.embedding_bags.values()):
-        torch.nn.init.uniform_(table.weight, -1, 1, generator=torch.Generator().manual_seed(number))
-    return bags
-
-
-def package(module: Any, features: int, path: Path, dense: int = DENSE) -> Any:
-    """TorchRec's steps: quantize, shard, trace, script. Returns the scripted module."""
-    logging.disable(logging.WARNING)
-    try:
-        set_propogate_device(True)
-        quantized = quantize_inference_model(module)
-        weights = {
-            table: tuple(part.clone() for part in parts)
-            for table, parts in get_table_to_weights_from_tbe(quantized).items()
-        }
-        sharded, _ = shard_quant_model(quantized, compute_device="cpu", sharding_device="cpu")
-        assign_weights_to_tbe(sharded, weights)  # sharding allocates the tables anew and leaves them zero
-        sharded(
-            {
-                "float_features": torch.rand(2, dense),
-                "id_list_features.lengths": torch.ones(features * 2, dtype=torch.int32),
-                "id_list_features.values": torch.zeros(features * 2, dtype=torch.int32),
-                "id_list_features.weights": torch.ones(features * 2),
-            }
-        )
-        graph = Tracer(leaf_modules=["IntNBitTableBatchedEmbeddingBagsCodegen"]).trace(sharded)
-        scripted = torch.jit.script(torch.fx.GraphModule(sharded, graph))
-        scripted.save(str(path))
-    finally:
-        logging.disable(logging.NOTSET)
-    return scripted
-
-
-def dlrm(
-    path: Path,
-    rows: Sequence[int],
-    names: Sequence[str],
-    keys: Sequence[str] | None = None,
-    averaged: Sequence[str] = (),
-    dense: int = DENSE,
-) -> Any:
-    """``keys``: the request's order of the features, where it is not the tables'; ``averaged``: pooled by mean."""
-    tables = [
-        EmbeddingBagConfig(
-            name=f"t_{name}",
-            embedding_dim=16,
-            num_embeddings=count,
-            feature_names=[name],
-            pooling=PoolingType.MEAN if name in averaged else PoolingType.SUM,
-        )
-        for name, count in zip(names, rows, strict=True)
-    ]
-    torch.manual_seed(3)
-    module = DLRMPredictModule(
-        embedding_bag_collection=distinct_rows(tables),
-        dense_in_features=dense,
-        dense_arch_layer_sizes=[32, 16],
-        over_arch_layer_sizes=[32, 1],
-        id_list_features_keys=list(keys or names),
-        dense_device=torch.device("cpu"),
-    )
-    return package(module, len(names), path, dense)
-
-
-class Wide(torch.nn.Module):  # type: ignore[name-defined]
-    """A model over tables of several dims and poolings, which a DLRM cannot have."""
-
-    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, weighted: bool = False) -> None:
-        super().__init__()
-        self.embedding_bag_collection = distinct_rows(tables, weighted=weighted)
-        self.dense_arch = MLP(DENSE, [8, 8], device=torch.device("cpu"))
-        width = sum(len(table.feature_names) * table.embedding_dim for table in tables)
-        self.over_arch = torch.nn.Linear(8 + width, 1)
-
-    def forward(self, dense: Any, sparse: Any) -> Any:
-        return self.over_arch(torch.cat([self.dense_arch(dense), self.embedding_bag_collection(sparse).values()], 1))
-
-
-class WidePredict(PredictModule):
-    def __init__(self, module: Wide, keys: Sequence[str]) -> None:
-        super().__init__(module, torch.device("cpu"))
-        self.keys = list(keys)
-
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        logits = self.predict_module(
-            batch["float_features"],
-            KeyedJaggedTensor(
-                keys=self.keys,
-                lengths=batch["id_list_features.lengths"],
-                values=batch["id_list_features.values"],
-            ),
-        )
-        return {"default": logits.sigmoid().reshape([logits.size()[0]]).to(torch.device("cpu")).float()}
-
-
-class Weighted(WidePredict):
-    """Bags whose ids have weights of the request's."""
-
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        sparse = KeyedJaggedTensor(
-            keys=self.keys,
-            lengths=batch["id_list_features.lengths"],
-            values=batch["id_list_features.values"],
-            weights=batch["id_list_features.weights"],
-        )
-        logits = self.predict_module(batch["float_features"], sparse)
-        return {"default": logits.sigmoid().reshape([logits.size()[0]])}
-
-
-class Sliced(WidePredict):
-    """Takes the first columns, however many there are."""
-
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        sparse = KeyedJaggedTensor(
-            keys=self.keys, lengths=batch["id_list_features.lengths"], values=batch["id_list_features.values"]
-        )
-        logits = self.predict_module(batch["float_features"][:, :DENSE], sparse)
-        return {"default": logits.sigmoid().reshape([logits.size()[0]])}
-
-
-class Listwise(WidePredict):
-    """Shares of a request's candidates: a row's score depends on the others."""
-
-    def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"default": torch.softmax(super().predict_forward(batch)["default"] * 10, dim=0)}
-
-
-ROWS = (11, 300, 7, 64)
-NAMES = ("shop", "user", "ad", "hour")
-WIDE = {"c": (17, 16, "sum"), "a": (11, 8, "sum"), "d": (11, 8, "sum"), "b": (13, 16, "mean")}  # in KJT order
-
-
-def wide(path: Path, predict: type[WidePredict] = WidePredict) -> Any:
-    tables = [
-        EmbeddingBagConfig(name="t_ad", embedding_dim=8, num_embeddings=11, feature_names=["a", "d"]),
-        EmbeddingBagConfig(
-            name="t_b", embedding_dim=16, num_embeddings=13, feature_names=["b"], pooling=PoolingType.MEAN
-        ),
-        EmbeddingBagConfig(name="t_c", embedding_dim=16, num_embeddings=17, feature_names=["c"]),
-    ]
-    torch.manual_seed(3)
-    return package(predict(Wide(tables, weighted=predict is Weighted), list(WIDE)), len(WIDE), path)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +50,7 @@ def dlrm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("torchrec") / "model_default.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dlrm(path, ROWS, NAMES)
+        dlrm(path)
     return path
 
 
@@ -212,20 +61,6 @@ def wide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("ignore")
         wide(path)
     return path
-
-
-def direct(path: Path, batch: Any) -> Any:
-    """The artifact called as TorchRec's own server calls it."""
-    module = torch.jit.load(str(path))
-    inputs = {
-        "float_features": torch.from_numpy(batch.dense),
-        "id_list_features.lengths": torch.from_numpy(batch.lengths),
-        "id_list_features.values": torch.from_numpy(batch.values),
-    }
-    if batch.weights is not None:
-        inputs["id_list_features.weights"] = torch.from_numpy(batch.weights)
-    with torch.inference_mode():
-        return module(inputs)["default"].numpy()
 
 
 def test_the_schema_of_a_dlrm_is_read_from_the_artifact(dlrm_file: Path) -> None:
@@ -329,7 +164,7 @@ def test_narsils_packager_and_torchrecs_score_alike(dlrm_file: Path, tmp_path: P
     load: Callable[[dict[str, Any]], Any] = theirs.predict_module.load_state_dict
     load({name: torch.from_numpy(array) for name, array in weights.items()})  # our names are TorchRec's, strictly
     assert table_key("t_shop") in theirs.predict_module.state_dict()
-    package(theirs, 4, tmp_path / "theirs.pt")
+    package(theirs, some_inputs(4), tmp_path / "theirs.pt")
     ours = package_dlrm(config, weights, tmp_path / "ours", onnx=False)
 
     batch = batch_of(ROWS, DENSE, 50, longest=3)

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 from narsil.bench.servers import ServerProcess, narsil_server
-from tests.integration import test_torchrec_artifact as packager  # which is skipped where there is no TorchRec
 from tests.messages import Message, predictor_pb2
 from tests.support import PATIENCE_S, TRANSPORTS
+from tests.torchrec_models import called, dlrm, torch
 
-torch = packager.torch
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 DENSE, FEATURES = 13, 26  # of its data
@@ -35,7 +34,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """The file, and the scripted module in it."""
     path = tmp_path_factory.mktemp("torchrec") / "model_default.pt"
     names = [f"cat_{number}" for number in range(FEATURES)]
-    return path, packager.dlrm(path, [TABLE_ROWS] * FEATURES, names, dense=DENSE)
+    return path, dlrm(path, [TABLE_ROWS] * FEATURES, names, dense=DENSE)
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
@@ -88,17 +87,13 @@ def run_client(monkeypatch: pytest.MonkeyPatch, address: str, rows: int) -> None
 def direct(module: Any, request: Message) -> Any:
     """What the module itself scores for the message's tensors."""
     ids = request.id_list_features
-    with torch.inference_mode():
-        scores = module(
-            {
-                "float_features": torch.frombuffer(
-                    bytearray(request.float_features.values), dtype=torch.float32
-                ).reshape(-1, DENSE),
-                "id_list_features.lengths": torch.frombuffer(bytearray(ids.lengths), dtype=torch.int32),
-                "id_list_features.values": torch.frombuffer(bytearray(ids.values), dtype=torch.int64),
-            }
-        )
-    return scores["default"].numpy()
+    dense = torch.frombuffer(bytearray(request.float_features.values), dtype=torch.float32).reshape(-1, DENSE)
+    inputs = {
+        "float_features": dense,
+        "id_list_features.lengths": torch.frombuffer(bytearray(ids.lengths), dtype=torch.int32),
+        "id_list_features.values": torch.frombuffer(bytearray(ids.values), dtype=torch.int64),
+    }
+    return called(module, inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])

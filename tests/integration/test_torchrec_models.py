@@ -3,31 +3,14 @@ torch backend as a direct call scores it, alone and beside padding."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchrec")
-    from torchrec.distributed.global_settings import set_propogate_device
-    from torchrec.fx.tracer import Tracer
-    from torchrec.inference.modules import (
-        PredictModule,
-        assign_weights_to_tbe,
-        get_table_to_weights_from_tbe,
-        quantize_inference_model,
-        shard_quant_model,
-    )
-    from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.torchrec import read_module
@@ -37,11 +20,21 @@ from narsil.dataflow import Batch
 from narsil.errors import ArtifactError
 from narsil.program.steps import Bags
 from tests.fixtures_models import batch_of, rows_of
-from tests.integration.test_torchrec_artifact import distinct_rows
+from tests.torchrec_models import (
+    DENSE,
+    EmbeddingBagConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+    PredictModule,
+    called,
+    distinct_rows,
+    inputs_of,
+    package,
+    torch,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DENSE = 5
 NARROW, WIDE = 2**31, 2**63 - 1
 
 
@@ -64,7 +57,7 @@ class Kind:
     rows: tuple[int, ...] = (30, 40, 30)  # that the schema gives, in the keys' order
 
 
-class Towers(torch.nn.Module):  # type: ignore[name-defined]
+class Towers(torch.nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         torch.manual_seed(3)
@@ -110,38 +103,19 @@ class Predict(PredictModule):
         return {"default": self.predict_module(dense, every).sigmoid().reshape(-1)}
 
 
-def inputs_of(kind: Kind, batch: Batch) -> dict[str, Any]:
-    inputs = {
-        f"{kind.group}.lengths": torch.from_numpy(batch.lengths),
-        f"{kind.group}.values": torch.from_numpy(batch.values),
-    }
-    if kind.columns is not None:
-        inputs[kind.columns] = torch.from_numpy(batch.dense)
-    return inputs
+def packaged(kind: Kind, path: Path, predict: type[Predict] = Predict) -> None:
+    package(
+        predict(kind),
+        inputs_for(kind, batch_of([5] * len(kind.keys), DENSE, 2)),
+        path,
+        quantized=kind.quantized,
+        sharded=kind.sharded,
+        dtypes={name: kind.dtype for name, *_ in kind.tables},
+    )
 
 
-def packaged(kind: Kind, path: Path) -> None:
-    """TorchRec's steps, of which a team may leave some out."""
-    logging.disable(logging.WARNING)
-    try:
-        set_propogate_device(True)
-        module: Any = Predict(kind)
-        if kind.quantized:
-            dtypes = {name: kind.dtype for name, *_ in kind.tables}
-            module = quantize_inference_model(module, per_table_weight_dtype=dtypes)
-        if kind.sharded and kind.quantized:
-            weights = {
-                table: tuple(part.clone() for part in parts if part is not None)
-                for table, parts in get_table_to_weights_from_tbe(module).items()
-            }
-            module, _ = shard_quant_model(module, compute_device="cpu", sharding_device="cpu")
-            assign_weights_to_tbe(module, weights)
-        module(inputs_of(kind, batch_of([5] * len(kind.keys), DENSE, 2)))
-        leaves = ["IntNBitTableBatchedEmbeddingBagsCodegen"]
-        graph = Tracer(leaf_modules=leaves).trace(module.eval())
-        torch.jit.script(torch.fx.GraphModule(module, graph)).save(str(path))
-    finally:
-        logging.disable(logging.NOTSET)
+def inputs_for(kind: Kind, batch: Batch) -> dict[str, Any]:
+    return inputs_of(batch, kind.group, kind.columns)
 
 
 PLAIN = Kind()
@@ -176,18 +150,29 @@ def batches(kind: Kind) -> Sequence[Batch]:
     return [batch_of(limits, columns, 9, longest=longest, seed=longest or 1) for longest in (None, 4, 60)]
 
 
+@pytest.fixture(scope="module")
+def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The artifact of a kind, which all tests share."""
+
+    @cache
+    def made(name: str) -> Path:
+        path: Path = tmp_path_factory.mktemp("kind") / "model_default.pt"
+        packaged(KINDS[name], path)
+        return path
+
+    return made
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_scored_as_a_direct_call_scores_it(name: str, tmp_path: Path) -> None:
-    kind, path = KINDS[name], tmp_path / "model_default.pt"
-    packaged(kind, path)
+def test_it_is_scored_as_a_direct_call_scores_it(name: str, artifact_of: Callable[[str], Path]) -> None:
+    kind, path = KINDS[name], artifact_of(name)
     artifact = open_artifact(path)
     assert artifact.schema.dense_dim == (DENSE if kind.columns else 0)
     assert [feature.name for feature in artifact.schema.features] == list(kind.keys)
     assert tuple(feature.rows for feature in artifact.schema.features) == kind.rows
     backend, module = load_backend(artifact, "torch", tune_kernels=False), torch.jit.load(str(path))
     for batch in batches(kind):
-        with torch.inference_mode():
-            expected = module(inputs_of(kind, batch))["default"].numpy()
+        expected = called(module, inputs_for(kind, batch))
         assert len(np.unique(expected)) > 5
         np.testing.assert_array_equal(backend.run(batch)["default"], expected)
         for row in (0, 4):
@@ -198,16 +183,14 @@ def test_it_is_scored_as_a_direct_call_scores_it(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_its_program_computes_the_same(name: str, tmp_path: Path) -> None:
-    kind, path = KINDS[name], tmp_path / "model_default.pt"
-    packaged(kind, path)
-    module = load_torchscript(path, "cpu")
+def test_its_program_computes_the_same(name: str, artifact_of: Callable[[str], Path]) -> None:
+    kind = KINDS[name]
+    module = load_torchscript(artifact_of(name), "cpu")
     readings = read_module(module, "m").readings
     assert readings is not None
     assert readings.program is not None, readings.problem
     for batch in batches(kind):
-        with torch.inference_mode():
-            expected = module(inputs_of(kind, batch))["default"].numpy()
+        expected = called(module, inputs_for(kind, batch))
         bags = Bags(batch.lengths.reshape(len(kind.keys), batch.rows), batch.values)
         columns = {} if kind.columns is None else {kind.columns: batch.dense}
         found = readings.program.reference(columns, {kind.group: bags})["default"]

@@ -23,7 +23,7 @@ from narsil.backends.registry import load_backend
 from narsil.compile.compiler import compile_artifact
 from narsil.errors import ArtifactError, ConfigError
 from tests.fixtures_compiled import needs_compiler, rewrite
-from tests.integration import test_torchrec_models as torchrec_models
+from tests.integration import test_torchrec_models as models
 from tests.integration.test_program_readers import check, readings_of, refused
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_compiler]
@@ -73,7 +73,7 @@ def test_what_is_refused_names_the_first_operation():
     assert "aten.cumprod" in readings_of(lambda x: x.cumprod(0).sin()).problem
 
 
-class Predict(torchrec_models.Predict):
+class Predict(models.Predict):
     """Two tasks, of numbers that no step of the fused engine makes."""
 
     def predict_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -86,9 +86,7 @@ class Predict(torchrec_models.Predict):
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(the artifact, what `narsil compile` makes of it when nothing is said): INT4 tables, sum and mean, two tasks."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchrec_models, "Predict", Predict)
-        torchrec_models.packaged(torchrec_models.KINDS["INT4"], folder / "model.pt")
+    models.packaged(models.KINDS["INT4"], folder / "model.pt", Predict)
     source = open_artifact(folder / "model.pt")
     return source, compile_artifact(source, folder / "out")[0]
 
