@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import processor_flags
 from narsil.artifacts.packed import kinds_here
 from narsil.backends.base import Backend
+from narsil.compile import toolchain
 from narsil.dataflow import Batch
 from narsil.packaging.dlrm import DlrmConfig
 from tests.fixtures_models import batch_of, small, weights_of
@@ -34,6 +36,30 @@ MANY = DlrmConfig(
     pooling="mean",
     seed=2,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one compiler makes of the same sources with the same flags is built once, and copied wherever it is asked
+    for again: most compiles of the tests want the one forward, which takes four seconds."""
+    folder, made = tmp_path_factory.mktemp("built"), dict[tuple[str, ...], Path]()
+    really = toolchain._run
+
+    def run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        *asked, output = command
+        if asked[-1] != "-o":
+            return really(command, seconds)
+        if (known := made.get(tuple(asked))) is not None:
+            shutil.copy(known, output)
+            return subprocess.CompletedProcess(command, 0, "", "")
+        done = really(command, seconds)
+        if done.returncode == 0:
+            made[tuple(asked)] = Path(shutil.copy(output, folder / f"{len(made)}.so"))
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "_run", run)
+        yield
 
 
 class Pair:
