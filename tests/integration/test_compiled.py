@@ -448,6 +448,12 @@ def test_a_foreign_package_is_refused_even_with_a_fitting_checksum(copy, inducto
         (lambda m: m["compiled"].update(limit=-1), "limit or deviation"),
         (lambda m: m["compiled"].update(limit=10**400), "limit or deviation"),
         (lambda m: m["compiled"].update(deviation={}), "compiled section is damaged"),
+        (lambda m: m["compiled"].update(deviations=[]), "compiled section is damaged"),
+        (lambda m: m["compiled"].update(deviations={"default": {}}), "compiled section is damaged"),
+        (
+            lambda m: m["compiled"].update(deviations={"a": {**m["compiled"]["deviation"], "max_abs": 7}}),
+            "limit or deviation",
+        ),
         (lambda m: m["compiled"]["deviation"].update(max_abs=float("nan")), "limit or deviation"),
         (lambda m: m["compiled"]["deviation"].update(rows="many"), "limit or deviation"),
         (lambda m: m["compiled"]["deviation"].update(auc=0.5), "limit or deviation"),

@@ -96,6 +96,9 @@ def test_a_model_without_every_step_is_compiled_as_a_whole(compiled):
     info = made.manifest["compiled"]
     assert (info["engine"], info["precision"]) == ("inductor", "fp32")
     assert info["deviation"]["own_max_abs"] is not None  # it was judged in float64
+    assert list(info["deviations"]) == ["click", "chain"]
+    assert info["deviation"] == max(info["deviations"].values(), key=lambda told: told["max_abs"])
+    assert info["deviations"]["click"] != info["deviations"]["chain"]
     reference, backend = load_backend(source, "torch"), load_compiled(made)
     assert isinstance(backend, WholeBackend)
     random = np.random.default_rng(3)

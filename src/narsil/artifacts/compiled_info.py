@@ -20,7 +20,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ class CompiledInfo:
     note: str  # for people: how the layers' precisions were chosen
     dense_layers: int  # of layers; the others are the over arch's
     layers: tuple[LayerShape, ...]  # of the fused engine, in the order in which they run; else empty
-    deviation: Deviation | None = None
+    deviation: Deviation | None = None  # the largest
+    deviations: Mapping[str, Deviation] = field(default_factory=dict)  # of each task, where there are several
     plan: Plan | None = None  # of the fused engine, where the model is no DLRM: then no table and no layer stands above
     whole: Whole | None = None  # of the inductor engine, likewise
 
@@ -121,9 +122,10 @@ class CompiledInfo:
             return f"program {self.precision} {self.key} {hashlib.sha256(told).hexdigest()}"
         return f"dlrm {self.precision} dense={self.dense_dim} tables={self.tables} dim={self.dim}"
 
-    def passed(self, deviation: Deviation, limit: float) -> CompiledInfo:
-        """The same, judged."""
-        return replace(self, deviation=deviation, limit=limit)
+    def passed(self, found: Mapping[str, Deviation], limit: float) -> CompiledInfo:
+        """The same, judged by each task's deviation."""
+        worst = max(found.values(), key=lambda deviation: deviation.max_abs)
+        return replace(self, deviation=worst, deviations=dict(found) if len(found) > 1 else {}, limit=limit)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in manifest.json."""
@@ -145,9 +147,10 @@ class CompiledInfo:
             layers = tuple(LayerShape(**layer) for layer in data["layers"])
             plan = None if data.get("plan") is None else Plan.from_dict(data["plan"])
             whole = None if data.get("whole") is None else Whole.from_dict(data["whole"])
-            made = {"layers": layers, "deviation": deviation, "plan": plan, "whole": whole}
+            each = {str(task): Deviation(**told) for task, told in data.get("deviations", {}).items()}
+            made = {"layers": layers, "deviation": deviation, "deviations": each, "plan": plan, "whole": whole}
             info = cls(**{**data, **lists, **made})
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(
                 f"the manifest's compiled section is damaged ({error}); compile the model again"
             ) from None
@@ -159,7 +162,8 @@ class CompiledInfo:
         texts = (self.precision, self.machine, self.torch, self.key, self.pooling, self.note, *self.instructions)
         if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
             raise ArtifactError("the manifest's compiled section has values of wrong types; compile the model again")
-        if not _is_share(self.limit) or self.limit < 0 or (self.deviation and not self.deviation.is_sound):
+        told = [*self.deviations.values(), *([self.deviation] if self.deviation else [])]
+        if not _is_share(self.limit) or self.limit < 0 or not all(deviation.is_sound for deviation in told):
             raise ArtifactError("the manifest's limit or deviation is no such number; compile the model again")
         if self.engine not in ENGINES or self.device not in ("cpu", "cuda") or (self.engine, self.device) == _NO_PAIR:
             raise ArtifactError(

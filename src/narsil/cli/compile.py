@@ -105,4 +105,6 @@ def _summary(artifact: Artifact, cached: bool) -> None:
     )
     for line in deviation_lines(Deviation(**deviation)):
         click.echo(f"  {line}")
+    for task, one in compiled["deviations"].items():
+        click.echo(f"  {task}: max {one['max_abs']:.2e}, mean {one['mean_abs']:.1e}")
     click.echo(f"Next: narsil serve --model {artifact.path}")

@@ -227,11 +227,10 @@ def _first_that_passes(job: _Job, info: CompiledInfo) -> None:
         job.report("replay", 0, 1)
         found = judged(job.measure, artifacts.open_artifact(job.staging, verify=False))
         job.report("replay", 1, 1)
-        worst = max(found.values(), key=lambda deviation: deviation.max_abs)
         limits = {task: limits_for(made.precision, job.options.limit, found[task]) for task in found}
         failed = [task for task in found if problem_of(found[task], limits[task]) is not None]
         if not failed:
-            _write_manifest(job, made.passed(worst, max(limit.score for limit in limits.values())))
+            _write_manifest(job, made.passed(found, max(limit.score for limit in limits.values())))
             return
         job.report("compile", 0, 1)
     require(found[failed[0]], limits[failed[0]], made.precision)
