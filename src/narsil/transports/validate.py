@@ -87,11 +87,11 @@ def jagged(
     ``lengths`` is (T, B) when ``key_major``, else (B, T), and values stand in the same order. Every bag ends
     up inside ``values``, and every id inside its table. Comes back as OneHot where every length is 1.
     """
-    check_weights(weights, len(values), schema, name)
     if weights is None and len(values) == lengths.size and bool((lengths == 1).all()):
         ids = values.reshape(lengths.shape)
         return one_hot(ids if key_major else ids.T, schema)
     ends = check_bags(values, lengths, np.arange(schema.num_features), schema, name, key_major=key_major)
+    check_weights(weights, len(values), schema, name)  # after the ids that they are for
     if weights is not None:
         _check_unweighted(weights, lengths if key_major else lengths.T, ends if key_major else ends.T, schema, name)
     starts = ends - lengths
@@ -105,6 +105,13 @@ def narrow_lengths(lengths: NDArray[np.int64], schema: ModelSchema, name: str) -
         feature, row = (int(i) for i in np.argwhere(outside)[0])
         raise _length_error(schema, name, feature, row, int(lengths[feature, row]))
     return lengths.astype(np.int32)
+
+
+def check_lengths(lengths: NDArray[np.int32], positions: NDArray[np.int64], schema: ModelSchema, name: str) -> None:
+    """Raises InvalidRequest where one of (features, rows) is negative. ``positions``: the features' in the schema."""
+    if lengths.size and int(lengths.min()) < 0:
+        feature, row = (int(i) for i in np.argwhere(lengths < 0)[0])
+        raise _length_error(schema, name, int(positions[feature]), row, int(lengths[feature, row]))
 
 
 def check_bags(
@@ -126,10 +133,7 @@ def check_bags(
         feature, row = (first, second) if key_major else (second, first)
         return int(positions[feature]), row
 
-    if lengths.size and int(lengths.min()) < 0:
-        first, second = (int(i) for i in np.argwhere(lengths < 0)[0])
-        feature, row = where(first, second)
-        raise _length_error(schema, name, feature, row, int(lengths[first, second]))
+    check_lengths(lengths if key_major else lengths.T, positions, schema, name)
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     if total != len(values):

@@ -177,6 +177,8 @@ def _sparse(
     body: bytes, rows: int, group: _Group, schema: ModelSchema, limits: RequestLimits, name: str = "id_list_features"
 ) -> OneHot | Jagged:
     lengths = _lengths(body, rows, *group.get(2, _NOTHING), schema, name)
+    # How wide ids are follows from lengths: one that is none would be told as a wrong number of ids, or of weights.
+    validate.check_lengths(lengths, np.arange(schema.num_features), schema, name)
     begin, end = group.get(4, _NOTHING)
     weights = None if begin == end else validate.array(body, begin, end, validate.FLOAT32, f"{name}.weights")
     start, stop = group.get(3, _NOTHING)
