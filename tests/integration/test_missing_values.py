@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 import narsil
 from narsil.artifacts.artifact import open_artifact
+from narsil.backends.registry import load_backend
 from narsil.bench.servers import ServerDied, ServerProcess, narsil_server
 from narsil.cli import cli
-from narsil.dataflow import Features, OneHot
+from narsil.dataflow import Batch, Features, OneHot
 from narsil.errors import InvalidRequest
 from narsil.extension import AVAILABLE
 from narsil.transports.codec import predictor
@@ -32,6 +33,8 @@ with warnings.catch_warnings():
     pytest.importorskip("torchrec")
     from torchrec.fx.tracer import Tracer
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    from narsil.compile.compiler import compile_artifact
 
 from tests.integration.test_feature_inputs import NAMES, ROWS, bags, takes
 
@@ -75,6 +78,33 @@ class Unread(torch.nn.Module):  # type: ignore[name-defined]
         if x.shape[0] > 1000:
             filled = filled * 1.0
         return torch.sigmoid(self.over(filled)).squeeze(1)
+
+
+class Meets(torch.nn.Module):  # type: ignore[name-defined]
+    """NaN meets every function that a plan has, before what comes of it is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(DENSE, 4), torch.nn.Linear(131, 1)
+        self.register_buffer("means", torch.tensor([0.25, -0.5, 0.75, 0.125]))
+
+    def forward(self, data: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[name-defined]
+        x, means = data["float_features"], self.means
+        f = torch.nn.functional
+        made = [
+            *(torch.relu(x), torch.sigmoid(x), torch.tanh(x), f.silu(x), f.gelu(x), f.gelu(x, approximate="tanh")),
+            *(f.leaky_relu(x, 0.1), torch.exp(-x.abs()), torch.log1p(x.abs()), torch.log(x.abs() + 1.0)),
+            *(torch.sqrt(x.abs()), x.neg(), torch.reciprocal(x + 9.0), torch.floor(x), x.clamp(-0.5, 0.5)),
+            *(x.clamp(min=0.1), x.clamp(max=0.1), torch.maximum(x, means), torch.minimum(x, means)),
+            *(x + means, x - means, x * means, x / means, f.layer_norm(x, [4]), torch.softmax(x, 1), self.first(x)),
+            *(x.amax(1, True), x.amin(1, True), x.mean(1, True)),
+        ]
+        truths = [
+            *((x > means).float(), (x >= means).float(), (x < means).float(), (x <= means).float()),
+            *((x == means).float(), (x != means).float()),
+        ]
+        every = torch.cat([torch.cat(made, 1).nan_to_num(0.375), torch.cat(truths, 1)], 1)
+        return torch.sigmoid(self.last(every)).squeeze(1)
 
 
 def saved(module: Any, path: Path) -> Path:
@@ -246,3 +276,20 @@ def test_columns_of_a_model_that_is_not_read_are_found_by_trial(tmp_path: Path) 
 def test_a_model_that_takes_none_is_refused_with_it(small_artifact: Any) -> None:
     with pytest.raises(ServerDied, match=r"--allow-nan allows nothing: leave it out"):
         narsil_server(small_artifact.path, backend="torch", allow_nan=True).start()
+
+
+@needs_fused
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_what_nan_meets_in_a_compiled_model_makes_of_it_what_torch_makes(tmp_path: Path, precision: str) -> None:
+    torch.manual_seed(4)
+    source = open_artifact(saved(Meets().eval(), tmp_path / "model_default.pt"))
+    assert source.schema.nan_columns == (0, 1, 2, 3)
+    compiled, _ = compile_artifact(source, tmp_path / "out", precision=precision, engine="fused")
+    reference, backend = load_backend(source, "torch"), load_backend(compiled, "compiled")
+    rows = rows_of(64, 5, (0, 1, 2, 3)).dense
+    rows[0] = np.nan
+    batch = Batch(64, rows, np.empty(0, np.int32), np.empty(0, np.int32), one_hot=True)
+    expected, found = reference.run(batch)["default"], backend.run(batch)["default"]
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE if precision == "fp32" else 2e-3, rtol=0)
