@@ -26,7 +26,7 @@ from narsil.engine.served_model import RequestLimits, ServedModel
 from narsil.extension import AVAILABLE
 from narsil.telemetry.observer import Observer
 from narsil.transports.base import Transport
-from narsil.transports.endpoints import Counts, no_counts
+from narsil.transports.endpoints import Counts, Models, no_counts
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
 T = TypeVar("T")
@@ -200,6 +200,7 @@ def grpc_transport(
     kind: str = "grpcio",
     observer: Observer | None = None,
     counts: Counts = no_counts,
+    models: Models | None = None,
     **options: Any,
 ) -> Iterator[tuple[Transport, str, OnLoop]]:
     """The engine's model behind a real gRPC socket on loopback, on an event loop in a thread of its own.
@@ -219,9 +220,9 @@ def grpc_transport(
         if kind == "native":
             from narsil.transports.native import NativeOptions, NativeTransport
 
-            transport = NativeTransport(engine, NativeOptions(**options), observer, counts)
+            transport = NativeTransport(engine, NativeOptions(**options), observer, counts, models)
         else:
-            transport = GrpcAioTransport(engine, GrpcOptions(**options), observer, counts)
+            transport = GrpcAioTransport(engine, GrpcOptions(**options), observer, counts, models)
         engine.model.limits = limits or engine.model.limits
         transport.serve(Catalog([engine.model]))
         return transport, await transport.start()

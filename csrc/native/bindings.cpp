@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <system_error>
 
 #include "native/collate.hpp"
@@ -257,13 +258,28 @@ std::shared_ptr<Plane> make_plane(const py::dict& methods, const py::dict& limit
   return std::make_shared<Plane>(std::move(config));
 }
 
-void serve(Plane& self, const std::vector<std::shared_ptr<PyModel>>& models, size_t fallback) {
+using RouteParts = std::vector<std::pair<size_t, double>>;  // place of a model, its share
+
+void serve(Plane& self, const std::vector<std::shared_ptr<PyModel>>& models, size_t fallback,
+           const std::vector<std::tuple<std::string, std::string, RouteParts>>& routes) {
   if (fallback >= models.size() && !models.empty()) throw py::value_error("default is the place of no model");
   for (size_t i = 0; i < models.size(); ++i)
     for (size_t j = 0; j < i; ++j)
       if (models[i]->name == models[j]->name && models[i]->version == models[j]->version)
         throw py::value_error("two models are " + models[i]->name + ", version " + models[i]->version);
-  auto set = std::make_shared<const ModelSet>(std::vector<ModelPtr>(models.begin(), models.end()), fallback);
+  std::vector<std::unique_ptr<const Route>> made;
+  for (const auto& [name, version, parts] : routes) {
+    std::vector<std::pair<ModelPtr, double>> found;
+    for (const auto& [place, share] : parts) {
+      if (place >= models.size()) throw py::value_error("a route to the place of no model");
+      if (!(share > 0 && std::isfinite(share))) throw py::value_error("a route's shares are above 0");
+      found.emplace_back(models[place], share);
+    }
+    if (found.empty()) throw py::value_error("a route leads nowhere");
+    made.push_back(std::make_unique<const Route>(name, version, std::move(found)));
+  }
+  auto set =
+      std::make_shared<const ModelSet>(std::vector<ModelPtr>(models.begin(), models.end()), fallback, std::move(made));
   const py::gil_scoped_release release;
   set = self.serve(std::move(set));
 }
@@ -349,7 +365,8 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<Plane, std::shared_ptr<Plane>>(module, "Plane")
       .def(py::init(&make_plane), py::arg("methods"), py::arg("limits") = py::dict())
-      .def("serve", serve, py::arg("models"), py::arg("default") = 0)
+      .def("serve", serve, py::arg("models"), py::arg("default") = 0,
+           py::arg("routes") = std::vector<std::tuple<std::string, std::string, RouteParts>>{})
       .def(
           "listen_tcp",
           [](Plane& self, const std::string& host, int port, bool reuse_port) {

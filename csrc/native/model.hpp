@@ -4,6 +4,7 @@
 // a decoded request keeps its model.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -69,28 +70,65 @@ struct ModelName {
   std::string name, version;
 };
 
+// Where requests go that name a model without a version, or a label in its place: to each of the parts in its share.
+class Route {
+ public:
+  // Shares are above 0; there is at least one part.
+  Route(std::string name, std::string version, std::vector<std::pair<ModelPtr, double>> parts)
+      : name(std::move(name)), version(std::move(version)), parts_(std::move(parts)) {
+    for (const auto& part : parts_) total_ += part.second;
+  }
+
+  const std::string name, version;  // as a request gives them; the version may be empty
+
+  // The next request's part. By multiples of the golden ratio, so that every stretch of requests has about its shares;
+  // catalog.py deals alike.
+  const ModelPtr& next() const {
+    constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
+    const uint64_t turn = turns_.fetch_add(1, std::memory_order_relaxed) * GOLDEN;
+    double left = static_cast<double>(turn >> 11) * 0x1p-53 * total_;
+    for (const auto& part : parts_)
+      if ((left -= part.second) < 0) return part.first;
+    return parts_.back().first;
+  }
+
+ private:
+  std::vector<std::pair<ModelPtr, double>> parts_;
+  double total_ = 0;
+  mutable std::atomic<uint64_t> turns_{0};
+};
+
 class ModelSet {
  public:
   ModelSet() = default;  // nothing is served
 
-  // Without a name a request means models[fallback] or, where it gives a version, that version of its name; without a
-  // version, the first listed of a name.
-  ModelSet(std::vector<ModelPtr> models, size_t fallback) : models_(std::move(models)), fallback_(fallback) {}
+  // Without a name a request means the name of models[fallback]. A version is a model's own, or else a route's; without
+  // one it means the route of that name that has none, or else models[fallback] or the first listed of the name.
+  ModelSet(std::vector<ModelPtr> models, size_t fallback, std::vector<std::unique_ptr<const Route>> routes = {})
+      : models_(std::move(models)), fallback_(fallback), routes_(std::move(routes)) {}
 
   // Null where there is no such model.
   ModelPtr find(std::string_view name, std::string_view version) const {
     if (models_.empty()) return nullptr;
     const ModelPtr& usual = models_[fallback_];
-    if (name.empty() && version.empty()) return usual;
-    if (name.empty()) name = usual->name;
+    const bool unnamed = name.empty();
+    if (unnamed) name = usual->name;
+    if (!version.empty())
+      for (const ModelPtr& model : models_)
+        if (model->name == name && model->version == version) return model;
+    for (const auto& route : routes_)
+      if (route->name == name && route->version == version) return route->next();
+    if (!version.empty()) return nullptr;
+    if (unnamed) return usual;
     for (const ModelPtr& model : models_)
-      if (model->name == name && (version.empty() || model->version == version)) return model;
+      if (model->name == name) return model;
     return nullptr;
   }
 
  private:
   std::vector<ModelPtr> models_;
   size_t fallback_ = 0;
+  std::vector<std::unique_ptr<const Route>> routes_;
 };
 
 }  // namespace narsil::native

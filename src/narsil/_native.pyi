@@ -120,16 +120,23 @@ class Plane:
     """
 
     def __init__(self, methods: Mapping[str, _Kind], limits: Mapping[str, float] = ...) -> None: ...
-    def serve(self, models: Sequence[Model], default: int = 0) -> None:
+    def serve(
+        self,
+        models: Sequence[Model],
+        default: int = 0,
+        routes: Sequence[tuple[str, str, Sequence[tuple[int, float]]]] = (),
+    ) -> None:
         """From now on calls are decoded for these models, all at once; with none, no call is decoded here.
 
         A request names its model in a narsil.v1 message or, on any wire, in the metadata ``narsil-model`` and
         ``narsil-model-version``. One without a name means the name of ``models[default]``; one without a version means
-        the first listed of its name, and without either it means ``models[default]`` itself. What names another model
-        in its message than in its metadata, or one that is not here, is not decoded. Calls that are out keep their
-        models. Models of a set before that nobody else keeps are freed before this returns, unless another thread is
-        just decoding for them: then they are freed with what it returns. Raises ValueError where two models have the
-        same name and version, or ``default`` is the place of none.
+        the first listed of its name, and without either it means ``models[default]`` itself. ``routes`` come before
+        that: (name, a label or no version, (place in ``models``, share) for each model that it leads to), dealt out in
+        proportion to the shares, which are above 0. What names another model in its message than in its metadata, or
+        one that is not here, is not decoded. Calls that are out keep their models. Models of a set before that nobody
+        else keeps are freed before this returns, unless another thread is just decoding for them: then they are freed
+        with what it returns. Raises ValueError where two models have the
+        same name and version, or ``default`` or a route's place is that of none.
         """
     def listen_tcp(self, host: str, port: int, reuse_port: bool = False) -> int:
         """Binds and listens; returns the port. Raises OSError."""

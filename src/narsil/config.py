@@ -38,6 +38,19 @@ _SERVICE_LINK = re.compile(
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")  # the value of NARSIL_PORT, NARSIL_CANARY_PORT..
 
 _MOST_COLUMNS = 1 << 20
+# What NAME/config.toml of a repository may set for one model; all else is the process's.
+MODEL_SETTINGS = (
+    "backend",
+    "tasks",
+    "dense_dim",
+    "allow_nan",
+    "tune_kernels",
+    "batch_invariant",
+    "max_request_rows",
+    "max_request_ids",
+    "verify_checksums",
+    "copy_tables",
+)
 
 _MOST_SOCKET_PATH = 107  # bytes, by unix(7)
 
@@ -47,6 +60,8 @@ _IDLE_VALUES: dict[str, Any] = {
     "batch_timeout_ms": 0.0,
     "copy_tables": False,
     "intra_op_threads": 1,
+    "model_control": "none",
+    "model_name": "",
     "pin_lanes": False,
     "port": 0,
     "tune_kernels": False,
@@ -59,7 +74,13 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: Path = Field(description="Artifact folder, model_default.pt or .onnx file to serve.")
+    model: Path | None = Field(None, description="Artifact folder, model_default.pt or .onnx file to serve.")
+    repository: Path | None = Field(None, description="Folder of models to serve in a model's place: NAME/VERSION/...")
+    model_control: Literal["none", "explicit", "watch"] = Field(
+        "none",
+        description="Of a repository. none: served as it is at start. explicit: clients may load and unload models. "
+        "watch: what changes in the folder is served by itself.",
+    )
     model_name: str = Field("", description="Name that clients may ask for; empty: the artifact's own.")
     backend: Literal["auto", "torch", "onnx", "compiled"] = Field("auto", description="What runs the model.")
     tasks: tuple[str, ...] = Field(
@@ -191,6 +212,17 @@ class ServeSettings(BaseModel):
         return host
 
     @model_validator(mode="after")
+    def _one_thing_is_served(self) -> ServeSettings:
+        if self.model is None and self.repository is None:
+            raise ValueError(
+                f"model is not set: give --model, {ENV_PREFIX}MODEL or model in --config, or a folder of models by "
+                "--repository"
+            )
+        if self.model is not None and self.repository is not None:
+            raise ValueError("model and repository are both set; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _tls_is_whole(self) -> ServeSettings:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together")
@@ -210,6 +242,27 @@ class ServeSettings(BaseModel):
     def lane_count(self) -> int:
         """Lanes to start: as told, else one per usable core on a CPU and one on a GPU. It stays what it was."""
         return self.lanes or (usable_cores() if self.device == "cpu" else 1)
+
+    @property
+    def served(self) -> Path:
+        """The model's path, or the repository's."""
+        found = self.model or self.repository
+        assert found is not None  # noqa: S101 - see _one_thing_is_served
+        return found
+
+    def for_model(self, path: Path, said: Mapping[str, Any], where: Path) -> ServeSettings:
+        """The settings for one model of the repository, whose file ``where`` says some for it alone. Raises
+        ConfigError on one that is no model's, or wrong."""
+        for name in said:
+            if name not in MODEL_SETTINGS:
+                raise ConfigError(f"{where}: {name} is no setting of one model; it may set {', '.join(MODEL_SETTINGS)}")
+        given = self.model_dump(include=self.model_fields_set - {"repository", "model_control", *said})
+        merged = {**given, **said, "model": path}
+        idle = ServeSettings.model_construct(**merged)._without_effect(merged.get("backend", "auto"), self.transport)
+        try:
+            return ServeSettings(**{name: value for name, value in merged.items() if name in said or name not in idle})
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {'; '.join(_explain(detail) for detail in error.errors())}") from None
 
     def given_in_vain(
         self, backend: str | None = None, transport: str | None = None, checksums: bool = True
@@ -236,6 +289,8 @@ class ServeSettings(BaseModel):
             ("copy_tables", backend == "torch", "the torch backend, which maps no file"),
             ("intra_op_threads", on_gpu, f"device {self.device}"),
             ("max_resets_per_second", transport == "grpcio", "transport grpcio"),
+            ("model_control", self.repository is None, "model, which is one that stays"),
+            ("model_name", self.repository is not None, "repository, whose folders name its models"),
             (
                 "max_resets_per_second",
                 self.tls_certificate is not None,
@@ -375,8 +430,6 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         meant = _nearest(name)
         return f"unknown setting {name!r}" + (f": did you mean {meant}?" if meant else "; see `narsil serve --help`")
-    if detail["type"] == "missing":
-        return f"{name} is not set: give --{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()} or {name} in --config"
     if name and detail["type"] == "value_error":
         return f"{name}: {detail['ctx']['error']}"
     return f"{name}: {detail['msg']} (got {detail['input']!r})" if name else str(detail["ctx"]["error"])

@@ -7,6 +7,7 @@
     └── RequestError           one request ends with this, and only that one
         ├── InvalidRequest     the payload breaks the model's schema
         ├── ModelNotFound      names a model or version that is not served
+        ├── Refused            an admin's call that this server, as it stands, does not carry out
         ├── QueueFull          admitted work is at its limit: try again, elsewhere or later
         ├── MessageTooLarge    more bytes than one message may have: send fewer rows, never the same again
         ├── DeadlineExceeded   its deadline passed while it waited; it never ran
@@ -38,6 +39,7 @@ __all__ = [
     "NarsilError",
     "NoModel",
     "QueueFull",
+    "Refused",
     "RequestError",
     "Unavailable",
     "first_line",
@@ -73,6 +75,10 @@ class InvalidRequest(RequestError):
 
 class ModelNotFound(RequestError):
     """The request names a model or a version that is not served."""
+
+
+class Refused(RequestError):
+    """What an admin asks for is not done here, or not as the repository stands; the old state goes on."""
 
 
 class QueueFull(RequestError):
@@ -117,6 +123,7 @@ _MOST_QUOTED = 500  # characters of a foreign error
 STATUS: dict[type[RequestError], int] = {
     InvalidRequest: 3,
     ModelNotFound: 5,
+    Refused: 9,
     QueueFull: 8,
     MessageTooLarge: 8,  # gRPC's own choice; told from QueueFull by its text, see meant_by
     DeadlineExceeded: 4,

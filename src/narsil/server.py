@@ -12,10 +12,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from narsil.catalog.control import ModelControl
 from narsil.catalog.guard import FileGuard
 from narsil.catalog.loading import failed_forward, load_model, warmup_of
 from narsil.catalog.manager import ModelManager
+from narsil.catalog.repository import CONFIG_FILE, Held, ModelFolder
 from narsil.config import ServeSettings
+from narsil.dataflow import Features
 from narsil.engine.engine import Engine
 from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
@@ -26,7 +29,7 @@ from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
 from narsil.telemetry.observer import CountingObserver, Observer
 from narsil.transports.base import Transport
-from narsil.transports.endpoints import Counts, no_counts
+from narsil.transports.endpoints import Counts, Models, no_counts
 from narsil.transports.grpc_aio import GrpcAioTransport, GrpcOptions
 
 log = logging.getLogger(__name__)
@@ -75,9 +78,10 @@ class Server:
         self.models = ModelManager(self._engine)
         self.models.subscribe(lambda catalog: self._observer.serving(tuple(catalog)))
         self._guard = FileGuard(self.models, partial(self._withdrawn, asyncio.get_running_loop()))
-        await asyncio.to_thread(self._add_model)
+        self._control = self._model_control()
+        await asyncio.to_thread(self._add_model if self._control is None else self._control.load_all)
         settle_process()
-        self._transport = make_transport(self._engine, settings, self._observer, self._observer.model)
+        self._transport = make_transport(self._engine, settings, self._observer, self._observer.model, self._control)
         self.models.subscribe(self._transport.serve)
         self._signals = StopSignals()  # from here on there may be something in flight
         try:
@@ -85,6 +89,8 @@ class Server:
         except OSError as error:
             raise ConfigError(str(error)) from None
         self._guard.start()
+        if self._control is not None and settings.model_control == "watch":
+            self._control.watch()
         return address
 
     def _add_model(self) -> None:
@@ -96,7 +102,22 @@ class Server:
         except NarsilError:
             raise
         except Exception as error:
-            raise failed_forward(settings.model, model.backend, error) from error
+            raise failed_forward(settings.served, model.backend, error) from error
+
+    def _model_control(self) -> ModelControl | None:
+        """What serves a repository's models; None where one model was given."""
+        settings = self.settings
+        if settings.repository is None:
+            return None
+
+        def load(folder: ModelFolder, held: Held) -> tuple[ServedModel, list[Features]]:
+            where = folder.versions[0].folder.parent / CONFIG_FILE
+            of_model = settings.for_model(held.path, folder.config.settings, where)
+            model, watch = load_model(of_model, folder.name, held.version, folder.config.share)
+            self._guard.watch(model, watch)
+            return model, warmup_of(model, settings.max_batch_rows)
+
+        return ModelControl(settings.repository, self.models, load, explicit=settings.model_control == "explicit")
 
     def _withdrawn(self, loop: asyncio.AbstractEventLoop, model: ServedModel) -> None:
         """A model has gone out of service. With the last of them the server stops, so that whoever watches over it
@@ -110,7 +131,7 @@ class Server:
         for those who ask."""
         settings = self.settings
         line = (
-            f"narsil: serving {settings.model} on {address} "
+            f"narsil: serving {settings.served} on {address} "
             f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device})"
         )
         with writing(1):
@@ -127,6 +148,8 @@ class Server:
         """
         self._transport.retire()
         self._guard.stop()
+        if self._control is not None:
+            self._control.stop()
         await self._serve_on()
         grace = self.settings.drain_seconds
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
@@ -189,6 +212,7 @@ def make_transport(
     settings: ServeSettings,
     observer: Observer | None = None,
     counts: Counts = no_counts,
+    models: Models | None = None,
 ) -> Transport:
     """What the settings ask for. Raises ConfigError where the native data plane is asked for and was not built."""
     if settings.transport == "native" and not AVAILABLE:
@@ -199,7 +223,7 @@ def make_transport(
     if settings.transport == "grpcio" or settings.tls_certificate is not None or not AVAILABLE:
         log.info("transport: grpcio%s", f" (no native one: {MISSING})" if MISSING else "")
         warn_of(settings.given_in_vain(transport="grpcio"))
-        return GrpcAioTransport(engine, grpc_options(settings), observer, counts)
+        return GrpcAioTransport(engine, grpc_options(settings), observer, counts, models)
     from narsil.transports.native import NativeOptions, NativeTransport
 
     log.info("transport: native")
@@ -216,6 +240,7 @@ def make_transport(
         ),
         observer,
         counts,
+        models,
     )
 
 

@@ -13,6 +13,10 @@ from narsil.errors import InvalidRequest
 
 # Names that both ends use: the methods of narsil.v1.Inference and TorchRec's, and the metadata that names a model.
 PREDICT, GET_MODEL = "/narsil.v1.Inference/Predict", "/narsil.v1.Inference/GetModel"
+_OPEN_INFERENCE = "/inference.GRPCInferenceService/"
+INDEX, LOAD, UNLOAD = (
+    _OPEN_INFERENCE + method for method in ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
+)
 PREDICT_TORCHREC = "/predictor.Predictor/Predict"
 MODEL_KEY, VERSION_KEY = "narsil-model", "narsil-model-version"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from narsil.backends.fake import FakeBackend, FakeBehaviour
-from narsil.catalog.catalog import EMPTY, Catalog
+from narsil.catalog.catalog import EMPTY, Catalog, Routes
 from narsil.catalog.manager import ModelManager
 from narsil.engine.served_model import ModelState, ServedModel
 from narsil.errors import ConfigError, ModelNotFound, NoModel
@@ -216,3 +216,59 @@ def test_a_lane_that_cannot_begin_fails_the_models_that_need_it():
     for name in ("a", "b"):
         with pytest.raises(OSError, match="has no processor"):
             engine.add(fake_model(name=name), [one_hot(1)])
+
+
+def versions(name: str = "ads", count: int = 3) -> list[ServedModel]:
+    return [fake_model(name=name, version=str(number)) for number in range(1, count + 1)]
+
+
+def test_a_label_stands_for_a_version_and_a_version_of_that_name_comes_first():
+    one, two, _ = models = versions()
+    catalog = Catalog(models, {"ads": Routes({"stable": "1", "2": "1", "gone": "9"})})
+    assert catalog.find("ads", "stable") is catalog.route("", "stable") is one
+    assert catalog.find("ads", "2") is two
+    with pytest.raises(
+        ModelNotFound, match="version 'gone' of ads is not served here; '1', '2', '3', 'stable', '2' are"
+    ):
+        catalog.find("ads", "gone")
+
+
+def test_requests_without_a_version_are_dealt_out_by_shares():
+    one, two, three = models = versions()
+    catalog = Catalog(models, {"ads": Routes({"canary": "2"}, {"1": 9.0, "canary": 1.0})})
+    drawn = [catalog.route("ads") for _ in range(1000)]
+    assert three not in drawn
+    assert abs(drawn.count(two) - 100) <= 3
+    for start in range(0, 1000, 50):
+        assert 3 <= drawn[start : start + 50].count(two) <= 7
+    assert catalog.route("ads", "3") is three
+    assert catalog.find("ads") is one  # who asks about the model, asks about one
+
+
+def test_the_share_of_what_is_not_served_goes_to_the_others():
+    one, two, _ = models = versions()
+    catalog = Catalog(models, {"ads": Routes({}, {"1": 1.0, "9": 99.0})})
+    assert {catalog.route("ads") for _ in range(100)} == {one}
+    nothing = Catalog(models[:2], {"ads": Routes({}, {"9": 1.0})})
+    assert nothing.route("ads") is nothing.find() is two
+
+
+def test_routes_outlive_the_models_that_come_and_go():
+    one, two, three = versions()
+    catalog = Catalog([one]).routing("ads", Routes({}, {"1": 1.0})).adding(two).adding(three).without(two)
+    assert {catalog.route() for _ in range(10)} == {one}
+    assert catalog.routes() == [("ads", "", [(one, 1.0)])]
+
+
+def test_a_model_takes_the_place_of_another_of_its_name_and_version():
+    engine = engine_with()
+    with engine as made:
+        manager = served(made)
+        old, new = fake_model(), fake_model()
+        manager.add(old)
+        manager.add(new, replacing=old)
+        assert list(manager.catalog) == [new]
+        assert (old.state, new.state) == (ModelState.DRAINING, ModelState.READY)
+        manager.remove(new)
+        manager.add(fake_model(), replacing=new)  # which has gone meanwhile
+        assert len(manager.catalog) == 1

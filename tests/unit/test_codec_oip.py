@@ -211,5 +211,10 @@ def test_statistics_say_what_happened():
     stats = found.inference_stats
     assert (stats.success.count, stats.success.ns, stats.fail.count, stats.fail.ns) == (3, 1500000000, 1, 250000000)
     assert (stats.queue.ns, stats.compute_input.ns, stats.compute_infer.ns) == (500000000, 250000000, 1000000000)
-    index = pb.RepositoryIndexResponse.FromString(oip.encode_index([("m", "2", "READY")]))
-    assert [(each.name, each.version, each.state) for each in index.models] == [("m", "2", "READY")]
+    index = pb.RepositoryIndexResponse.FromString(
+        oip.encode_index([("m", "2", "READY", ""), ("n", "", "UNAVAILABLE", "damaged")])
+    )
+    assert [(each.name, each.version, each.state, each.reason) for each in index.models] == [
+        ("m", "2", "READY", ""),
+        ("n", "", "UNAVAILABLE", "damaged"),
+    ]

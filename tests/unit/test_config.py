@@ -344,3 +344,35 @@ def test_dense_columns_are_one_number_or_one_for_each_input(given, widths, print
 def test_what_is_no_number_of_columns_is_refused(given):
     with pytest.raises(ConfigError, match=r"^dense_dim: .*(no number of columns|a key twice)"):
         load_settings({**GIVEN, "dense_dim": given})
+
+
+def test_a_repository_takes_a_models_place():
+    settings = load_settings({"repository": Path("models"), "model_control": "watch"})
+    assert (settings.model, settings.served) == (None, Path("models"))
+    with pytest.raises(ConfigError, match="model and repository are both set; leave one of them out"):
+        load_settings({**GIVEN, "repository": Path("models")})
+    with pytest.raises(
+        ConfigError, match="model_name ads has no effect with repository, whose folders name its models"
+    ):
+        load_settings({"repository": Path("models"), "model_name": "ads"})
+    with pytest.raises(ConfigError, match="model_control watch has no effect with model, which is one that stays"):
+        load_settings({**GIVEN, "model_control": "watch"})
+
+
+def test_one_model_of_a_repository_has_settings_of_its_own():
+    settings = load_settings({"repository": Path("models"), "lanes": 3, "tune_kernels": True, "backend": "torch"})
+    where = Path("models/ads/config.toml")
+    own = settings.for_model(Path("models/ads/1"), {"max_request_rows": 7, "tasks": ["click"]}, where)
+    assert (own.model, own.lanes, own.backend, own.max_request_rows, own.tasks, own.tune_kernels) == (
+        *(Path("models/ads/1"), 3, "torch", 7),
+        *(("click",), True),
+    )
+    compiled = settings.for_model(Path("models/ads/1"), {"backend": "compiled"}, where)
+    assert "tune_kernels" not in compiled.model_fields_set  # the server's, without effect on it, is no fault of its own
+    for said, message in (
+        ({"lanes": 2}, "lanes is no setting of one model; it may set backend, tasks"),
+        ({"max_request_rows": 0}, "max_request_rows: .*greater than or equal to 1"),
+        ({"backend": "compiled", "tune_kernels": True}, "tune_kernels True has no effect with the compiled backend"),
+    ):
+        with pytest.raises(ConfigError, match=f"models/ads/config.toml: {message}"):
+            settings.for_model(Path("models/ads/1"), said, where)

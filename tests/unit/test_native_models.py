@@ -13,11 +13,12 @@ import pytest
 
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.bench.workload import predictor_body
+from narsil.catalog.catalog import Catalog, Routes
 from narsil.client import build_request
 from narsil.extension import AVAILABLE
 from narsil.transports.codec import narsil_v1, predictor
 from tests.messages import narsil_pb2
-from tests.support import PATIENCE_S, one_hot
+from tests.support import PATIENCE_S, fake_model, one_hot
 
 if not AVAILABLE:
     pytest.skip("built without the native extension", allow_module_level=True)
@@ -137,6 +138,47 @@ def test_the_first_listed_of_a_name_is_meant_without_a_version(plane, client):
         plane.serve([native(Served("a")), *(native(Served("b", version)) for version in versions)])
         client.call(body_for(NARROW, name="b"), narsil_v1.METHOD)
         assert next_call(plane).served.version == versions[0]
+
+
+def drawn(plane: Plane, client: RawClient, count: int, **said: str) -> list[str]:
+    """The versions that as many requests are decoded for."""
+    found = []
+    for _ in range(count):
+        client.call(body_for(NARROW, **said), narsil_v1.METHOD)
+        call = next_call(plane)
+        found.append(call.served.version if call.decoded else "")
+    return found
+
+
+def test_routes_deal_out_requests_as_the_catalog_does(plane, client):
+    models = [fake_model(name="ads", version=version) for version in ("1", "2", "3")]
+    catalog = Catalog(models, {"ads": Routes({"stable": "1"}, {"2": 3.0, "stable": 1.0})})
+    places = {model.version: place for place, model in enumerate(models)}
+    routes = [
+        (name, label, [(places[model.version], share) for model, share in parts])
+        for name, label, parts in catalog.routes()
+    ]
+    plane.serve([native(Served("ads", model.version)) for model in models], default=2, routes=routes)
+    assert drawn(plane, client, 40) == [catalog.route().version for _ in range(40)]
+    assert sorted(set(drawn(plane, client, 4, name="ads"))) == ["1", "2"]
+    assert drawn(plane, client, 2, version="stable") == ["1", "1"]
+    assert drawn(plane, client, 1, name="ads", version="3") == ["3"]
+    assert drawn(plane, client, 1, version="canary") == [""]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([(1, 1.0)], "the place of no model"),
+        ([(0, 0.0)], "above 0"),
+        ([(0, float("nan"))], "above 0"),
+        ([(0, float("inf"))], "above 0"),
+        ([], "leads nowhere"),
+    ],
+)
+def test_a_route_leads_to_models_that_are_there(plane, parts, said):
+    with pytest.raises(ValueError, match=said):
+        plane.serve([native(Served("a"))], routes=[("a", "", parts)])
 
 
 def test_a_request_is_held_against_the_schema_of_the_model_that_it_names(plane, client):

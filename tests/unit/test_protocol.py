@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.backends.fake import FakeBackend, FakeBehaviour
 from narsil.catalog.catalog import EMPTY, Catalog
+from narsil.catalog.control import ModelControl
+from narsil.catalog.manager import ModelManager
 from narsil.clock import FakeClock
 from narsil.dataflow import Batch, Features, OneHot, Request, Scores
 from narsil.engine.collate import Collator
@@ -257,6 +260,12 @@ def two_names() -> str:
     return told(lambda: wire.decode(body, Metadata("b"), Catalog([MODEL])))
 
 
+def no_control() -> str:
+    with engine_with() as engine:
+        control = ModelControl(Path(), ModelManager(engine), lambda folder, held: (MODEL, []))
+        return told(lambda: control.load("ads"))
+
+
 # As the page has them, in its order: what is quoted, how to be told so.
 TOLD: dict[str, Callable[[], str]] = {
     "the message asks for model 'a' and the metadata narsil-model for 'b'; give one of them": two_names,
@@ -264,6 +273,8 @@ TOLD: dict[str, Callable[[], str]] = {
     "batch_size": two_numbers_of_rows,
     "feature cat_3, row 7: id 100000 is outside its table t_cat_3; ids are 0 to 99999": demo_id,
     "model 'ads' is not served here; this server serves 'dlrm'": lambda: told(lambda: Catalog([MODEL]).find("ads")),
+    "models are not loaded and unloaded by clients here; start the server with --repository and --model-control "
+    "explicit": no_control,
     "version '9' of dlrm is not served here; '1' is": lambda: told(lambda: Catalog([MODEL]).find("", "9")),
     "the queue is full: 1024 of 1024 requests, 102400 of 131072 rows, 2662400 of 16777216 ids, 23552000 of 536870912 "
     "bytes; this request has 100 rows. Retry with backoff": full_queue,

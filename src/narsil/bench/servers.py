@@ -141,10 +141,10 @@ class ServerProcess:
         self.stop()
 
 
-def narsil_server(model: Path, **options: object) -> ServerProcess:
+def narsil_server(model: Path | None = None, **options: object) -> ServerProcess:
     """``narsil serve``, on a free port unless told otherwise, with further options by their setting's name."""
-    argv = [sys.executable, "-m", "narsil", "serve", "--model", str(model)]
-    for name, value in {"port": 0, **options}.items():
+    argv = [sys.executable, "-m", "narsil", "serve"]
+    for name, value in {**({} if model is None else {"model": model}), "port": 0, **options}.items():
         flag = name.replace("_", "-")
         argv += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return ServerProcess(argv, r"^narsil: serving .* on (\S+) \(")

@@ -6,28 +6,68 @@ for that request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 
 from narsil.engine.served_model import ServedModel
 from narsil.errors import ConfigError, ModelNotFound, NoModel
 
-__all__ = ["EMPTY", "Catalog"]
+__all__ = ["EMPTY", "Catalog", "Routes"]
 
 _SHOWN = 80  # characters of a name that a client gave, in an error's text
+_GOLDEN = 0x9E3779B97F4A7C15  # of 2**64
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Of one name: labels that stand for versions, and how requests that give no version are split."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)  # label -> version
+    split: Mapping[str, float] = field(default_factory=dict)  # label or version -> share, above 0; none: the newest
+
+
+class _Split:
+    """Versions of one name and their shares, dealt out."""
+
+    def __init__(self, parts: Sequence[tuple[ServedModel, float]]) -> None:
+        self.parts = tuple(parts)
+        self._total = sum(share for _, share in parts)
+        self._turns = count()  # its next() is atomic
+
+    def next(self) -> ServedModel:
+        """By multiples of the golden ratio, so that every stretch of requests has about its shares; model.hpp deals
+        alike."""
+        left = (next(self._turns) * _GOLDEN % (1 << 64) >> 11) * 2.0**-53 * self._total
+        for model, share in self.parts:
+            left -= share
+            if left < 0:
+                return model
+        return self.parts[-1][0]
 
 
 class Catalog:
-    """Served models by name and version. Of one name, the version added last is the one that is meant without a
-    version; the name added first is the default."""
+    """Served models by name and version, and routes by name. Of one name, the version added last is the one that is
+    meant without a version, where no route says otherwise; the name added first is the default."""
 
-    def __init__(self, models: Sequence[ServedModel] = ()) -> None:
+    def __init__(self, models: Sequence[ServedModel] = (), routes: Mapping[str, Routes] | None = None) -> None:
         self._models = tuple(models)
+        self._routes = dict(routes or {})
         self._by_name: dict[str, dict[str, ServedModel]] = {}
         for model in models:
             versions = self._by_name.setdefault(model.name, {})
             if model.version in versions:
                 raise ConfigError(f"version {model.version!r} of {model.name} is served already; give another version")
             versions[model.version] = model
+        self._splits = {
+            name: _Split(parts) for name, versions in self._by_name.items() if (parts := self._parts(name, versions))
+        }
+
+    def _parts(self, name: str, versions: Mapping[str, ServedModel]) -> list[tuple[ServedModel, float]]:
+        """Of a split, what is served: the share of what is not goes to the others."""
+        routes = self._routes.get(name, Routes())
+        found = ((versions.get(routes.labels.get(of, of)), share) for of, share in routes.split.items())
+        return [(model, share) for model, share in found if model is not None]
 
     def __len__(self) -> int:
         return len(self._models)
@@ -36,10 +76,37 @@ class Catalog:
         return iter(self._models)
 
     def find(self, name: str = "", version: str = "") -> ServedModel:
-        """The model that a request means; an empty name is the default's, an empty version the newest.
+        """The model that a name means: an empty one the default's; an empty version the one with the largest share of
+        the name's requests, or else the newest. A version may be a label.
 
         Raises ModelNotFound, saying what there is, or NoModel where there is nothing.
         """
+        versions = self._versions(name)
+        if not version:
+            split = self._splits.get(next(iter(versions.values())).name)
+            if split is not None:
+                return max(split.parts, key=lambda part: part[1])[0]
+            return next(reversed(versions.values()))
+        return self._version(versions, version)
+
+    def route(self, name: str = "", version: str = "") -> ServedModel:
+        """The model that is to score a request, as `find`, but that one without a version is dealt out as the name's
+        split says."""
+        versions = self._versions(name)
+        split = None if version else self._splits.get(next(iter(versions.values())).name)
+        return self.find(name, version) if split is None else split.next()
+
+    def routes(self) -> list[tuple[str, str, list[tuple[ServedModel, float]]]]:
+        """(name, label or empty, the models that it leads to and their shares), all that is served."""
+        found = [(name, "", list(split.parts)) for name, split in self._splits.items()]
+        for name, versions in self._by_name.items():
+            labels = self._routes.get(name, Routes()).labels
+            found += [
+                (name, label, [(versions[version], 1.0)]) for label, version in labels.items() if version in versions
+            ]
+        return found
+
+    def _versions(self, name: str) -> dict[str, ServedModel]:
         if not self._models:
             raise NoModel("this server serves no model now; retry on another one, or later")
         versions = self._by_name.get(name or self._models[0].name)
@@ -47,15 +114,17 @@ class Catalog:
             raise ModelNotFound(
                 f"model {name[:_SHOWN]!r} is not served here; this server serves {_some(list(self._by_name))}"
             )
-        if not version:
-            return next(reversed(versions.values()))
-        if version not in versions:
-            of = name or self._models[0].name
-            verb = "is" if len(versions) == 1 else "are"
-            raise ModelNotFound(
-                f"version {version[:_SHOWN]!r} of {of} is not served here; {_some(list(versions))} {verb}"
-            )
-        return versions[version]
+        return versions
+
+    def _version(self, versions: Mapping[str, ServedModel], version: str) -> ServedModel:
+        name = next(iter(versions.values())).name
+        labels = self._routes.get(name, Routes()).labels
+        meant = version if version in versions else labels.get(version, version)
+        if meant not in versions:
+            there = [*versions, *(label for label, of in labels.items() if of in versions)]
+            verb = "is" if len(there) == 1 else "are"
+            raise ModelNotFound(f"version {version[:_SHOWN]!r} of {name} is not served here; {_some(there)} {verb}")
+        return versions[meant]
 
     def by_preference(self) -> list[ServedModel]:
         """The default first, and of each name the newest version before the older ones."""
@@ -64,13 +133,20 @@ class Catalog:
         default = self.find()
         return [default, *(model for model in reversed(self._models) if model is not default)]
 
-    def adding(self, model: ServedModel) -> Catalog:
-        """These models and one more. Raises ConfigError where its name and version are taken."""
-        return Catalog((*self._models, model))
+    def adding(self, model: ServedModel, replacing: ServedModel | None = None) -> Catalog:
+        """These models and one more, in the place of another where one is given. Raises ConfigError where its name and
+        version are taken."""
+        if replacing not in self._models:
+            return Catalog((*self._models, model), self._routes)
+        return Catalog([model if other is replacing else other for other in self._models], self._routes)
 
     def without(self, model: ServedModel) -> Catalog:
         """These models but one."""
-        return Catalog([other for other in self._models if other is not model])
+        return Catalog([other for other in self._models if other is not model], self._routes)
+
+    def routing(self, name: str, routes: Routes) -> Catalog:
+        """These models, with other routes for one name."""
+        return Catalog(self._models, {**self._routes, name: routes})
 
 
 def _some(names: Sequence[str]) -> str:

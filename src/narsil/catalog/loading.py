@@ -35,13 +35,15 @@ _IN_VAIN = {
 }
 
 
-def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
+def load_model(
+    settings: ServeSettings, name: str = "", version: str = "", share: float = 1.0
+) -> tuple[ServedModel, Watch]:
     """The settings' artifact, loaded once and shared by as many backends as there are lanes, and what tells when its
-    files change. Raises NarsilError."""
-    artifact = open_artifact(settings.model, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
+    files change. It is served by its own name and version where none are given. Raises NarsilError."""
+    artifact = open_artifact(settings.served, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
     picked = artifact.schema.picking(settings.tasks) if settings.tasks else None
     backend = _loaded(artifact, settings, tune_kernels=settings.tune_kernels)
-    log.info("loaded %s with the %s backend", settings.model, backend.name)
+    log.info("loaded %s with the %s backend", settings.served, backend.name)
     if picked is not None:
         backend.schema = picked
     backend.schema = backend.schema.taking_nan(_nan_columns(settings, backend))
@@ -57,10 +59,11 @@ def load_model(settings: ServeSettings) -> tuple[ServedModel, Watch]:
     files = [getattr(artifact, role) for role in BACKEND_ROLES.get(backend.name, ())]
     warn_of(memory_remarks((file for file in files if file is not None), settings.max_queue_bytes))
     model = ServedModel(
-        settings.model_name or artifact.name,
-        artifact.version,
+        name or settings.model_name or artifact.name,
+        version or artifact.version,
         [backend, *(backend.share() for _ in range(settings.lane_count - 1))],
         RequestLimits(settings.max_request_rows, settings.max_request_ids, settings.max_message_bytes),
+        share=share,
         whole=whole,
     )
     return model, Watch(artifact, backend.name, copied=settings.copy_tables)
@@ -89,11 +92,11 @@ def _nan_columns(settings: ServeSettings, backend: Backend) -> tuple[int, ...]:
         backend.close()
         if isinstance(error, NarsilError):
             raise
-        raise failed_forward(settings.model, backend.name, error) from error
+        raise failed_forward(settings.served, backend.name, error) from error
     if not found.columns:
         backend.close()
         raise ConfigError(
-            f"{settings.model}: {_IN_VAIN[backend.name == 'compiled']}, so that --allow-nan allows nothing: leave it "
+            f"{settings.served}: {_IN_VAIN[backend.name == 'compiled']}, so that --allow-nan allows nothing: leave it "
             "out, or replace NaN in the model, as torch.nan_to_num does"
         )
     log.info("NaN is taken for a missing number in the dense columns %s", shown(found.columns))
@@ -101,7 +104,7 @@ def _nan_columns(settings: ServeSettings, backend: Backend) -> tuple[int, ...]:
         log.warning(
             "%s: that dense columns %s take NaN was found by trial, not read from the model; a request that is scored "
             "as no number fails",
-            settings.model,
+            settings.served,
             shown(found.tried),
         )
     return found.columns
@@ -113,14 +116,14 @@ def _rows_depend(settings: ServeSettings, backend: Backend) -> bool:
     try:
         problem = dependence(backend)
         if problem is not None and settings.execution_mode == "batch":
-            raise ConfigError(f"{settings.model}: rows depend on each other: {problem}. {WORKER}")
+            raise ConfigError(f"{settings.served}: rows depend on each other: {problem}. {WORKER}")
     except Exception as error:
         backend.close()
         if isinstance(error, NarsilError):
             raise
-        raise failed_forward(settings.model, backend.name, error) from error
+        raise failed_forward(settings.served, backend.name, error) from error
     if problem is not None:
-        log.warning("%s: rows depend on each other: %s. Every request is scored whole", settings.model, problem)
+        log.warning("%s: rows depend on each other: %s. Every request is scored whole", settings.served, problem)
     return problem is not None
 
 

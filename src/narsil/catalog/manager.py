@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
 
-from narsil.catalog.catalog import EMPTY, Catalog
+from narsil.catalog.catalog import EMPTY, Catalog, Routes
 from narsil.dataflow import Features
 from narsil.engine.engine import Engine
 from narsil.engine.served_model import ModelState, ServedModel
@@ -45,23 +45,30 @@ class ModelManager:
             publish(self._catalog)
             self._subscribers.append(publish)
 
-    def add(self, model: ServedModel, warmup: Sequence[Features] = ()) -> None:
-        """Warms the model on every lane, then serves it. Blocks for as long as that takes; others are served meanwhile.
+    def add(self, model: ServedModel, warmup: Sequence[Features] = (), *, replacing: ServedModel | None = None) -> None:
+        """Warms the model on every lane, then serves it, in the place of another of its name and version where one is
+        given. Blocks for as long as that takes; others are served meanwhile, and what is replaced too.
 
         Raises ConfigError where its name and version are served already, and what a warmup forward or a subscriber
         raised; nothing has changed then.
         """
         with self._adding:
-            self._catalog.adding(model)  # before the work: what would be refused after it
+            self._catalog.adding(model, replacing)  # before the work: what would be refused after it
             began = monotonic()
             self._engine.add(model, warmup)
             try:
                 with self._changing:
-                    self._swap(self._catalog.adding(model))
+                    if replacing not in tuple(self._catalog):
+                        replacing = None  # it was withdrawn meanwhile
+                    self._swap(self._catalog.adding(model, replacing))
                     model.state = ModelState.READY
+                    if replacing is not None:
+                        replacing.state = ModelState.DRAINING
             except BaseException:
                 self._engine.remove(model)
                 raise
+            if replacing is not None:
+                self._engine.remove(replacing)
             log.info("serving %s, version %s, after %.1f s of warmup", model.name, model.version, monotonic() - began)
 
     def remove(self, model: ServedModel) -> None:
@@ -74,6 +81,11 @@ class ModelManager:
             model.state = ModelState.DRAINING
         self._engine.remove(model)
         log.info("no longer serving %s, version %s", model.name, model.version)
+
+    def route(self, name: str, routes: Routes) -> None:
+        """Requests for this name are led so from now on."""
+        with self._changing:
+            self._swap(self._catalog.routing(name, routes))
 
     def _swap(self, catalog: Catalog) -> None:
         """Everybody is told or nobody: where one raises, those who have been told are told the old one again."""

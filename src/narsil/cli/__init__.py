@@ -1,4 +1,4 @@
-"""The command line: ``narsil package | compile | inspect | serve | predict | verify | bench``.
+"""The command line: ``narsil package | compile | inspect | serve | predict | verify | models | bench``.
 
 Each command lives in a module of its own, imported only when it is called, so that ``narsil --help`` needs neither
 torch nor onnxruntime.
@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": "Serve an artifact over gRPC.",
     "predict": "Send rows to a running server and print their scores.",
     "verify": "Hold a running server's scores against the artifact's own.",
+    "models": "List, load and unload the models of a running server.",
     "bench": "Measure a running server: throughput, latency, CPU and errors.",
 }
 

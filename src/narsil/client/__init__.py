@@ -8,7 +8,7 @@ Needs grpcio and numpy, and no protobuf: it lives beside any other gRPC client, 
 """
 
 from narsil.client.aio import AsyncClient
-from narsil.client.answers import ModelInfo, Prediction, read_model, read_response
+from narsil.client.answers import ModelInfo, ModelStatus, Prediction, read_model, read_response
 from narsil.client.blocking import Client
 from narsil.client.calls import TransportError
 from narsil.client.rows import Context, build_request
@@ -18,6 +18,7 @@ __all__ = [
     "Client",
     "Context",
     "ModelInfo",
+    "ModelStatus",
     "Prediction",
     "TransportError",
     "build_request",

@@ -10,10 +10,20 @@ from typing import TypeVar
 import grpc
 from numpy.typing import ArrayLike
 
-from narsil.client.answers import ModelInfo, Prediction
-from narsil.client.calls import OPTIONS, Conversation, Known, describing, error_of, predicting
+from narsil.client.answers import ModelInfo, ModelStatus, Prediction
+from narsil.client.calls import (
+    OPTIONS,
+    Conversation,
+    Known,
+    describing,
+    error_of,
+    listing,
+    loading,
+    predicting,
+    unloading,
+)
 from narsil.client.rows import Context, rows_of
-from narsil.wire import GET_MODEL, PREDICT
+from narsil.wire import GET_MODEL, INDEX, LOAD, PREDICT, UNLOAD
 
 T = TypeVar("T")
 
@@ -28,7 +38,7 @@ class AsyncClient:
             else grpc.aio.secure_channel(target, credentials, OPTIONS)
         )
         self._methods: dict[str, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {
-            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL)
+            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL, INDEX, LOAD, UNLOAD)
         }
         self._known: Known = {}
 
@@ -53,6 +63,18 @@ class AsyncClient:
     async def model(self, timeout: float | None = None, *, name: str = "", version: str = "") -> ModelInfo:
         """See Client.model."""
         return await self._carry(describing(name, version), timeout)
+
+    async def models(self, timeout: float | None = None) -> list[ModelStatus]:
+        """See Client.models."""
+        return await self._carry(listing(), timeout)
+
+    async def load(self, name: str, timeout: float | None = None) -> None:
+        """See Client.load."""
+        await self._carry(loading(name), timeout)
+
+    async def unload(self, name: str, timeout: float | None = None) -> None:
+        """See Client.unload."""
+        await self._carry(unloading(name), timeout)
 
     async def close(self) -> None:
         """Closes the connection."""

@@ -43,6 +43,30 @@ class ModelInfo:
     whole_requests: bool = False  # a row's score depends on its request's others: a request must not be cut in several
 
 
+@dataclass(frozen=True)
+class ModelStatus:
+    """One version of a model that a server serves, or should."""
+
+    name: str
+    version: str  # empty: none could be told
+    state: str  # READY, LOADING, UNAVAILABLE
+    reason: str = ""  # of one that is not served
+
+
+def read_index(body: bytes) -> list[ModelStatus]:
+    """A serialized inference.RepositoryIndexResponse. Raises InvalidRequest where it is none."""
+    models = []
+    for found in scan(body, 0, len(body)):
+        if found[0] == 1:
+            expect(found, LEN, "models")
+            said = {1: "", 2: "", 3: "", 4: ""}
+            for inside in scan(body, found[2], found[3]):
+                if inside[0] in said:
+                    said[inside[0]] = _text(body, inside, "a name")
+            models.append(ModelStatus(*said.values()))
+    return models
+
+
 def read_response(body: bytes) -> Prediction:
     """A serialized narsil.v1.PredictResponse as a Prediction. Raises InvalidRequest where it is none."""
     strings = {1: "", 2: "", 3: ""}

@@ -9,10 +9,20 @@ from typing import TypeVar
 import grpc
 from numpy.typing import ArrayLike
 
-from narsil.client.answers import ModelInfo, Prediction
-from narsil.client.calls import OPTIONS, Conversation, Known, describing, error_of, predicting
+from narsil.client.answers import ModelInfo, ModelStatus, Prediction
+from narsil.client.calls import (
+    OPTIONS,
+    Conversation,
+    Known,
+    describing,
+    error_of,
+    listing,
+    loading,
+    predicting,
+    unloading,
+)
 from narsil.client.rows import Context, rows_of
-from narsil.wire import GET_MODEL, PREDICT
+from narsil.wire import GET_MODEL, INDEX, LOAD, PREDICT, UNLOAD
 
 T = TypeVar("T")
 
@@ -27,7 +37,7 @@ class Client:
             else grpc.secure_channel(target, credentials, OPTIONS)
         )
         self._methods: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {
-            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL)
+            method: self._channel.unary_unary(method) for method in (PREDICT, GET_MODEL, INDEX, LOAD, UNLOAD)
         }
         self._known: Known = {}
 
@@ -64,6 +74,21 @@ class Client:
     def model(self, timeout: float | None = None, *, name: str = "", version: str = "") -> ModelInfo:
         """A served model, its schema and what a request may hold; the default model where none is named."""
         return self._carry(describing(name, version), timeout)
+
+    def models(self, timeout: float | None = None) -> list[ModelStatus]:
+        """Every model and version that the server serves or should, and where it stands."""
+        return self._carry(listing(), timeout)
+
+    def load(self, name: str, timeout: float | None = None) -> None:
+        """Has the server serve what its repository holds of a model now; returns when it does.
+
+        Raises Refused where it does not load models for clients, or cannot load this one: what it served, it serves.
+        """
+        self._carry(loading(name), timeout)
+
+    def unload(self, name: str, timeout: float | None = None) -> None:
+        """Has the server serve no version of a model any more. Raises as load."""
+        self._carry(unloading(name), timeout)
 
     def close(self) -> None:
         """Closes the connection."""

@@ -14,10 +14,10 @@ from typing import TypeVar
 import grpc
 import numpy as np
 
-from narsil.client.answers import ModelInfo, Prediction, read_model, read_response
+from narsil.client.answers import ModelInfo, ModelStatus, Prediction, read_index, read_model, read_response
 from narsil.client.rows import Rows
 from narsil.errors import ArtifactError, InvalidRequest, MessageTooLarge, NarsilError, RequestError, meant_by
-from narsil.wire import GET_MODEL, PREDICT, VERSION_KEY, put_text
+from narsil.wire import GET_MODEL, INDEX, LOAD, PREDICT, UNLOAD, VERSION_KEY, put_text
 
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -60,6 +60,21 @@ def describing(name: str = "", version: str = "") -> Conversation[ModelInfo]:
     """Asks what a model is; the default one, in the version that is served, where nothing is named."""
     metadata = ((VERSION_KEY, version),) if version else ()
     return reading(read_model, (yield Ask(GET_MODEL, put_text(1, name), metadata)))
+
+
+def listing() -> Conversation[list[ModelStatus]]:
+    """Asks which models and versions there are, and where they stand."""
+    return reading(read_index, (yield Ask(INDEX, b"")))
+
+
+def loading(name: str) -> Conversation[None]:
+    """Has the server serve what its repository holds of a model now."""
+    yield Ask(LOAD, put_text(2, name))
+
+
+def unloading(name: str) -> Conversation[None]:
+    """Has the server serve no version of a model any more."""
+    yield Ask(UNLOAD, put_text(2, name))
 
 
 def predicting(rows: Rows, known: Known) -> Conversation[Prediction]:

@@ -8,15 +8,17 @@ themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import version
 from typing import Any, Protocol
 
 from narsil.catalog.catalog import Catalog
+from narsil.catalog.control import Standing
 from narsil.dataflow import Features, Result
 from narsil.engine.served_model import ServedModel
-from narsil.errors import InvalidRequest, ModelNotFound, NoModel, RequestError
+from narsil.errors import InvalidRequest, ModelNotFound, NoModel, Refused, RequestError
 from narsil.telemetry.observer import ModelCounts
 from narsil.transports.codec import narsil_v1, oip, predictor
 from narsil.transports.shared_memory import SharedMemory
@@ -29,12 +31,14 @@ __all__ = [
     "REFLECTION",
     "SERVICES",
     "VERSION_KEY",
+    "Answer",
     "Control",
     "Counts",
     "Decoded",
     "Endpoint",
     "Kind",
     "Metadata",
+    "Models",
     "Wire",
     "no_counts",
     "with_shared_memory",
@@ -82,6 +86,19 @@ class Decoded:
         return arrived + self.timeout_s if of_call is None else min(of_call, arrived + self.timeout_s)
 
 
+class Models(Protocol):
+    """What is known of models beyond those that are served; see narsil.catalog.control.ModelControl."""
+
+    def load(self, name: str) -> Future[bytes]:
+        """Serves what the repository holds of a name now, which may take minutes; then nothing, or a RequestError."""
+
+    def unload(self, name: str) -> Future[bytes]:
+        """Serves no version of a name any more; then nothing, or a RequestError."""
+
+    def index(self) -> Sequence[tuple[str, str, Standing]]:
+        """(name, version, where it stands) of all that is or was to be served."""
+
+
 Counts = Callable[[str, str], ModelCounts]  # (name, version) -> what has happened
 
 
@@ -97,6 +114,7 @@ class Control:
     catalog: Catalog
     ready: bool = True  # whether it takes requests and is not about to stop
     counts: Counts = no_counts
+    models: Models | None = None  # None: those that are served, for good
 
 
 class Wire(Protocol):
@@ -124,7 +142,7 @@ class _Predictor(_Unary):
     """TorchRec's wire: metadata names the model."""
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
-        model = catalog.find(metadata.model_name, metadata.model_version)
+        model = catalog.route(metadata.model_name, metadata.model_version)
         request = predictor.read(body)
         features = request.features(model.schema, model.limits)
         return Decoded(model, features, passed_over=request.passed_over())
@@ -138,7 +156,7 @@ class _NarsilV1(_Unary):
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
         request = narsil_v1.read(body)
-        model = _found(request.model_name, request.model_version, metadata, catalog)
+        model = catalog.route(*_named(request.model_name, request.model_version, metadata))
         return Decoded(model, request.features(model.schema, model.limits), request.request_id)
 
     def encode(self, decoded: Decoded, result: Result) -> bytes:
@@ -154,7 +172,7 @@ class _OpenInference(_Unary):
 
     def decode(self, body: bytes, metadata: Metadata, catalog: Catalog) -> Decoded:
         request = oip.read(body, shared=self._memory is not None)
-        model = _found(request.model_name, request.model_version, metadata, catalog)
+        model = catalog.route(*_named(request.model_name, request.model_version, metadata))
         features = request.features(model.schema, model.limits, self._memory)
         slots = request.slots(model.schema, features.rows, self._memory)
         echo = (request.request_id, tuple(request.outputs), slots)
@@ -177,7 +195,12 @@ class _OpenInferenceStream(_OpenInference):
 
 def _found(name: str, version_: str, metadata: Metadata, catalog: Catalog) -> ServedModel:
     """The model that a message and its metadata name."""
-    return catalog.find(
+    return catalog.find(*_named(name, version_, metadata))
+
+
+def _named(name: str, version_: str, metadata: Metadata) -> tuple[str, str]:
+    """The name and version that a message and its metadata give."""
+    return (
         _one("model", name, metadata.model_name, MODEL_KEY),
         _one("version", version_, metadata.model_version, VERSION_KEY),
     )
@@ -243,7 +266,36 @@ def _model_statistics(body: bytes, metadata: Metadata, control: Control) -> byte
 
 
 def _repository_index(body: bytes, metadata: Metadata, control: Control) -> bytes:
-    return oip.encode_index([(model.name, model.version, "READY") for model in control.catalog])
+    if control.models is None:
+        return oip.encode_index([(model.name, model.version, "READY", "") for model in control.catalog])
+    return oip.encode_index(
+        [
+            (name, version_, standing.state, standing.reason)
+            for name, version_, standing in control.models.index()
+            if standing.state == "READY" or not oip.read_index_request(body)
+        ]
+    )
+
+
+def _repository_load(body: bytes, metadata: Metadata, control: Control) -> Future[bytes]:
+    return _models(control).load(oip.read_repository_request(body))
+
+
+def _repository_unload(body: bytes, metadata: Metadata, control: Control) -> Future[bytes]:
+    return _models(control).unload(oip.read_repository_request(body))
+
+
+def _models(control: Control) -> Models:
+    if control.models is None:
+        raise Refused(
+            "this server serves the one model that it was started with; start it with --repository and "
+            "--model-control explicit to load and unload models"
+        )
+    return control.models
+
+
+# The answer, or what will be it.
+Answer = Callable[[bytes, Metadata, Control], "bytes | Future[bytes]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +305,7 @@ class Endpoint:
     method: str  # "/package.Service/Method"
     kind: Kind
     wire: Wire | None = None  # of methods that score rows
-    answer: Callable[[bytes, Metadata, Control], bytes] | None = None  # of Kind.UNARY
+    answer: Answer | None = None  # of Kind.UNARY
 
     @property
     def service(self) -> str:
@@ -275,6 +327,8 @@ ENDPOINTS = (
     Endpoint(oip.SERVICE + "ModelConfig", Kind.UNARY, answer=_model_config),
     Endpoint(oip.SERVICE + "ModelStatistics", Kind.UNARY, answer=_model_statistics),
     Endpoint(oip.SERVICE + "RepositoryIndex", Kind.UNARY, answer=_repository_index),
+    Endpoint(oip.SERVICE + "RepositoryModelLoad", Kind.UNARY, answer=_repository_load),
+    Endpoint(oip.SERVICE + "RepositoryModelUnload", Kind.UNARY, answer=_repository_unload),
     Endpoint(REFLECTION, Kind.STREAM),
     Endpoint("/grpc.health.v1.Health/Check", Kind.HEALTH_CHECK),
     Endpoint("/grpc.health.v1.Health/Watch", Kind.HEALTH_WATCH),

@@ -27,11 +27,13 @@ from narsil.transports.endpoints import (
     MODEL_KEY,
     SERVICES,
     VERSION_KEY,
+    Answer,
     Control,
     Counts,
     Endpoint,
     Kind,
     Metadata,
+    Models,
     Wire,
     no_counts,
     with_shared_memory,
@@ -113,10 +115,15 @@ class GrpcAioTransport(Transport):
     """Serves every endpoint."""
 
     def __init__(
-        self, engine: EngineLike, options: GrpcOptions, observer: Observer | None = None, counts: Counts = no_counts
+        self,
+        engine: EngineLike,
+        options: GrpcOptions,
+        observer: Observer | None = None,
+        counts: Counts = no_counts,
+        models: Models | None = None,
     ) -> None:
         self._engine = engine
-        self._counts = counts
+        self._counts, self._models = counts, models
         self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
@@ -281,11 +288,12 @@ class GrpcAioTransport(Transport):
             self._observer.undelivered(method, error)
             raise
 
-    def _unary_handler(self, answer: Callable[[bytes, Metadata, Control], bytes]) -> _Handler:
+    def _unary_handler(self, answer: Answer) -> _Handler:
         async def handle(body: bytes, context: _Context) -> bytes:
             try:
-                control = Control(self._catalog, not self._retired, self._counts)
-                return answer(body, _metadata(context), control)
+                control = Control(self._catalog, not self._retired, self._counts, self._models)
+                found = answer(body, _metadata(context), control)
+                return found if isinstance(found, bytes) else await asyncio.wrap_future(found)
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:

@@ -10,7 +10,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from narsil.catalog.catalog import EMPTY, Catalog
@@ -24,11 +26,13 @@ from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, add
 from narsil.transports.endpoints import (
     ENDPOINTS,
     REFLECTION,
+    Answer,
     Control,
     Counts,
     Decoded,
     Kind,
     Metadata,
+    Models,
     Wire,
     no_counts,
     with_shared_memory,
@@ -107,11 +111,12 @@ class NativeTransport(Transport):
         options: NativeOptions,
         observer: Observer | None = None,
         counts: Counts = no_counts,
+        models: Models | None = None,
     ) -> None:
         from narsil._native import Plane
 
         self._engine = engine
-        self._counts = counts
+        self._counts, self._models = counts, models
         self._retired = False
         self._options = options
         self._observer = Careful(observer or Observer())
@@ -120,9 +125,7 @@ class NativeTransport(Transport):
         self._wires: dict[str, Wire] = {each.method: each.wire for each in rows if each.wire}
         # Their calls last longer than a message: a request's time begins when it is taken from its stream.
         self._streams = frozenset(each.method for each in rows if each.kind is Kind.STREAM)
-        self._controls: dict[str, Callable[[bytes, Metadata, Control], bytes]] = {
-            each.method: each.answer for each in rows if each.answer
-        }
+        self._controls: dict[str, Answer] = {each.method: each.answer for each in rows if each.answer}
         reflection = Reflection()
         self._controls[REFLECTION] = lambda body, metadata, control: reflection.answer(body)
         self._plane = Plane(
@@ -147,7 +150,12 @@ class NativeTransport(Transport):
         from narsil._native import Model
 
         self._catalog = catalog
-        self._plane.serve([_native_model(Model, model) for model in catalog.by_preference()])
+        models = catalog.by_preference()
+        routes = [
+            (name, label, [(models.index(model), share) for model, share in parts])
+            for name, label, parts in catalog.routes()
+        ]
+        self._plane.serve([_native_model(Model, model) for model in models], routes=routes)
 
     async def start(self) -> str:
         """See Transport.start. Raises OSError when the address cannot be bound."""
@@ -251,7 +259,11 @@ class NativeTransport(Transport):
         try:
             control = self._controls.get(method)
             if control is not None:
-                call.answer(control(call.body, metadata, Control(self._catalog, not self._retired, self._counts)))
+                answer = control(call.body, metadata, self._control())
+                if isinstance(answer, bytes):
+                    call.answer(answer)
+                else:
+                    answer.add_done_callback(partial(self._answer_later, call))
                 return None
             body = call.body
             assert wire is not None  # noqa: S101 - every other method scores
@@ -272,6 +284,19 @@ class NativeTransport(Transport):
         except Exception:
             _fail_unexpected(call)
         return None
+
+    def _answer_later(self, call: Call, done: Future[bytes]) -> None:
+        """In whichever thread it was done."""
+        try:
+            call.answer(done.result())
+        except RequestError as error:
+            _fail(call, error)
+        except Exception:
+            _fail_unexpected(call)
+        self.flush()
+
+    def _control(self) -> Control:
+        return Control(self._catalog, not self._retired, self._counts, self._models)
 
 
 def _native_model(make: type[Model], model: ServedModel) -> Model:

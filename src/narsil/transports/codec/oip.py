@@ -46,7 +46,7 @@ from narsil.wire import (
 )
 
 SERVICE = "/inference.GRPCInferenceService/"
-EXTENSIONS = ("model_configuration", "statistics", "binary_tensor_data")
+EXTENSIONS = ("model_configuration", "statistics", "binary_tensor_data", "model_repository")
 SHARED_MEMORY = "system_shared_memory"  # an extension that is off unless it is asked for
 
 _STATELESS = "Narsil keeps no state between requests; leave it out"
@@ -317,11 +317,58 @@ def encode_statistics(models: Mapping[tuple[str, str], ModelCounts]) -> bytes:
     return out
 
 
-def encode_index(models: Sequence[tuple[str, str, str]]) -> bytes:
-    """A serialized RepositoryIndexResponse, of (name, version, state)."""
+def encode_index(models: Sequence[tuple[str, str, str, str]]) -> bytes:
+    """A serialized RepositoryIndexResponse, of (name, version, state, reason)."""
     return b"".join(
-        put_len(1, put_text(1, name) + put_text(2, version) + put_text(3, state)) for name, version, state in models
+        put_len(1, b"".join(put_text(number, value) for number, value in enumerate(each, 1) if value))
+        for each in models
     )
+
+
+def read_index_request(body: bytes) -> bool:
+    """Whether a RepositoryIndexRequest asks for what is served alone. Raises InvalidRequest where it asks for a
+    repository by name."""
+    ready = False
+    for number, kind, start, stop in scan(body, 0, len(body)):
+        if number == 1:
+            expect((number, kind, start, stop), LEN, "repository_name")
+            _check_repository(text(body, start, stop, "repository_name"))
+        elif number == 2:
+            expect((number, kind, start, stop), VARINT, "ready")
+            ready = bool(start)
+    return ready
+
+
+def read_repository_request(body: bytes) -> str:
+    """The model that a RepositoryModelLoadRequest or UnloadRequest names. Raises InvalidRequest on parameters that
+    would load something else than what lies in the repository."""
+    name = ""
+    for found in scan(body, 0, len(body)):
+        number, _, start, stop = found
+        if number not in (1, 2, 3):
+            continue
+        expect(found, LEN, f"field {number}")
+        if number == 1:
+            _check_repository(text(body, start, stop, "repository_name"))
+        elif number == 2:
+            name = text(body, start, stop, "model_name")
+        else:
+            key = next(
+                (text(body, a, b, "a parameter") for field_, _, a, b in scan(body, start, stop) if field_ == 1), ""
+            )
+            if key != "unload_dependents":
+                raise InvalidRequest(
+                    f"the parameter {key[:80]!r} is not taken: a model is loaded as it lies in the repository, by its "
+                    "config.toml"
+                )
+    if not name:
+        raise InvalidRequest("model_name is missing: say which model")
+    return name
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidRequest(f"there is one repository here, without a name, and none called {name[:80]!r}")
 
 
 def _tensor_message(name: str, datatype: str, shape: Sizes) -> bytes:
