@@ -439,6 +439,7 @@ def test_a_foreign_package_is_refused_even_with_a_fitting_checksum(copy, inducto
         (lambda m: m["compiled"]["offsets"].__setitem__(0, 1 << 40), "read out of bounds"),
         (lambda m: m["compiled"]["offsets"].__setitem__(0, -1), "read out of bounds"),
         (lambda m: m["schema"]["features"][0].update(rows=10**9), "read out of bounds"),
+        (lambda m: m["schema"]["features"][0].update(least=-1), "begin below 0"),
         (lambda m: m["schema"].update(dense_dim=500), "differ"),
         (lambda m: m["schema"].update(tasks=["default", "other"]), "differ"),
         (lambda m: m["compiled"].update(dim=True), "wrong types"),

@@ -75,6 +75,7 @@ def test_the_models_own_file_comes_before_the_folders(tmp_path: Path) -> None:
         (content(more=1), "not 'more' or without it"),
         (content(dense_dim=-1), "dense_dim must be an integer"),
         (content(features=7), "the schema is damaged"),
+        (content(features=[{**content()["features"][0], "least": -1}]), "begin at 0; leave least out"),
         (content(inputs=[]), "inputs must be a list"),
         (content(inputs={}), "inputs must be a list"),
         (content(inputs=["x"]), "an input has name and holds"),

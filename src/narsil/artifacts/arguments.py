@@ -93,6 +93,8 @@ def read_schema_file(file: Path) -> Arguments:
         schema = ModelSchema.from_dict({key: data[key] for key in data if key not in ("format", "inputs")})
     except ArtifactError as error:
         raise ArtifactError(f"{file}: {error}") from None
+    if any(feature.least for feature in schema.features):
+        raise ArtifactError(f"{file}: ids of models with a schema file begin at 0; leave least out of its features")
     if not isinstance(data["inputs"], list) or not data["inputs"]:
         raise ArtifactError(f"{file}: inputs must be a list of objects, one for each argument of the model")
     inputs = tuple(_argument(file, schema, item) for item in data["inputs"])

@@ -195,6 +195,10 @@ class CompiledInfo:
         if self.engine == "fused":
             self._check_layers()
         for feature, start in zip(schema.features, self.offsets, strict=True):
+            if feature.least:
+                raise ArtifactError(
+                    f"ids of {feature.name} begin below 0, and would be read out of bounds; compile the model again"
+                )
             if start < 0 or start + feature.rows * self.row_bytes > tables_bytes:
                 raise ArtifactError(
                     f"the table of {feature.name} would end beyond tables.bin ({tables_bytes} bytes): ids would be "
