@@ -32,7 +32,8 @@ enum Operation : int64_t {
   SOFTMAX,
   NORM,
   OUTPUT,
-  SEQUENCE
+  SEQUENCE,
+  LENGTHS
 };
 
 // Where a step finds a number for each column: in a value of the tile, or (width,) of the model's own.
@@ -49,10 +50,10 @@ struct Step {
   int64_t pitch;     // of what it makes
   int64_t width;     // of what it makes
   Operand operands[3];
-  int64_t sizes[4];  // LOOKUP: first table, tables; SEQUENCE: table, length; LINEAR: sub-rows of a row, their strides
-                     // in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k, n, batch; REDUCE,
-                     // SOFTMAX, NORM: outer, axis, inner; COLUMNS: first of those that it takes; OUTPUT: first of those
-                     // that it fills
+  int64_t sizes[4];  // LOOKUP: first table, tables; SEQUENCE: table, length; LENGTHS: first feature; LINEAR: sub-rows
+                     // of a row, their strides in and out; DOT: inputs; MOVE: runs; PAIRS: vectors, dim; MATMUL: m, k,
+                     // n, batch; REDUCE, SOFTMAX, NORM: outer, axis, inner; COLUMNS: first of those that it takes;
+                     // OUTPUT: first of those that it fills
   const void*
       data[2];       // LINEAR: its Layer; DOT: weights and bias; MOVE: runs of 5 int64; NORM: weight and bias or null
   float numbers[3];  // ELEMENTWISE: what the function takes; NORM: epsilon; SEQUENCE: fill
@@ -151,6 +152,13 @@ int lay_out(const Tile& tile, const Step& step, int64_t row, float* out) {
     if (!pool_table(table, ids + n, nullptr, 1, out)) return BAD_ID;
   std::fill_n(out, (step.sizes[1] - length) * table.dim, step.numbers[0]);
   return OK;
+}
+
+// How many ids the bags of some features hold.
+void count_ids(const Tile& tile, const Step& step, int64_t row, float* out) {
+  const Bags& bags = tile.bags;
+  const int32_t* lengths = bags.lengths ? bags.lengths + step.sizes[0] * bags.rows + row : nullptr;
+  for (int64_t f = 0; f < step.width; ++f) out[f] = lengths ? static_cast<float>(lengths[f * bags.rows]) : 1.0f;
 }
 
 // Runs of numbers, each (place, pitch of its value, first column, first column of what is made, length).
@@ -268,6 +276,9 @@ int run_step(const Tile& tile, const Step& step, int64_t row) {
       break;
     case SEQUENCE:
       status = lay_out<Id>(tile, step, row, out);
+      break;
+    case LENGTHS:
+      count_ids(tile, step, tile.start + row, out);
       break;
     case DOT:
       run_dots(step, in, out);

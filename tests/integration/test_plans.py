@@ -38,6 +38,7 @@ from narsil.program.steps import (
     IdExpression,
     Laid,
     LayerNorm,
+    Lengths,
     Linear,
     Lookup,
     MatMul,
@@ -301,6 +302,34 @@ def test_lookups_in_tables_of_every_kind(library, kind, scale_bytes, pooling, we
         made = model(library, 2, [lookup], {1: (2 * dim,)}, {"score": 1}, rows=(7, 300))
         for longest in (None, 4, 100):
             made.agrees(made.batch(20, longest, weights=weighted), atol=1e-3, rtol=1e-5)
+
+
+def test_bags_are_counted(library):
+    tables = [table(0, 9, 3, 0, seed=feature) for feature in range(3)]
+    steps: list[Step] = [
+        Lookup(1, "ids", (0, 1, 2), tuple(tables), "sum", IDS),
+        Lengths(2, "ids"),
+        Concat(3, (1, 2), 0),
+    ]
+    made = model(library, 1, steps, {1: (9,), 2: (3,), 3: (12,)}, {"score": 3}, (9, 9, 9))
+    for rows in ROWS:
+        made.agrees(made.batch(rows, 12, rows))
+        made.agrees(made.batch(rows))  # one id each
+
+
+@pytest.mark.parametrize(("m", "k", "n", "batch"), [(2, 3, 4, 5), (1, 7, 1, 3), (3, 1, 2, 2), (4, 5, 17, 1)])
+def test_products_of_several_matrices(library, m, k, n, batch):
+    right = weight(batch * k, n).reshape(batch, k, n)
+    steps: list[Step] = [
+        Reshape(1, 0, (batch, m, k)),
+        MatMul(2, 1, right),
+        Elementwise(3, "mul", (2, np.asarray(2.0))),
+        MatMul(4, 2, right.transpose(0, 2, 1)),
+    ]
+    shapes: dict[int, tuple[int, ...]] = {1: (batch, m, k), 2: (batch, m, n), 3: (batch, m, n), 4: (batch, m, k)}
+    made = model(library, batch * m * k, steps, shapes, {"one": 3, "other": 4})
+    for rows in (1, 12, 65):
+        made.agrees(made.batch(rows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "scale_bytes"), KINDS)

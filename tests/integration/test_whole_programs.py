@@ -30,6 +30,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), needs_compiler]
 
 KERNEL = torch.randn(3, 1, 3, generator=torch.Generator().manual_seed(4))
 
+ENDS = torch.linspace(-2, 2, 8)
+VECTORS = torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
+
 BY_ROW = {
     "cumprod": lambda x: x.cumprod(1),
     "conv1d": lambda x: F.conv1d(x[:, None], KERNEL),
@@ -44,9 +47,20 @@ BY_ROW = {
     "rounded quotients": lambda x: torch.div(x, 0.3, rounding_mode="floor"),
     "clamp between tensors": lambda x: x.clamp(-KERNEL.abs().max(), KERNEL[0, 0, 0].abs()),
     "the norm of order 3": lambda x: x.norm(p=3, dim=1),
+    "gathered": lambda x: x.gather(1, (x[:, :3].abs() * 2).long().clamp(0, 5)),
+    "gathered by their order": lambda x: x.gather(1, x.argsort(1)),
+    "an embedding of a bucket": lambda x: F.embedding(torch.bucketize(x[:, :2].contiguous(), ENDS), VECTORS),
+    "a constant's rows": lambda x: VECTORS[torch.searchsorted(ENDS, x[:, 0].contiguous())],
+    "one hot": lambda x: F.one_hot(torch.bucketize(x[:, :2].contiguous(), ENDS), 9).float(),
+    "experts by their rank": lambda x: torch.zeros_like(x).scatter(1, x.topk(2, 1)[1], x.topk(2, 1)[0].softmax(1)),
+    "any and all": lambda x: torch.stack([(x > 1).any(1), (x > -1).all(1)], 1).float() + x.count_nonzero(1)[:, None],
     "a constant made each time": lambda x: x * (KERNEL.norm() * 2),
 }
 ACROSS_ROWS = {
+    "rows by numbers of the rows": lambda x: x[(x[:, 0].abs() * 2).long().clamp(0, 1)],
+    "rows gathered": lambda x: x.gather(0, (x.abs() * 2).long().clamp(0, 1)),
+    "rows scattered": lambda x: torch.zeros_like(x).scatter(0, (x.abs() * 2).long().clamp(0, 1), 1.0),
+    "those that are true": lambda x: x[x[:, 0] > -1e9],
     "cumprod": lambda x: x.cumprod(0),
     "sort": lambda x: x.sort(0)[0],
     "the largest of all": lambda x: x / x.abs().max(),

@@ -35,6 +35,7 @@ OPERATIONS = (
         "norm",
         "output",
         "sequence",
+        "lengths",
     ),
 )
 # By elementwise.hpp's.
@@ -292,6 +293,10 @@ class _StepCheck:
         number, length = self._sizes(2)
         self._need(number < len(self.plan.tables) and length > 0 and len(self.step.numbers) == 1)
         self._need(self.step.numbers[0] is not None and length * self.plan.tables[number].dim == self.step.width)
+
+    def _lengths(self) -> None:
+        (first,) = self._sizes(1)
+        self._need(first + self.step.width <= self.plan.features)
 
     def _linear(self) -> None:
         sub_rows, stride_in, stride_out = self._sizes(3)

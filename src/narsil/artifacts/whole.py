@@ -57,6 +57,7 @@ class Whole:
     dense: bool  # whether the code takes the dense columns, before what the calls give
     calls: tuple[Call, ...]
     streams: tuple[Stream, ...]
+    lengths: bool = False  # whether it takes the lengths of all bags, (B, T), behind the dense columns
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,7 +77,13 @@ class Whole:
 
     def check(self, schema: ModelSchema, tables_bytes: int) -> None:
         """Raises ArtifactError unless every id that the schema lets in leads to a row inside of tables.bin."""
-        if type(self.dense) is not bool or (self.dense and not schema.dense_dim) or not (self.dense or self.calls):
+        if type(self.lengths) is not bool:
+            raise ArtifactError(f"the manifest's lookups are damaged; {_AGAIN}")
+        if (
+            type(self.dense) is not bool
+            or (self.dense and not schema.dense_dim)
+            or not (self.dense or self.calls or self.lengths)
+        ):
             raise ArtifactError(f"the manifest's schema and lookups differ; {_AGAIN}")
         streams = [(expression_of(stream.ids), expression_of(stream.weights)) for stream in self.streams]
         for call in self.calls:

@@ -252,7 +252,7 @@ class WholeBackend(_ContainerBackend):
     def __init__(
         self, shared: _WholeShared, schema: ModelSchema, intra_op_threads: int = 1, *, batch_invariant: bool = False
     ) -> None:
-        container = Container(shared.library, len(shared.lookups) + shared.whole.dense)
+        container = Container(shared.library, len(shared.lookups) + shared.whole.dense + shared.whole.lengths)
         super().__init__(schema, container, intra_op_threads, batch_invariant=batch_invariant)
         self._shared = shared
 
@@ -304,6 +304,9 @@ class WholeBackend(_ContainerBackend):
         ends = np.concatenate([[0], np.cumsum(batch.lengths, dtype=np.int64)])
         if ends[-1] != len(batch.values) or len(ends) != self.schema.num_features * batch.rows + 1:
             raise ForwardFailed("the bags' lengths do not add up to the ids")
+        if self._shared.whole.lengths:
+            lengths = batch.lengths.reshape(self.schema.num_features, batch.rows).T
+            inputs.append(_tensor(np.ascontiguousarray(lengths, np.float32)))
         streams = [self._stream(batch, *stream) for stream in self._shared.streams]
         for lookup, call in zip(self._shared.lookups, self._shared.whole.calls, strict=True):
             inputs.append(lookup(batch.rows, ends, *streams[call.stream]))

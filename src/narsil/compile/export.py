@@ -32,7 +32,8 @@ def export_core(parts: DlrmParts, info: CompiledInfo, path: Path) -> None:
 
 def export_whole(model: WholeModel, info: CompiledInfo, path: Path) -> None:
     """As export_core, of a program."""
-    widths = [*([info.dense_dim] if model.whole.dense else []), *(call.width for call in model.whole.calls)]
+    widths = [*([info.dense_dim] if model.whole.dense else []), *([info.tables] if model.whole.lengths else [])]
+    widths += [*(call.width for call in model.whole.calls)]
     _export(model.core, tuple(torch.rand(_EXAMPLE_ROWS, width) for width in widths), info, path)
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():

@@ -33,6 +33,7 @@ from narsil.program.steps import (
     IdExpression,
     Laid,
     LayerNorm,
+    Lengths,
     Linear,
     Lookup,
     MatMul,
@@ -137,6 +138,7 @@ class _Lowering:
             ByRow: self._by_row,
             Lookup: self._lookup,
             Laid: self._laid,
+            Lengths: self._lengths,
             Linear: self._linear,
             Elementwise: self._elementwise,
             MatMul: self._matmul,
@@ -248,6 +250,10 @@ class _Lowering:
         sizes = (len(self.tables) - 1, step.length)
         plan = PlanStep("sequence", width=value.width, sizes=sizes, numbers=(step.fill,))
         self.drafts.append(_Draft(plan, value))
+
+    def _lengths(self, step: Lengths) -> None:
+        value = self._made(step.out)
+        self.drafts.append(_Draft(PlanStep("lengths", width=value.width, sizes=(self._first_of(step.group),)), value))
 
     def _stream(self, ids: IdExpression, weights: IdExpression | None) -> int:
         what, weighing = _plain(ids, self), None if weights is None else _plain(weights, self)
@@ -557,7 +563,7 @@ def _plain(expression: Any, lowering: _Lowering) -> Any:
 
 
 def _computes(step: Step) -> bool:
-    kinds = (ByRow, Lookup, Laid, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
+    kinds = (ByRow, Lookup, Laid, Lengths, Linear, Elementwise, MatMul, Reduce, Softmax, LayerNorm)
     return type(step) in kinds or hasattr(step, "call")
 
 

@@ -25,7 +25,7 @@ from narsil.program.reader import Readings
 from narsil.program.recording import Constant, Op, Ref
 from narsil.program.replaying import PerRow, plain_arguments
 from narsil.program.steps import IdArray, IdExpression, Lookup, Table, of_feature
-from narsil.program.values import Column, Fixed, Turned, Unread
+from narsil.program.values import Column, Fixed, Structure, Turned, Unread
 
 __all__ = ["WholeModel", "whole_model"]
 
@@ -56,9 +56,11 @@ class _Core(nn.Module):
         super().__init__()
         self.calls: list[tuple[Op, Any, Any]] = []
         self.inputs = 0
+        self.counts = 0  # the input of lengths
         self.parts: dict[
             int, tuple[list[tuple[int, int, int]], torch.dtype]
         ] = {}  # number -> (input, first, behind), kind
+        self.lengths: dict[int, tuple[int, int, torch.dtype]] = {}  # number -> first feature, features, kind
         self.scores: list[_Taken] = []
 
     def constant(self, tensor: Tensor) -> _Taken:
@@ -74,6 +76,9 @@ class _Core(nn.Module):
         for number, (parts, kind) in self.parts.items():
             given = [inputs[place][:, first:behind] for place, first, behind in parts]
             made[number] = (given[0] if len(given) == 1 else torch.cat(given, dim=1)).to(kind)
+
+        for number, (first, count, kind) in self.lengths.items():
+            made[number] = inputs[self.counts][:, first : first + count].t().reshape(-1).to(kind)
 
         def filled(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -117,6 +122,8 @@ class _Making:
         self._follow([self.recording.outputs[task] for task in tasks])
         calls, streams, stored = self._calls()
         columns = self._columns()
+        dense, self.core.counts = columns > 0, columns
+        columns += self._lengths()
         for number, places in self.places.items():
             parts = [(columns + call, first, behind) for call, first, behind in places]
             self.core.parts[number] = _joined(parts), self.recording.tensors[number].dtype
@@ -128,7 +135,7 @@ class _Making:
         self.core.scores = [self._taken(self.recording.outputs[task]) for task in tasks]
         if not self.core.inputs:
             raise ArtifactError(f"{self.name}: its scores follow from nothing that a request brings")
-        return WholeModel(self.core.eval(), Whole(columns > 0, calls, streams), stored)
+        return WholeModel(self.core.eval(), Whole(dense, calls, streams, bool(self.core.lengths)), stored)
 
     def _columns(self) -> int:
         """How many inputs the dense columns are: one, of all matrices beside each other, where any is needed."""
@@ -140,6 +147,16 @@ class _Making:
             first += tensor.shape[1]
         return int(any(number in self.needed for number in self.program.dense.values()))
 
+    def _lengths(self) -> int:
+        """How many inputs lengths are: one, of all bags, where any are needed."""
+        firsts = dict(zip(self.program.groups, np.cumsum([0, *self.program.groups.values()]).tolist(), strict=False))
+        for number in self.needed:
+            known = self.readings.born.get(number)
+            if isinstance(known, Structure) and number not in self.made_by:
+                kind = self.recording.tensors[number].dtype
+                self.core.lengths[number] = firsts[known.group], self.program.groups[known.group], kind
+        return int(bool(self.core.lengths))
+
     def _follow(self, outputs: Sequence[Any]) -> None:
         """Finds all tensors that the outputs come of, back to the inputs and the lookups."""
         waiting = [leaf for leaf in _leaves(tuple(outputs)) if isinstance(leaf, Ref)]
@@ -149,7 +166,9 @@ class _Making:
             if number in self.needed or isinstance(known, Fixed):
                 continue
             op = self.made_by.get(number)
-            if not isinstance(known, Column | Turned):
+            counted = isinstance(known, Structure) and known.places is not None
+            counted = counted and (op is None or op.name.startswith("aten."))
+            if not isinstance(known, Column | Turned) and not counted:
                 told = "what a request brings" if op is None else op.name
                 raise ArtifactError(
                     f"{self.name}: the inductor engine runs numbers of rows alone, and {told} makes others; serve it "

@@ -236,6 +236,8 @@ def read_of_weights(reader: Reader, op: Op) -> Known:
         if op.name == "aten.t":
             return Fixed(known.tensor.t())
         return Fixed(reader.recording.tensors[_only(op)])
+    if isinstance(known, Structure):
+        return cast(Known, rearranged(reader, op))
     if op.name == "aten.expand" and isinstance(known, Column) and not known.folded:
         return _broadcast(reader, op, known)
     raise Unread("it transposes rows")
@@ -351,6 +353,8 @@ def read_permute(reader: Reader, op: Op) -> Known:
     known = reader.of(op.args[0])
     if isinstance(known, Fixed):
         return Fixed(reader.recording.tensors[_only(op)])
+    if isinstance(known, Structure):
+        return cast(Known, rearranged(reader, op))
     column = reader.column(op.args[0])
     rank = len(column.shape) + 1
     if op.name == "aten.permute":
@@ -513,8 +517,8 @@ def read_split(reader: Reader, op: Op) -> Any:
 def read_reduce(reader: Reader, op: Op) -> Known:
     """Over axes of the row."""
     known = reader.of(op.args[0])
-    if isinstance(known, Structure) and op.name == "aten.sum":
-        return known
+    if isinstance(known, Structure) and op.name == "aten.sum" and len(op.args) < 2:
+        return Structure(known.group)
     column = reader.column(op.args[0])
     axes = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
     keep = bool(op.args[2] if len(op.args) > 2 else op.kwargs.get("keepdim", False))

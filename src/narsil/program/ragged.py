@@ -321,14 +321,23 @@ def _check_reached(reader: Reader, op: Op) -> None:
 
 
 def _structure(reader: Reader, op: Op) -> Any:
-    groups = {known.group for leaf in _tensors(op) if isinstance(known := reader.of(leaf), Structure)}
+    taken = [reader.of(leaf) for leaf in _tensors(op)]
+    groups = {known.group for known in taken if isinstance(known, Structure)}
     if len(groups) != 1:
         raise Unread("it mixes the lengths of different groups")
-    return (Structure(groups.pop()),) * len(op.outputs) if len(op.outputs) > 1 else Structure(groups.pop())
+    (group,) = groups
+    if all(isinstance(known, Fixed) or (isinstance(known, Structure) and known.places) for known in taken):
+        made = [
+            Structure(group, pair)
+            for pair in zip(*(moved(reader, op, which, lengths=True) for which in (0, 1)), strict=True)
+        ]
+    else:
+        made = [Structure(group)] * len(op.outputs)
+    return tuple(made) if len(op.outputs) > 1 else made[0]
 
 
-def moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
-    """The operation's results, run over the positions of the ids in one of the recordings."""
+def moved(reader: Reader, op: Op, which: int, *, lengths: bool = False) -> tuple[torch.Tensor, ...]:
+    """The operation's results, run over the positions of the ids in one of the recordings, or over those of lengths."""
 
     def given(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -340,6 +349,8 @@ def moved(reader: Reader, op: Op, which: int) -> tuple[torch.Tensor, ...]:
         if not isinstance(value, Ref):
             return value
         known = reader.known.get(value.number)
+        if lengths and isinstance(known, Structure) and known.places:
+            return known.places[which].contiguous()
         return known.positions[which] if isinstance(known, PerId | Vectors) else reader.pair(value)[which]
 
     kwargs = {key: given(value) for key, value in op.kwargs.items() if key != "dtype"}
@@ -361,14 +372,14 @@ def read_offsets(reader: Reader, op: Op) -> Known:
     """Lengths become offsets."""
     if not isinstance(known := reader.of(op.args[0]), Structure):
         raise Unread("it sums up what are no lengths")
-    return known
+    return Structure(known.group)
 
 
 @reads("aten.new_zeros", "aten.zeros_like")
 def read_zeros(reader: Reader, op: Op) -> Known:
     """Zeros beside lengths are the first offset."""
     if isinstance(known := reader.of(op.args[0]), Structure):
-        return known
+        return Structure(known.group)
     if op.name == "aten.zeros_like" and isinstance(known, PerId | Column):
         return _like(reader, op, known, 0)
     raise Unread("its size follows from how many rows there are")
@@ -391,7 +402,26 @@ def read_permute(reader: Reader, op: Op) -> Any:
             weights = PerId(ids.group, _weights_of(reader, ids, op.args[3]), permuted.positions)
         except Unread as problem:
             weights = Opaque(f"{op.name}: {problem}")
-    return lengths, permuted, weights
+    return _permuted(reader, op, lengths), permuted, weights
+
+
+def _permuted(reader: Reader, op: Op, lengths: Structure) -> Structure:
+    """The lengths of features in another order."""
+    order = fixed_array(reader.fixed(op.args[0]))
+    made = []
+    for which, rows in enumerate(reader.rows):
+        taken = None if lengths.places is None else lengths.places[which]
+        if (
+            taken is None
+            or "2D" not in op.name
+            or taken.numel() % rows
+            or order.max(initial=0) >= taken.numel() // rows
+        ):
+            return Structure(lengths.group)
+        moved_lengths = taken.reshape(-1, rows).numpy()[order]
+        result = reader.pair(Ref(op.outputs[0] or 0))[which]
+        made.append(torch.from_numpy(moved_lengths).reshape(result.shape))
+    return Structure(lengths.group, (made[0], made[1]))
 
 
 @reads("fbgemm.block_bucketize_sparse_features_inference", "fbgemm.block_bucketize_sparse_features")

@@ -42,7 +42,7 @@ _WRITES_NOTHING = frozenset({"fbgemm.bounds_check_indices"})
 
 READERS: dict[str, Callable[[Reader, Op], Any]] = {}
 # How operations are read that have no reader, or whose rows are not the first axis: program/turned.py's.
-ROWS_ANYWHERE: dict[str, Callable[[Reader, Op], Any]] = {}
+ROWS_ANYWHERE: dict[str, Callable[[Reader, Any], Any]] = {}
 
 # (the lookup's weights, position of the feature) -> its table.
 TableOf = Callable[[torch.Tensor, int], Table]
@@ -99,6 +99,7 @@ class Reader:
         self.unknown_ids = ""
         self.left = ""  # what left the tensors
         self.checked: dict[int, list[int]] = {}  # number of some ids -> the tables' rows that they were held against
+        self.made_by = {number: op.name for op in recording.ops for number in op.outputs if number is not None}
         self._written = self._written_to()
 
     def read(self, dense: Mapping[str, int], inputs: Mapping[int, Known]) -> Readings:
@@ -107,6 +108,9 @@ class Reader:
             self.known[number] = Column(number, tuple(self.recording.tensors[number].shape[1:]))
             self.shapes[number] = tuple(self.recording.tensors[number].shape[1:])
         self.known.update(inputs)
+        for number, item in inputs.items():
+            if isinstance(item, Structure):
+                self.known[number] = Structure(item.group, self._places(number, item.group))
         self.born.update(self.known)
         for op in self.recording.ops:
             self._read_op(op)
@@ -118,6 +122,14 @@ class Reader:
             program = Program(dense, groups, self._needed(outputs), outputs, self.shapes)
         lookups = tuple(self.lookups)
         return Readings(program, problem, lookups, self.unknown_ids, self.recording, self.rows, self.born)
+
+    def _places(self, number: int, group: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where each number of an input stands in the group's lengths; None where it does not have all of them."""
+        pair = self.recording.tensors[number], self.recording.second[number]
+        for tensor, lengths in zip(pair, self.groups[group], strict=True):
+            if tensor.shape != (lengths.size,) or not np.array_equal(tensor.numpy(), lengths.ravel()):
+                return None
+        return torch.arange(len(pair[0])), torch.arange(len(pair[1]))
 
     def of(self, argument: Any) -> Known:
         """What is known of an argument that is a tensor. Raises Unread where it is none, or opaque."""
@@ -240,12 +252,30 @@ class Reader:
     def _otherwise(self, op: Op, problem: Unread) -> Any:
         """What no reader knows: by example where it moves numbers alone, else as it was recorded."""
         before = len(self.steps), dict(self.shapes)
+        taken = [leaf.number for leaf in _flat((*op.args, *op.kwargs.values())) if isinstance(leaf, Ref)]
+        lengths = {n: item for n in taken if isinstance(item := self.known.get(n), Structure) and item.places}
+        if lengths:
+            return self._of_lengths(op, lengths, problem)
         try:
             return ROWS_ANYWHERE["by_example"](self, op)
         except Unread:
             del self.steps[before[0] :]
             self.shapes = before[1]
             return self._replayed(op, problem)
+
+    def _of_lengths(self, op: Op, lengths: Mapping[int, Structure], problem: Unread) -> Any:
+        """What is computed with lengths of bags, as numbers that each row has."""
+        try:
+            for number in lengths:
+                self.known[number] = ROWS_ANYWHERE["lengths"](self, number)
+            try:
+                return self._meant(op)
+            except Unread as why:
+                return self._otherwise(op, why)
+        except Unread:
+            return self._replayed(op, problem)
+        finally:
+            self.known.update(lengths)
 
     def _is_fixed(self, op: Op) -> bool:
         """Whether what it makes has the same shape for other rows."""
@@ -282,7 +312,7 @@ class Reader:
 
         args, kwargs = plain_arguments(op, source, self.rows)
         numbers = [number for number in op.outputs if number is not None]
-        if not numbers:
+        if not numbers or (op.writes() and not isinstance(args[0], Source)):
             raise Unread("no step for it")
         if not folds:
             return self._made_once(op)
@@ -326,7 +356,14 @@ class Reader:
         known = [self.known.get(leaf.number, Opaque("")) for leaf in taken]
         rows = any(not isinstance(item, Fixed) for item in known)
         # The bookkeeping of bags takes numbers out of lengths; what is done with them shows in what is looked up.
-        if op.tells(torch.Tag.data_dependent_output) and any(not isinstance(item, Fixed | Structure) for item in known):
+        ends = all(
+            self.made_by.get(leaf.number) == "aten.aminmax" for leaf in taken
+        )  # held against a number of classes
+        if (
+            not ends
+            and op.tells(torch.Tag.data_dependent_output)
+            and any(not isinstance(item, Fixed | Structure) for item in known)
+        ):
             self.left = self.left or f"{op.name}: a number of what a request brings leaves the tensors ({reason})"
         if op.tells(torch.Tag.dynamic_output_shape) and rows:
             self.left = self.left or f"{op.name}: a size follows from what a request brings ({reason})"

@@ -29,6 +29,15 @@ _COUNTS = (1, 2, 3, 7, 12)  # rows that are tried
 _MOST = 2048  # rows that are drawn to reach a number
 _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 _UNDEFINED = ("empty", "rand", "bernoulli", "dropout", "multinomial", "normal_")  # in names of what gives other numbers
+# What takes whole numbers, or truth values, of a row and finds what they stand for in that row or in a constant.
+_OF_WHOLE = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("gather", "scatter", "scatter_add", "embedding", "index", "any", "all", "count_nonzero", "sum", "cumsum"),
+        *("argmax", "argmin", "amax", "amin", "max", "min", "sort", "topk", "prod"),
+    )
+)
+_IN_PLACE = ("aten.scatter_", "aten.scatter_add_")  # of which the result counts
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -142,7 +151,10 @@ def refuse_unseen(op: Op) -> None:
         raise Unread("no step for it")
     if "view" in op.name and any(isinstance(value, torch.dtype) for value in (*op.args, *op.kwargs.values())):
         raise Unread("it reads the bits of numbers as others")
-    if any(map(op.tells, _TAGS)) or any(part in op.name for part in _UNDEFINED) or op.writes():
+    tags = _TAGS if op.name != "aten.index" else _TAGS[:1]  # by places: see check_rows
+    if any(map(op.tells, tags)) or any(part in op.name for part in _UNDEFINED):
+        raise Unread("no step for it")
+    if op.writes() and op.name not in _IN_PLACE:
         raise Unread("no step for it")
 
 
@@ -151,8 +163,14 @@ def check_rows(op: Op, args: Any, kwargs: Any, recorded: Mapping[int, torch.Tens
     ``per_row``: how many entries of the result's first axis belong to a row."""
     sources = {leaf.number: leaf for leaf in _flat((*args, *kwargs.values())) if isinstance(leaf, Source)}
     pointwise = op.tells(torch.Tag.pointwise)
-    if not pointwise and any(not (s.kind.is_floating_point or s.kind.is_complex) for s in sources.values()):
+    if (
+        not pointwise
+        and op.name.removesuffix("_") not in _OF_WHOLE
+        and any(not (s.kind.is_floating_point or s.kind.is_complex) for s in sources.values())
+    ):
         raise Unread("no step for it, and it takes whole numbers that follow from a request")
+    if op.name == "aten.index" and any(source.kind == torch.bool for source in sources.values()):
+        raise Unread("no step for it, and how many it takes follows from a request")
     numbers = [abs(leaf) for leaf in _flat((*args, *kwargs.values())) if type(leaf) is int]
     reach = 0 if pointwise else max(numbers, default=0)
     if reach > _MOST:

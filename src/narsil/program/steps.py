@@ -29,6 +29,7 @@ __all__ = [
     "IdExpression",
     "Laid",
     "LayerNorm",
+    "Lengths",
     "Linear",
     "Lookup",
     "MatMul",
@@ -308,6 +309,17 @@ class Lookup(Step):
         sums = np.zeros((len(lengths), table.dim))
         np.add.at(sums, np.repeat(np.arange(len(lengths)), lengths), rows)
         return sums / np.maximum(lengths, 1)[:, None] if self.pooling == "mean" else sums
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Step):
+    """How many ids each bag of a group's features holds: (B, T)."""
+
+    group: str
+
+    def reference(self, values: Mapping[int, Values], groups: Mapping[str, Bags]) -> Values:
+        """See Step.reference."""
+        return groups[self.group].lengths.T.astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from narsil.program.reader import READERS, ROWS_ANYWHERE, Reader, fixed_array
 from narsil.program.recording import Constant, Op, Ref
 from narsil.program.replaying import PerRow, plain_arguments
-from narsil.program.steps import ByRow, Concat, Linear, MatMul, Reshape, Step, Take
-from narsil.program.values import Column, Fixed, Known, Turned, Unread
+from narsil.program.steps import ByRow, Concat, Lengths, Linear, MatMul, Reshape, Step, Take
+from narsil.program.values import Column, Fixed, Known, Structure, Turned, Unread
 
-__all__ = ["by_example", "computed"]
+__all__ = ["by_example", "computed", "lengths"]
 
 _COUNTS = (5, 7, 12)  # of rows
 _MOST = 2048  # rows that are tried
@@ -277,6 +277,49 @@ class _Example:
         return self.reader.add(self.op, step, shape, folded, output)
 
 
+def lengths(reader: Reader, number: int) -> Known:
+    """A tensor of lengths as a value of the program. Raises Unread where it has not some features' of every row."""
+    known = reader.known[number]
+    if not isinstance(known, Structure) or known.places is None:
+        raise Unread("it takes lengths of bags")
+    shapes = [tuple(places.shape) for places in known.places]
+    axes = [axis for axis in range(len(shapes[0])) if shapes[0][axis] != shapes[1][axis]]
+    if len(shapes[0]) != len(shapes[1]) or len(axes) != 1 or shapes[0][axes[0]] % reader.rows[0]:
+        raise Unread("it takes lengths of some bags")
+    (at,) = axes
+    times = shapes[0][at] // reader.rows[0]
+    for pre in range(1, times + 1):
+        lay = _Lay(number, shapes[0][:at], pre, max(times // pre, 1), shapes[0][at + 1 :])
+        if any(lay.tensor(rows) != shape for rows, shape in zip(reader.rows, shapes, strict=True)):
+            continue
+        tables = [lay.rows_last(places, rows) for places, rows in zip(known.places, reader.rows, strict=True)]
+        features = tables[0][..., 0] // reader.rows[0]
+        if all(
+            torch.equal(table, features.unsqueeze(-1) * rows + torch.arange(rows))
+            for table, rows in zip(tables, reader.rows, strict=True)
+        ):
+            return _settled(reader, lay, Take(number, _all_lengths(reader, known.group), features.numpy()))
+    raise Unread("it takes lengths of some bags")
+
+
+def _all_lengths(reader: Reader, group: str) -> int:
+    """The number of the value that has all lengths of a group."""
+    for step in reader.steps:
+        if isinstance(step, Lengths) and step.group == group:
+            return step.out
+    number = reader.hidden((len(reader.groups[group][0]),))
+    reader.steps.append(Lengths(number, group))
+    return number
+
+
+def _settled(reader: Reader, lay: _Lay, step: Take) -> Known:
+    turned = bool(lay.lead or lay.pre > 1)
+    shape = lay.shape if turned else (*([lay.post] if lay.post > 1 else []), *lay.trail)
+    reader.shapes[lay.number] = shape
+    reader.steps.append(replace(step, places=step.places.reshape(shape)))
+    return Turned(lay.number, shape, len(lay.lead)) if turned else Column(lay.number, shape, int(lay.post > 1))
+
+
 @dataclass(frozen=True)
 class _Numbered:
     """A source among the arguments."""
@@ -476,4 +519,4 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-ROWS_ANYWHERE.update(by_example=by_example, computed=computed)
+ROWS_ANYWHERE.update(by_example=by_example, computed=computed, lengths=lengths)

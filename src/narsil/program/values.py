@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -74,9 +74,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Structure:
-    """Lengths, offsets and sums of them, made of the request's lengths by nothing that looks at their values."""
+    """Lengths, offsets and sums of them, made of the request's lengths by nothing that looks at their values.
+    ``places``: where in the group's lengths each number stands, in either recording; None where they are no lengths."""
 
     group: str
+    places: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
