@@ -4,6 +4,7 @@ by the torch backend and by the program's reference as a direct call scores them
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.rows import usual
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchscript import load_torchscript
+from narsil.backends.compiled import load_compiled
 from narsil.backends.registry import load_backend
+from narsil.compile.compiler import compile_artifact
 from narsil.compile.exact import exact_scorer
 from narsil.dataflow import Batch
 from narsil.errors import ArtifactError
+from tests.fixtures_compiled import needs_compiler
 from tests.torchrec_models import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, script, torch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,15 +134,28 @@ def test_it_is_scored_as_a_direct_call_scores_it(kind: Any, tmp_path: Path) -> N
     backend, exact = load_backend(artifact, "torch"), exact_scorer(artifact)
     assert exact is not None
     loaded = load_torchscript(path, "cpu")
-    for number, batch in enumerate(usual(artifact.schema, np.random.default_rng(3))):
-        if number > 8:
-            break
+    for batch in islice(usual(artifact.schema, np.random.default_rng(3)), 9):
         wanted = loaded(direct(artifact.schema, batch, kind))
         wanted = {"default": wanted} if isinstance(wanted, torch.Tensor) else wanted
         found, precise = backend.run(batch), exact(batch)
         for task, scores in wanted.items():
             np.testing.assert_allclose(found[task], scores.detach().numpy(), rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(found[task], precise[task], rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [Groups, NoIds])
+def test_it_is_compiled_to_the_same_scores(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    torch.manual_seed(5)
+    script(kind().eval(), path)
+    artifact, loaded = open_artifact(path), load_torchscript(path, "cpu")
+    compiled, _ = compile_artifact(artifact, tmp_path / "compiled", precision="fp32")
+    assert compiled.schema == artifact.schema
+    backend = load_compiled(compiled)
+    for batch in islice(usual(artifact.schema, np.random.default_rng(3)), 9):
+        wanted = loaded(direct(artifact.schema, batch, kind)).detach().numpy()
+        np.testing.assert_allclose(backend.run(batch)["default"], wanted, rtol=1e-5, atol=1e-5)
 
 
 class TwoUnknown(torch.nn.Module):
