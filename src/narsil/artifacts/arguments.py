@@ -29,7 +29,7 @@ from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError, first_line
 from narsil.names import MOST_CHARACTERS, is_label
 
-__all__ = ["FORMAT", "Argument", "Arguments", "read_schema_file", "schema_file_of"]
+__all__ = ["FORMAT", "Argument", "Arguments", "arguments_of", "read_schema_file", "schema_file_of"]
 
 FORMAT = "narsil.schema/1"
 _MAX_BYTES = 16 << 20
@@ -64,6 +64,21 @@ class Arguments:
     schema: ModelSchema
     inputs: tuple[Argument, ...]
 
+    def to_list(self) -> list[dict[str, Any]]:
+        """The inputs, as they stand in a file."""
+        names = [feature.name for feature in self.schema.features]
+        return [
+            {
+                "name": item.name,
+                "holds": item.holds,
+                "features": [names[at] for at in item.features],
+                "layout": item.layout,
+                "type": "int64" if item.wide else "int32",
+                "last": item.last,
+            }
+            for item in self.inputs
+        ]
+
 
 def schema_file_of(model: Path) -> Path | None:
     """The schema file that belongs to a model's file; None where there is none."""
@@ -95,9 +110,14 @@ def read_schema_file(file: Path) -> Arguments:
         raise ArtifactError(f"{file}: {error}") from None
     if any(feature.least for feature in schema.features):
         raise ArtifactError(f"{file}: ids of models with a schema file begin at 0; leave least out of its features")
-    if not isinstance(data["inputs"], list) or not data["inputs"]:
+    return arguments_of(file, schema, data["inputs"])
+
+
+def arguments_of(file: Path, schema: ModelSchema, data: Any) -> Arguments:
+    """The inputs that a file lists. Raises ArtifactError on anything missing, unknown or of a wrong type."""
+    if not isinstance(data, list) or not data:
         raise ArtifactError(f"{file}: inputs must be a list of objects, one for each argument of the model")
-    inputs = tuple(_argument(file, schema, item) for item in data["inputs"])
+    inputs = tuple(_argument(file, schema, item) for item in data)
     _check_all(file, schema, inputs)
     return Arguments(schema, inputs)
 
@@ -118,7 +138,11 @@ def _argument(file: Path, schema: ModelSchema, item: Any) -> Argument:
     if kind not in ("int32", "int64") or not isinstance(last, bool):
         raise ArtifactError(f"{file}: input {name}: type is int32 or int64, and last is true or false")
     given = item.get("features", [feature.name for feature in schema.features])
-    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
+    if (
+        not isinstance(given, list)
+        or (not given and holds != "dense")
+        or not all(isinstance(one, str) for one in given)
+    ):
         raise ArtifactError(f"{file}: the features of input {name} must be a list of their names")
     unknown = [one for one in given if one not in schema.index]
     if unknown or len(set(given)) != len(given):

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from narsil.artifacts.arguments import Arguments, read_schema_file, schema_file_of
+from narsil.artifacts.arguments import Arguments, arguments_of, read_schema_file, schema_file_of
 from narsil.artifacts.files import check_readable, unreadable
 from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError, first_line
@@ -233,13 +233,15 @@ def write_manifest(
     architecture: Mapping[str, Any],
     quantization: Mapping[str, Any] | None = None,
     compiled: Mapping[str, Any] | None = None,
+    arguments: Arguments | None = None,
 ) -> None:
     """Writes manifest.json over files (role -> path) that already lie in the folder.
 
     ``architecture`` and ``quantization`` are for people: what is no mapping, from another manifest, is left out.
-    ``compiled`` is CompiledInfo.to_dict's, for a compiled artifact.
+    ``compiled`` is CompiledInfo.to_dict's, for a compiled artifact; ``arguments``: of the model that it was compiled
+    from, where that has a schema file.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT if compiled is None else COMPILED_FORMAT,
         "name": name,
         "version": version,
@@ -261,6 +263,8 @@ def write_manifest(
     for section, content in (("quantization", quantization), ("compiled", compiled)):
         if isinstance(content, Mapping):
             manifest[section] = dict(content)
+    if arguments is not None:
+        manifest["inputs"] = arguments.to_list()
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -283,6 +287,7 @@ def _from_manifest(folder: Path, manifest: dict[str, Any], only: str | None, ver
         schema=schema,
         device=manifest["device"],
         manifest=manifest,
+        arguments=arguments_of(folder / MANIFEST, schema, manifest["inputs"]) if "inputs" in manifest else None,
         damage=damage,
         seen=seen,
         verified=verify,

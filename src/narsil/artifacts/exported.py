@@ -27,6 +27,8 @@ _TARGET = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pos|pow|abs|ge|le|gt|lt|eq|ne|and_|or_|not_|getitem)"
 )
 _FORBIDDEN = re.compile(r"torch\.ops\.aten\.(from_file|_cuda\w*|record_stream)(\.\w+)?")
+# What makes of a size, or of a number that was taken out of a tensor, what other rows would show otherwise.
+_BENDS = re.compile(r"torch\.sym_(min|max|ite|not|float|int|sqrt)|math\.\w+|_operator\.(truediv|mod|pow|and_|or_|not_)")
 _MOST_EXPRESSION = 4096  # characters of a size
 _SYMBOL = re.compile(r"(s|u|zf|zuf)\d+")
 # What a size may be made of, as sympy prints it with srepr. Powers are not let in: 9**9**9 would never end.
@@ -63,6 +65,13 @@ class Exported:
             else:
                 flat.append(program.constants[spec.target])
         return pytree.tree_unflatten(list(program.graph_module(*flat)), program.call_spec.out_spec)
+
+    def branch(self) -> str:
+        """The first number that follows from the rows in a way that no recording of a few rows shows; else empty."""
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and _BENDS.fullmatch(f"{node.target.__module__}.{node.target.__name__}"):
+                return f"forward takes the {node.target.__name__} of a number that follows from the rows"
+        return ""
 
 
 def load_exported(path: Path) -> Exported:

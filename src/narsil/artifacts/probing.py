@@ -24,7 +24,7 @@ from narsil.program.recording import Recording, Ref
 from narsil.program.steps import Bags, Table
 from narsil.program.values import Known, PerId, Structure
 
-__all__ = ["Probed", "Rows", "lone_columns", "probe"]
+__all__ = ["ROWS", "Probed", "Rows", "lone_columns", "outputs_of", "probe"]
 
 ROWS = (5, 7)  # of the two recordings
 MOST_COLUMNS = 4096  # of the widths that are tried
@@ -124,7 +124,7 @@ def probe(
         raise ArtifactError(f"{name}: forward does not run on bags of 0 to 3 ids: {last_line(error)}") from None
     recording = merged(*recorded)
     readings = read(recording, ROWS, _both(takes, rows), table_of, takes.matrices, _known(recording, takes, rows))
-    return Probed(dense_dim, wide_ids, readings, _outputs(recording, name), recording)
+    return Probed(dense_dim, wide_ids, readings, outputs_of(recording, name), recording)
 
 
 def lone_columns(forward: Any, takes: Takes, keys: Sequence[str], table_of: TableOf) -> dict[str, int] | None:
@@ -174,7 +174,7 @@ def _known(recording: Recording, takes: Takes, rows: Sequence[Rows]) -> dict[int
     return known
 
 
-def _outputs(recording: Recording, name: str) -> dict[str, int]:
+def outputs_of(recording: Recording, name: str) -> dict[str, int]:
     """Task -> numbers for each row. Raises ArtifactError where an output is not laid out by rows."""
     widths = {}
     for task, made in recording.outputs.items():

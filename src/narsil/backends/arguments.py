@@ -7,10 +7,10 @@ schema file says is held against the model when it is loaded: rows of first and 
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from narsil.artifacts.arguments import Argument, Arguments
 from narsil.artifacts.artifact import Artifact
-from narsil.artifacts.exported import Exported, load_exported
+from narsil.artifacts.forwards import Forward, Loaded, forward_from
 from narsil.artifacts.given import given
-from narsil.artifacts.pt2 import is_package, is_pt2
+from narsil.artifacts.pt2 import is_package
 from narsil.artifacts.schema import ModelSchema
-from narsil.artifacts.tbe import table_operators
-from narsil.artifacts.torchscript import load_torchscript
+from narsil.artifacts.signatures import check_readings, read_arguments
 from narsil.backends.base import Backend
 from narsil.backends.outputs import scores_of
 from narsil.backends.packages import Packaged, checking, load_packaged
@@ -33,12 +32,12 @@ from narsil.program.recording import named_outputs
 
 __all__ = ["ArgumentsBackend"]
 
+log = logging.getLogger(__name__)
+
 _PROBED = 4  # rows of a trial
 _LEAST, _MANY = 2, 10_000  # rows that a package is run with while it checks its inputs
 _TRIALS = ((0, 2, "first ids"), (1, 1, "last ids"), (0, 0, "empty bags"))  # ids by the last one, in each bag, in words
 _MOST_TRIED = 8  # rows of an export's smallest batch, below which fewer are tried
-
-Forward = Callable[[list[Any]], Any]  # arguments in the schema file's order
 
 
 class ArgumentsBackend(Backend):
@@ -63,13 +62,10 @@ class ArgumentsBackend(Backend):
             raise ArtifactError(f"{path} has no schema file beside it; write {path.stem}.schema.json")
         if is_package(path):
             backend = cls._of_package(path, arguments, intra_op_threads)
-        elif is_pt2(path):
-            exported = load_exported(path)
-            least = _least_rows(exported, arguments, path.name)
-            backend = cls(exported, arguments, least, intra_op_threads)
         else:
-            forward = _scripted(load_torchscript(path, "cpu"), arguments.inputs, path.name)
-            backend = cls(forward, arguments, 1, intra_op_threads)
+            loaded = forward_from(path, arguments)
+            _hold_against(loaded, arguments, path.name)
+            backend = cls(loaded.forward, arguments, loaded.least, intra_op_threads)
         backend._check(path.name)
         backend._least = backend._settled_least()
         return backend
@@ -221,36 +217,15 @@ def _drawn(schema: ModelSchema, rows: int) -> Batch:
     return Batch(rows, dense, np.full(rows * schema.num_features, 2, np.int32), values, False, weights)
 
 
-def _scripted(module: Any, inputs: Sequence[Argument], name: str) -> Forward:
-    """A ScriptModule's forward over arguments in the schema file's order."""
-    if table_operators(module):
-        raise ArtifactError(
-            f"{name} looks up FBGEMM's quantized tables, which trust the ids that they are given: Narsil serves such "
-            "models where forward takes one Dict[str, Tensor], and without a schema file"
-        )
-    taken = [argument for argument in module.forward.schema.arguments if argument.name != "self"]
-    if len(taken) == 1 and str(taken[0].type).replace(" ", "") == "Dict[str,Tensor]":
-        return lambda tensors: module(dict(zip((item.name for item in inputs), tensors, strict=True)))
-    types = {argument.name: str(argument.type) for argument in taken}
-    _check_names(types, inputs, name)
-    for item in inputs:
-        wanted = "List[Tensor]" if item.layout == "list" else "Tensor"
-        if types[item.name] != wanted:
-            raise ArtifactError(
-                f"{name}: forward takes {item.name} as {types[item.name]} where its schema file has the layout "
-                f"{item.layout}, a {wanted}"
-            )
-    places = [[item.name for item in inputs].index(argument) for argument in types]
-    return lambda tensors: module(*(tensors[place] for place in places))
-
-
-def _check_names(taken: Mapping[str, Any] | Sequence[str], inputs: Sequence[Argument], name: str) -> None:
-    told = [item.name for item in inputs]
-    if sorted(told) != sorted(taken):
-        odd = sorted(set(told) ^ set(taken))
-        raise ArtifactError(
-            f"{name} takes {', '.join(taken)}, its schema file has {', '.join(told)}: they differ in {odd[0]}"
-        )
+def _hold_against(loaded: Loaded, arguments: Arguments, name: str) -> None:
+    """Raises ArtifactError where the schema file says other things of the tables than the model's operations do, as far
+    as these can be read."""
+    try:
+        readings = read_arguments(loaded, arguments, name)
+    except ArtifactError as problem:
+        log.debug("%s is not read: %s", name, problem)
+        return
+    check_readings(readings, arguments.schema, name)
 
 
 def _check_keys(packaged: Packaged, inputs: Sequence[Argument], name: str) -> None:
@@ -276,27 +251,3 @@ def _check_constants(packaged: Packaged, schema: ModelSchema, name: str) -> None
                 f"{name} holds no table of {feature.rows} rows of {feature.dim} for the feature {feature.name}: mend "
                 "the schema file; or serve the torch.export program, if the model maps ids before it looks them up"
             )
-
-
-def _least_rows(exported: Exported, arguments: Arguments, name: str) -> int:
-    """The fewest rows that a program was exported for. Raises ArtifactError where it was for some numbers alone."""
-    _check_names(exported.names, arguments.inputs, name)
-    if [item.name for item in arguments.inputs] != list(exported.names):
-        raise ArtifactError(f"{name} takes {', '.join(exported.names)}: give the inputs in this order")
-    least = 1
-    for item in arguments.inputs:
-        axes = exported.sizes[item.name]
-        if item.layout == "list" or len(axes) != (2 if item.holds == "dense" or item.layout == "by_feature" else 1):
-            raise ArtifactError(
-                f"{name}: {item.name} has {len(axes)} axes, where its schema file says {item.holds}, {item.layout}"
-            )
-        low, high = axes[-1 if item.layout == "by_feature" else 0]
-        if high is not None:
-            raise ArtifactError(
-                f"{name} was exported for {low} to {high} entries of {item.name}, and not for any number of rows; give "
-                "torch.export.export dynamic_shapes with an unbounded torch.export.Dim for its rows and its ids"
-            )
-        if item.holds in ("dense", "lengths", "offsets"):
-            per_row = len(item.features) if item.layout == "flat" and item.holds != "dense" else 1
-            least = max(least, -(-(low - item.last) // per_row))
-    return least

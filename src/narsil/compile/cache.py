@@ -47,6 +47,8 @@ def key_of(source: Artifact, script: Path, options: CompileOptions, calibration:
         "flags": FLAGS,
         "compiler": [compiler, compiler_version(compiler)],
         "source": artifacts.sha256(script),
+        "inputs": None if source.arguments is None else source.arguments.to_list(),
+        "schema": source.schema.to_dict(),
         "name": [source.name, source.version],
         "asked": [options.precision, options.engine, options.device, options.limit, options.may_fall_back],
         "torch": str(torch.__version__),

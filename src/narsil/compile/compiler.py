@@ -29,6 +29,7 @@ from narsil.artifacts.copying import copy_file
 from narsil.artifacts.packed import kinds_here, write_arrays, write_packed
 from narsil.artifacts.replacing import Progress, replacing
 from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.signatures import reading_of
 from narsil.artifacts.torchrec import ModuleReading
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.fused import ForwardLibrary, Geometry
@@ -82,7 +83,10 @@ def compile_artifact(
         return found, True
     with replacing(out) as staging:
         report("tables", 0, 1)
-        reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
+        if source.arguments is not None:
+            reading = reading_of(script, source.arguments)
+        else:
+            reading = read_model(load_torchscript(script, "cpu"), source.schema, script.name)
         model = _read(source, script, options, reading)
         if isinstance(model, WholeModel):
             options = _by_inductor(options)
@@ -115,10 +119,6 @@ def _script_of(source: Artifact) -> Path:
     if source.torchscript is None:
         absent = f"{source.path} has no TorchScript file, which is what `narsil compile` reads"
         raise ArtifactError(source.damage.get("torchscript", absent))
-    if source.arguments is not None:
-        raise ArtifactError(
-            f"{source.path} has a schema file beside it, and such models do not compile; serve it with --backend torch"
-        )
     if source.device != "cpu":
         raise ArtifactError(
             f"{source.path} is packaged for {source.device}; package it with --device cpu to compile it"
@@ -301,4 +301,5 @@ def _write_manifest(job: _Job, info: CompiledInfo) -> None:
         architecture=(job.source.manifest or {}).get("architecture") or {},
         quantization=(job.source.manifest or {}).get("quantization"),
         compiled=info.to_dict(),
+        arguments=job.source.arguments,
     )

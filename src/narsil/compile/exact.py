@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.pt2 import is_package
+from narsil.artifacts.signatures import reading_of
 from narsil.artifacts.torchrec import ModuleReading, read_module
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.dataflow import Batch
@@ -23,9 +25,13 @@ __all__ = ["ExactScorer", "exact_scorer", "scores_in_float64"]
 def exact_scorer(source: Artifact, reading: ModuleReading | None = None) -> ExactScorer | None:
     """Task -> scores in float64 for a Batch. ``reading``: of the artifact's module, where it has been read already.
     Raises ArtifactError where the artifact's module cannot be read."""
-    if source.torchscript is None or source.arguments is not None:
+    if source.torchscript is None:
         return None
-    if reading is None:
+    if reading is None and source.arguments is not None:
+        if is_package(source.torchscript):
+            return None
+        reading = reading_of(source.torchscript, source.arguments)
+    elif reading is None:
         module = load_torchscript(source.torchscript, "cpu")
         reading = read_module(module, source.torchscript.name, source.schema.given_widths)
     readings = reading.readings

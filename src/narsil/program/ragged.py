@@ -484,23 +484,33 @@ def read_embedding_bag(reader: Reader, op: Op) -> Any:
         raise Unread("its table is of 64-bit floats")
     table = fixed_array(weight)
     arguments = dict(zip(("scale", "mode", "sparse", "weights", "last", "padding"), op.args[3:], strict=False))
-    if arguments.get("scale") or arguments.get("padding", -1) not in (-1, None) or not arguments.get("last", False):
-        raise Unread("it scales gradients, has a padding row, or no last offset")
+    if arguments.get("scale") or arguments.get("padding", -1) not in (-1, None):
+        raise Unread("it scales gradients, or has a padding row")
     found = Table(
         "embedding", table.view(np.uint8).reshape(-1), 0, len(table), table.shape[1], 0, table.shape[1] * 4, 0
     )
-    made = _lookup(reader, op, op.args[1], op.args[2], arguments.get("weights"), (found,), arguments.get("mode", 0))
+    mode, last = arguments.get("mode", 0), bool(arguments.get("last", False))
+    made = _lookup(reader, op, op.args[1], op.args[2], arguments.get("weights"), (found,), mode, last=last)
     return made, None, None, None
 
 
 def _lookup(
-    reader: Reader, op: Op, ids: Any, offsets: Any, weights: Any, tables: tuple[Table, ...], pooling: Any
+    reader: Reader,
+    op: Op,
+    ids: Any,
+    offsets: Any,
+    weights: Any,
+    tables: tuple[Table, ...],
+    pooling: Any,
+    *,
+    last: bool = True,
 ) -> Known:
+    """``last``: whether the offsets end with the number of ids."""
     try:
         known, bags = reader.of(ids), reader.of(offsets)
         if not isinstance(known, PerId) or not isinstance(bags, Structure) or bags.group != known.group:
             raise Unread("its ids or its offsets are not the request's")
-        features = _features(reader, known, offsets, len(tables))
+        features = _features(reader, known, offsets, len(tables), last=last)
     except Unread as problem:
         reader.unknown_ids = reader.unknown_ids or f"{op.name}: {problem}"
         raise
@@ -550,11 +560,15 @@ def functions_of(expression: Any) -> list[str]:
     return [expression.function, *(name for part in expression.arguments for name in functions_of(part))]
 
 
-def _features(reader: Reader, ids: PerId, offsets: Ref, count: int) -> tuple[int, ...]:
+def _features(reader: Reader, ids: PerId, offsets: Ref, count: int, *, last: bool) -> tuple[int, ...]:
     """The request's feature whose bags each of a lookup's features has. Raises Unread where one has no such."""
+    bounds = reader.pair(offsets)
+    if not last:
+        ends = [each.new_tensor([len(places)]) for each, places in zip(bounds, ids.positions, strict=True)]
+        bounds = torch.cat([bounds[0], ends[0]]), torch.cat([bounds[1], ends[1]])
     found = [
         matched(*recorded, count)
-        for recorded in zip(ids.positions, reader.pair(offsets), reader.groups[ids.group], reader.rows, strict=True)
+        for recorded in zip(ids.positions, bounds, reader.groups[ids.group], reader.rows, strict=True)
     ]
     if found[0] != found[1]:
         raise Unread("which feature is looked up where follows from the rows")
