@@ -10,9 +10,11 @@ Arguments. Imports no torch. Whether the model does what the file says is for wh
       holds       dense, ids, weights, lengths or offsets
       features    of which features, in this order; absent: of all
       layout      flat: (N,) ids, or (T x B,) lengths, key-major
-                  by_feature: (T, B) lengths or offsets, each feature's offsets from 0 on
+                  by_feature: (T, B) lengths or offsets, each feature's offsets from 0 on; or ids, one a row
+                  by_row: (B, T) ids, one a row of each feature
                   list: a list of one tensor a feature, TorchScript alone
       type        int32 or int64 (what is meant if nothing is said)
+                  Features without lengths or offsets have one id a row: ids of (B,), or (B x T,) key-major, where flat
       last        whether offsets end with the number of ids, as include_last_offset has it; false if nothing is said
 """
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +40,7 @@ _INPUT_KEYS = frozenset({"name", "holds", "features", "layout", "type", "last"})
 _HOLDS = ("dense", "ids", "weights", "lengths", "offsets")
 _LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "dense": ("flat",),
-    "ids": ("flat", "list"),
+    "ids": ("flat", "list", "by_row", "by_feature"),
     "weights": ("flat", "list"),
     "lengths": ("flat", "by_feature", "list"),
     "offsets": ("flat", "by_feature", "list"),
@@ -52,7 +54,7 @@ class Argument:
     name: str
     holds: Literal["dense", "ids", "weights", "lengths", "offsets"]
     features: tuple[int, ...]  # positions in the schema
-    layout: Literal["flat", "by_feature", "list"] = "flat"
+    layout: Literal["flat", "by_feature", "by_row", "list"] = "flat"
     wide: bool = True  # int64, else int32
     last: bool = False
 
@@ -119,7 +121,9 @@ def arguments_of(file: Path, schema: ModelSchema, data: Any) -> Arguments:
         raise ArtifactError(f"{file}: inputs must be a list of objects, one for each argument of the model")
     inputs = tuple(_argument(file, schema, item) for item in data)
     _check_all(file, schema, inputs)
-    return Arguments(schema, inputs)
+    bags = {at for item in inputs if item.holds in ("lengths", "offsets") for at in item.features}
+    features = tuple(replace(feature, single=at not in bags) for at, feature in enumerate(schema.features))
+    return Arguments(replace(schema, features=features), inputs)
 
 
 def _argument(file: Path, schema: ModelSchema, item: Any) -> Argument:
@@ -159,11 +163,25 @@ def _check_all(file: Path, schema: ModelSchema, inputs: tuple[Argument, ...]) ->
         raise ArtifactError(f"{file}: a model of {schema.dense_dim} dense columns has one input that holds them")
     for holds in (("ids",), ("lengths", "offsets")):
         found = sorted(feature for item in inputs if item.holds in holds for feature in item.features)
-        if found != list(range(schema.num_features)):
-            odd = next((at for at in range(schema.num_features) if found.count(at) != 1), 0)
+        wanted = (1,) if holds == ("ids",) else (0, 1)
+        odd = next((at for at in range(schema.num_features) if found.count(at) not in wanted), None)
+        if odd is not None:
             raise ArtifactError(
                 f"{file}: the {' or '.join(holds)} of feature {schema.features[odd].name} are in "
                 f"{found.count(odd)} inputs where one is expected"
+            )
+    bags = {at for item in inputs if item.holds in ("lengths", "offsets") for at in item.features}
+    for item in inputs:
+        if item.holds == "ids" and item.layout in ("by_row", "by_feature") and bags & set(item.features):
+            odd = min(bags & set(item.features))
+            raise ArtifactError(
+                f"{file}: the ids of feature {schema.features[odd].name} are laid out {item.layout}, one a row, and "
+                "have lengths or offsets beside them; leave these out, or the layout"
+            )
+        if item.holds == "weights" and set(item.features) - bags:
+            odd = min(set(item.features) - bags)
+            raise ArtifactError(
+                f"{file}: feature {schema.features[odd].name} has weights, and neither lengths nor offsets; give either"
             )
     weighted = {feature for item in inputs if item.holds == "weights" for feature in item.features}
     told = {at for at, feature in enumerate(schema.features) if feature.weighted}

@@ -21,6 +21,7 @@ from narsil.errors import ArtifactError
 
 __all__ = ["Forward", "Loaded", "forward_from"]
 
+_MATRICES = ("by_feature", "by_row")  # layouts of two axes
 Forward = Callable[[Sequence[Any]], Any]  # arguments in the schema file's order
 
 
@@ -82,7 +83,7 @@ def _least_rows(exported: Exported, arguments: Arguments, name: str) -> int:
     least = 1
     for item in arguments.inputs:
         axes = exported.sizes[item.name]
-        if item.layout == "list" or len(axes) != (2 if item.holds == "dense" or item.layout == "by_feature" else 1):
+        if item.layout == "list" or len(axes) != (2 if item.holds == "dense" or item.layout in _MATRICES else 1):
             raise ArtifactError(
                 f"{name}: {item.name} has {len(axes)} axes, where its schema file says {item.holds}, {item.layout}"
             )
@@ -92,7 +93,8 @@ def _least_rows(exported: Exported, arguments: Arguments, name: str) -> int:
                 f"{name} was exported for {low} to {high} entries of {item.name}, and not for any number of rows; give "
                 "torch.export.export dynamic_shapes with an unbounded torch.export.Dim for its rows and its ids"
             )
-        if item.holds in ("dense", "lengths", "offsets"):
+        single = item.holds == "ids" and all(arguments.schema.features[at].single for at in item.features)
+        if single or item.holds in ("dense", "lengths", "offsets"):
             per_row = len(item.features) if item.layout == "flat" and item.holds != "dense" else 1
             least = max(least, -(-(low - item.last) // per_row))
     return least

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from narsil.artifacts.arguments import Argument
-from narsil.artifacts.schema import ModelSchema
+from narsil.artifacts.schema import Feature, ModelSchema
 from narsil.dataflow import Batch
+from narsil.errors import ForwardFailed
 
 __all__ = ["given"]
 
@@ -42,11 +43,32 @@ def _structure(item: Argument, lengths: NDArray[Any]) -> NDArray[Any]:
 
 
 def _per_id(item: Argument, batch: Batch, schema: ModelSchema) -> list[NDArray[Any]]:
-    """Ids or weights: of each feature, or of all end to end."""
+    """Ids or weights: of each feature, or of all in one array. Raises ForwardFailed where a bag that must hold one id
+    holds several."""
     weights = np.ones(len(batch.values), np.float32) if batch.weights is None else batch.weights
     numbers = weights if item.holds == "weights" else batch.values
-    if item.layout == "flat" and item.features == tuple(range(schema.num_features)):
+    singles = schema.singles[list(item.features)]
+    if item.layout == "flat" and item.features == tuple(range(schema.num_features)) and not singles.any():
         return [numbers]
-    stops = np.cumsum(batch.lengths.reshape(schema.num_features, batch.rows).sum(axis=1))
+    lengths = batch.lengths.reshape(schema.num_features, batch.rows)
+    stops = np.cumsum(lengths.sum(axis=1))
     found = [numbers[0 if at == 0 else stops[at - 1] : stops[at]] for at in item.features]
-    return found if item.layout == "list" else [np.concatenate(found)]
+    for place in np.flatnonzero(singles):
+        found[place] = _one_a_row(found[place], lengths[item.features[place]], schema.features[item.features[place]])
+    if item.layout == "list":
+        return found
+    if item.layout == "flat":
+        return [np.concatenate(found)]
+    return [np.stack(found, axis=1 if item.layout == "by_row" else 0)]
+
+
+def _one_a_row(ids: NDArray[Any], lengths: NDArray[Any], feature: Feature) -> NDArray[Any]:
+    """(B,) the only id of each bag. Padding rows hold none: their ids are 0."""
+    if len(ids) == len(lengths) and bool((lengths == 1).all()):
+        return ids
+    if bool((lengths > 1).any()):
+        row = int(np.argmax(lengths > 1))
+        raise ForwardFailed(f"feature {feature.name}, row {row}: {lengths[row]} ids, where the model takes exactly one")
+    made = np.zeros(len(lengths), ids.dtype)
+    made[lengths == 1] = ids
+    return made

@@ -61,6 +61,7 @@ def random_batch(schema: ModelSchema, rows: int, longest: int | None, random: Ra
     dense = random.random((rows, schema.dense_dim), dtype=np.float32)
     shape = (schema.num_features, rows)
     lengths = np.ones(shape, np.int32) if longest is None else random.integers(0, longest + 1, shape, np.int32)
+    lengths = schema.bags(lengths)
     limits = np.repeat(schema.rows, lengths.sum(axis=1))
     values = random.integers(0, limits).astype(schema.id_dtype)
     return Batch(rows, dense, lengths.ravel(), values, one_hot=longest is None)
@@ -75,7 +76,7 @@ def usual(
     """At least USUAL_ROWS rows. ``given``: (N, D) rows of numbers out of a file; half of the ids of a feature are of
     its ``known`` ones, where it has such."""
     for number, rows in enumerate([*_ODD_BATCHES, *_ODD_BATCHES] + [_BATCH_ROWS] * (USUAL_ROWS // _BATCH_ROWS)):
-        lengths = _lengths(schema.num_features * rows, _USUAL_BAGS[number % len(_USUAL_BAGS)], random)
+        lengths = _lengths(schema, rows, _USUAL_BAGS[number % len(_USUAL_BAGS)], random)
         dense = _dense(_DENSE, (rows, schema.dense_dim), random)
         if given is not None:
             dense = given[random.integers(0, len(given), rows)]
@@ -89,7 +90,7 @@ def extreme(
     long_rows = int(np.clip(_LONG_IDS // max(schema.num_features * _LONG // 4, 1), 1, _BATCH_ROWS))
     plan = [(_BATCH_ROWS, _EXTREME_BAGS[number % len(_EXTREME_BAGS)]) for number in range(_EXTREME_BATCHES)]
     for rows, longest in [*plan, *[(long_rows, _LONG)] * _LONG_BATCHES]:
-        lengths = _lengths(schema.num_features * rows, longest, random)
+        lengths = _lengths(schema, rows, longest, random)
         dense = _dense(_EXTREME_DENSE, (rows, schema.dense_dim), random)
         if given is not None:
             low, high = _ends(given)
@@ -157,11 +158,13 @@ def _batch(schema: ModelSchema, dense: Floats, lengths: Counts, ids: Shares, wei
     return Batch(rows, dense, lengths, values, one_hot=bool((lengths == 1).all()), weights=given)
 
 
-def _lengths(bags: int, longest: int | None, random: Random) -> Counts:
+def _lengths(schema: ModelSchema, rows: int, longest: int | None, random: Random) -> Counts:
+    bags = schema.num_features * rows
     if longest is None:
         return np.ones(bags, np.int32)
     most = np.where(random.random(bags) < 0.5, _SHORT, longest) if longest == _LONG else longest
-    return random.integers(0, most, bags, np.int32, endpoint=True)
+    drawn = random.integers(0, most, bags, np.int32, endpoint=True)
+    return schema.bags(drawn.reshape(schema.num_features, rows)).ravel()
 
 
 def _dense(shares: Shares, shape: tuple[int, int], random: Random) -> Floats:

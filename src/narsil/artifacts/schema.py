@@ -41,6 +41,7 @@ class Feature:
     weighted: bool = False
     group: str = ""  # the key of its id lists in the model's input; empty where the model has one such group alone
     least: int = 0  # below 0 where the model takes negative ids, as hashes of strings are, to its table
+    single: bool = False  # whether each of its bags must hold exactly one id
 
     def __post_init__(self) -> None:
         for value in (self.name, self.table, *([self.group] if self.group != "" else [])):
@@ -56,6 +57,8 @@ class Feature:
             raise ArtifactError(f"feature {self.name}: least must be an int64 of at most 0, not {_shown(self.least)}")
         if self.pooling not in ("sum", "mean"):
             raise ArtifactError(f"feature {self.name}: pooling must be sum or mean, not {_shown(self.pooling)}")
+        if not isinstance(self.single, bool):
+            raise ArtifactError(f"feature {self.name}: single must be true or false, not {_shown(self.single)}")
         if not isinstance(self.weighted, bool):
             raise ArtifactError(f"feature {self.name}: weighted must be true or false, not {_shown(self.weighted)}")
 
@@ -189,6 +192,15 @@ class ModelSchema:
         return int(self.rows.min(initial=_MOST))
 
     @cached_property
+    def singles(self) -> NDArray[np.bool_]:
+        """(T,) bool: the features of which each bag must hold exactly one id."""
+        return np.array([feature.single for feature in self.features], dtype=np.bool_)
+
+    def bags(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """(T, B) lengths of bags that a request may have: 1 where a feature takes no other."""
+        return np.where(self.singles[:, None], 1, lengths).astype(np.int32)
+
+    @cached_property
     def id_dtype(self) -> np.dtype[Any]:
         """int32 where every id fits it, else int64."""
         narrow = int(self.rows.max(initial=0)) <= 2**31 and int(self.least.min(initial=0)) >= -(2**31)
@@ -235,6 +247,6 @@ class ModelSchema:
 
 
 def _plain(feature: Feature) -> dict[str, Any]:
-    """A feature's values; its group and its least id where they say something."""
+    """A feature's values; its group, its least id and that it takes single ids where they say something."""
     values = asdict(feature)
-    return {key: value for key, value in values.items() if value or key not in ("group", "least")}
+    return {key: value for key, value in values.items() if value or key not in ("group", "least", "single")}

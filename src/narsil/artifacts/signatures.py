@@ -81,6 +81,7 @@ def _probe(schema: ModelSchema, rows: int) -> Batch:
     lengths = random.integers(0, 4, (schema.num_features, rows)).astype(np.int32)
     if schema.num_features:
         lengths[np.arange(schema.num_features), random.integers(0, rows, schema.num_features)] += 1
+    lengths = schema.bags(lengths)
     dense = random.standard_normal((rows, schema.dense_dim)).astype(np.float32)
     values = np.zeros(int(lengths.sum()), schema.id_dtype)
     weights = random.random(len(values), np.float32) if schema.weighted else None

@@ -193,15 +193,17 @@ class ArgumentsBackend(Backend):
 
 def _rows(schema: ModelSchema, rows: int, ids: NDArray[np.int64], length: int) -> Batch:
     """Rows of zeros, whose bags hold one id of each feature ``length`` times."""
-    values = np.repeat(ids, rows * length).astype(schema.id_dtype)
-    lengths = np.full(rows * schema.num_features, length, np.int32)
+    lengths = schema.bags(np.full((schema.num_features, rows), length))
+    values = np.repeat(ids, lengths.sum(axis=1)).astype(schema.id_dtype)
     weights = np.ones(len(values), np.float32) if schema.weighted else None
-    return Batch(rows, np.zeros((rows, schema.dense_dim), np.float32), lengths, values, length == 1, weights)
+    dense = np.zeros((rows, schema.dense_dim), np.float32)
+    return Batch(rows, dense, lengths.ravel(), values, bool((lengths == 1).all()), weights)
 
 
 def _bags(schema: ModelSchema, lengths: NDArray[np.int32]) -> Batch:
     """Rows with so many of each feature's last ids."""
-    rows, values = lengths.shape[1], np.repeat(schema.rows - 1, lengths.sum(axis=1)).astype(schema.id_dtype)
+    rows, lengths = lengths.shape[1], schema.bags(lengths)
+    values = np.repeat(schema.rows - 1, lengths.sum(axis=1)).astype(schema.id_dtype)
     weights = np.ones(len(values), np.float32) if schema.weighted else None
     dense = np.ones((rows, schema.dense_dim), np.float32)
     return Batch(rows, dense, np.ascontiguousarray(lengths).ravel(), values, one_hot=False, weights=weights)
@@ -211,10 +213,12 @@ def _drawn(schema: ModelSchema, rows: int) -> Batch:
     """Rows by chance, bags of two: row i is the same whatever their number."""
     random = np.random.default_rng(1)
     dense = random.standard_normal((_MOST_TRIED, schema.dense_dim)).astype(np.float32)[:rows]
-    ids = random.integers(0, schema.rows[:, None], (schema.num_features, 2 * _MOST_TRIED))[:, : 2 * rows]
-    values = np.ascontiguousarray(ids).reshape(-1).astype(schema.id_dtype)
+    ids = random.integers(0, schema.rows[:, None], (schema.num_features, 2 * _MOST_TRIED))
+    lengths = schema.bags(np.full((schema.num_features, rows), 2))
+    own = [ids[feature, :count] for feature, count in enumerate(lengths.sum(axis=1))]
+    values = np.concatenate([*own, np.empty(0, np.int64)]).astype(schema.id_dtype)
     weights = np.ones(len(values), np.float32) if schema.weighted else None
-    return Batch(rows, dense, np.full(rows * schema.num_features, 2, np.int32), values, False, weights)
+    return Batch(rows, dense, lengths.ravel(), values, bool((lengths == 1).all()), weights)
 
 
 def _hold_against(loaded: Loaded, arguments: Arguments, name: str) -> None:

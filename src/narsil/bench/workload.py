@@ -51,7 +51,7 @@ class Workload:
                 ids = random.integers(0, limits[:, None], (features, self.rows)).astype(kind)
                 yield Features(self.rows, dense, OneHot(ids))
                 continue
-            lengths = random.integers(0, self.max_ids + 1, (features, self.rows)).astype(np.int32)
+            lengths = self.schema.bags(random.integers(0, self.max_ids + 1, (features, self.rows)))
             values = random.integers(0, np.repeat(limits, lengths.sum(axis=1))).astype(kind)
             yield Features(self.rows, dense, Jagged.laid_out(values, lengths))
 

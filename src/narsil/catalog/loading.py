@@ -175,7 +175,7 @@ def warmup_payloads(schema: ModelSchema, max_batch_rows: int) -> Iterator[Featur
 def _payloads_of(schema: ModelSchema, rows: int) -> Iterator[Features]:
     dense = np.zeros((rows, schema.dense_dim), dtype=np.float32)
     ids = (np.arange(rows, dtype=np.int64) % schema.rows[:, None]).astype(schema.id_dtype)
-    lengths = np.tile(np.arange(rows, dtype=np.int32) % 3, (schema.num_features, 1))
+    lengths = schema.bags(np.tile(np.arange(rows, dtype=np.int32) % 3, (schema.num_features, 1)))
     values = np.zeros(int(lengths.sum()), dtype=schema.id_dtype)
     for _ in range(2):
         yield Features(rows, dense, OneHot(ids))

@@ -152,7 +152,7 @@ def read_model(body: bytes) -> ModelInfo:
 
 def _feature(body: bytes, message: Field) -> Feature:
     strings = {1: "", 2: "", 5: "", 7: ""}
-    numbers = {3: 0, 4: 0, 6: 0, 8: 0}
+    numbers = {3: 0, 4: 0, 6: 0, 8: 0, 9: 0}
     for found in scan(body, message[2], message[3]):
         if found[0] in strings:
             strings[found[0]] = _text(body, found, "a feature")
@@ -161,7 +161,8 @@ def _feature(body: bytes, message: Field) -> Feature:
             numbers[found[0]] = found[2]
     pooling: Any = strings[5]
     least = numbers[8] - (numbers[8] >> 63 << 64)  # of an int64's bits
-    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, bool(numbers[6]), strings[7], least)
+    weighted, single = bool(numbers[6]), bool(numbers[9])
+    return Feature(strings[1], strings[2], numbers[3], numbers[4], pooling, weighted, strings[7], least, single)
 
 
 def _matrix(body: bytes, message: Field) -> tuple[str, int]:

@@ -83,7 +83,7 @@ def probe_rows(schema: ModelSchema) -> Sequence[Features]:
     ids[:, :count] = random.integers(0, schema.rows[:, None], (features, count))
     ids[:, 1:count:5], ids[:, 2:count:5] = 0, schema.rows[:, None] - 1
     half = random.integers(0, 4, (features, ROWS)).astype(np.int32)
-    lengths = np.concatenate([half, half, np.zeros((features, 1), np.int32)], axis=1)
+    lengths = schema.bags(np.concatenate([half, half, np.zeros((features, 1), np.int32)], axis=1))
     values = random.integers(0, np.repeat(schema.rows, lengths.sum(axis=1))).astype(schema.id_dtype)
     values[::4] = 0
     return (

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from narsil.program import composed, dense, ragged, sequences, turned
+from narsil.program import composed, dense, ragged, sequences, singles, turned
 from narsil.program.reader import Reader, Readings, TableOf
 from narsil.program.recording import Recording, merged, record
 from narsil.program.values import Known
 
 __all__ = ["Readings", "merged", "read", "record"]
 
-READERS = (dense, composed, ragged, sequences, turned)  # which register what they read when they are imported
+READERS = (dense, composed, ragged, sequences, singles, turned)  # which register what they read when imported
 
 
 def read(

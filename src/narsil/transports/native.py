@@ -301,8 +301,8 @@ class NativeTransport(Transport):
 
 def _native_model(make: type[Model], model: ServedModel) -> Model:
     schema, limits = model.schema, model.limits
-    # Of other models than those with one group of each kind, no message is decoded by native code.
-    own = schema.plain and schema.num_features > 0
+    # Native code decodes messages for models with one group of each kind alone, and of bags of any length.
+    own = schema.plain and schema.num_features > 0 and not schema.singles.any()
     return make(
         model,
         name=model.name,

@@ -134,6 +134,8 @@ def check_bags(
         return int(positions[feature]), row
 
     check_lengths(lengths if key_major else lengths.T, positions, schema, name)
+    if schema.singles.any():
+        _check_single(lengths if key_major else lengths.T, positions, schema, name)
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     if total != len(values):
@@ -151,6 +153,17 @@ def check_bags(
             bag = int(np.searchsorted(ends, at, side="right"))
             raise _id_error(schema, *where(*divmod(bag, lengths.shape[1])), int(values[at]))
     return ends.reshape(lengths.shape)
+
+
+def _check_single(lengths: NDArray[np.int32], positions: NDArray[np.int64], schema: ModelSchema, name: str) -> None:
+    """(features, rows) lengths. Raises InvalidRequest where a feature that takes one id a row has none, or several."""
+    wrong = (lengths != 1) & schema.singles[positions][:, None]
+    if wrong.any():
+        feature, row = (int(i) for i in np.argwhere(wrong)[0])
+        raise InvalidRequest(
+            f"{name}: feature {schema.features[int(positions[feature])].name}, row {row}: {lengths[feature, row]} ids, "
+            "where the model takes exactly one"
+        )
 
 
 def check_weights(weights: Floats | None, count: int, schema: ModelSchema, name: str) -> None:

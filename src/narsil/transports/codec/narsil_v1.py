@@ -155,7 +155,8 @@ def encode_model(
             + put_len(5, feature.pooling.encode())
             + put_uint(6, int(feature.weighted))
             + put_text(7, feature.group)
-            + put_uint(8, feature.least & _UNSIGNED),
+            + put_uint(8, feature.least & _UNSIGNED)
+            + put_uint(9, int(feature.single)),
         )
     for task in schema.tasks:
         out += put_len(6, task.encode())
