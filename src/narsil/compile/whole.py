@@ -57,9 +57,8 @@ class _Core(nn.Module):
         self.calls: list[tuple[Op, Any, Any]] = []
         self.inputs = 0
         self.counts = 0  # the input of lengths
-        self.parts: dict[
-            int, tuple[list[tuple[int, int, int]], torch.dtype]
-        ] = {}  # number -> (input, first, behind), kind
+        # number -> (input, first, behind) of its columns, kind, shape of a row
+        self.parts: dict[int, tuple[list[tuple[int, int, int]], torch.dtype, tuple[int, ...]]] = {}
         self.lengths: dict[int, tuple[int, int, torch.dtype]] = {}  # number -> first feature, features, kind
         self.scores: list[_Taken] = []
 
@@ -73,9 +72,10 @@ class _Core(nn.Module):
         """The inputs, each (B, its width) float32 -> (B, all scores) float32."""
         rows = inputs[0].shape[0]
         made: dict[int, Tensor] = {}
-        for number, (parts, kind) in self.parts.items():
+        for number, (parts, kind, shape) in self.parts.items():
             given = [inputs[place][:, first:behind] for place, first, behind in parts]
-            made[number] = (given[0] if len(given) == 1 else torch.cat(given, dim=1)).to(kind)
+            joined = (given[0] if len(given) == 1 else torch.cat(given, dim=1)).to(kind)
+            made[number] = joined if len(shape) == 1 else joined.reshape(rows, *shape)
 
         for number, (first, count, kind) in self.lengths.items():
             made[number] = inputs[self.counts][:, first : first + count].t().reshape(-1).to(kind)
@@ -126,7 +126,8 @@ class _Making:
         columns += self._lengths()
         for number, places in self.places.items():
             parts = [(columns + call, first, behind) for call, first, behind in places]
-            self.core.parts[number] = _joined(parts), self.recording.tensors[number].dtype
+            tensor = self.recording.tensors[number]
+            self.core.parts[number] = _joined(parts), tensor.dtype, tuple(tensor.shape[1:])
         self.core.inputs = columns + len(calls)
         for op in self.recording.ops:
             wanted = any(number in self.needed for number in op.outputs if number is not None)
@@ -143,7 +144,7 @@ class _Making:
         for number in self.program.dense.values():
             tensor = self.recording.tensors[number]
             if number in self.needed:
-                self.core.parts[number] = [(0, first, first + tensor.shape[1])], tensor.dtype
+                self.core.parts[number] = [(0, first, first + tensor.shape[1])], tensor.dtype, (tensor.shape[1],)
             first += tensor.shape[1]
         return int(any(number in self.needed for number in self.program.dense.values()))
 
