@@ -235,7 +235,9 @@ def test_ids_beyond_a_table_are_told(tmp_path: Path, make: Any) -> None:
     file, _ = make(tmp_path)
     path = file.with_suffix(".schema.json")
     path.write_text(path.read_text().replace('"rows": 70', '"rows": 71'))
-    with pytest.raises(ArtifactError, match="lets ids of c up to 70 in, and the model leads those from 70 on outside of a table of 70"):
+    with pytest.raises(
+        ArtifactError, match="lets ids of c up to 70 in, and the model leads those from 70 on outside of a table of 70"
+    ):
         load_backend(open_artifact(file))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from narsil.artifacts.arguments import Argument, read_schema_file, schema_file_of
+from narsil.artifacts.arguments import Argument, arguments_of, read_schema_file, schema_file_of
 from narsil.errors import ArtifactError
 
 
@@ -55,6 +55,16 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     )
 
 
+def test_features_without_lengths_have_one_id_a_row(tmp_path: Path) -> None:
+    found = read_schema_file(written(tmp_path, content(inputs=content()["inputs"][:3])))
+    assert [feature.single for feature in found.schema.features] == [True, False]
+
+
+def test_a_manifest_lists_inputs_as_a_file_does(tmp_path: Path) -> None:
+    found = read_schema_file(written(tmp_path, content()))
+    assert arguments_of(tmp_path, found.schema, found.to_list()) == found
+
+
 def test_the_models_own_file_comes_before_the_folders(tmp_path: Path) -> None:
     model = tmp_path / "model.pt2"
     assert schema_file_of(model) is None
@@ -85,14 +95,23 @@ def test_the_models_own_file_comes_before_the_folders(tmp_path: Path) -> None:
         (content(inputs=inputs(name="x")), "two inputs share one name"),
         (content(inputs=inputs(holds="embeddings")), "holds 'embeddings'; it must be one of"),
         (content(inputs=inputs(holds=["ids"])), "it must be one of"),
-        (content(inputs=inputs(layout="by_feature")), "ids are flat or list"),
+        (content(inputs=inputs(layout="by_feature")), "ids .*lengths or offsets beside them; leave these out"),
         (content(inputs=inputs(type="int8")), "type is int32 or int64"),
         (content(inputs=inputs(last=1)), "last is true or false"),
         (content(inputs=inputs(features=[])), "must be a list of their names"),
         (content(inputs=inputs(features=["a", "c"])), "has the feature 'c' twice, or it is none"),
         (content(inputs=inputs(features=["a", "a"])), "twice, or it is none"),
         (content(inputs=inputs(features=["a"])), "the ids of feature b are in 0 inputs where one is expected"),
-        (content(inputs=content()["inputs"][:3]), "the lengths or offsets of feature a are in 0 inputs"),
+        (content(inputs=inputs(layout="by_row")), "of feature a are laid out by_row, one a row, and have lengths"),
+        (content(inputs=inputs(layout="rows")), "ids are flat or list or by_row or by_feature"),
+        (
+            content(inputs=[*content()["inputs"], {"name": "more", "holds": "lengths", "features": ["b"]}]),
+            "the lengths or offsets of feature b are in 2 inputs",
+        ),
+        (
+            content(inputs=[*content()["inputs"][:2], {"name": "w", "holds": "weights", "features": ["a"]}]),
+            "feature a has weights, and neither lengths nor offsets",
+        ),
         (content(inputs=content()["inputs"][1:]), "4 dense columns has one input that holds them"),
         (content(inputs=[*content()["inputs"], {"name": "w", "holds": "weights"}]), "that are weighted .* differ"),
     ],

@@ -70,7 +70,8 @@ def test_widths_are_one_positive_integer_for_each_task(widths: object) -> None:
 
 
 def test_a_manifest_tells_widths_only_where_one_is_not_1() -> None:
-    written = {key: value for key, value in asdict(Feature(**FEATURE)).items() if key not in ("group", "least")}
+    unsaid = ("group", "least", "single")
+    written = {key: value for key, value in asdict(Feature(**FEATURE)).items() if key not in unsaid}
     plain = {"dense_dim": 1, "features": [written], "tasks": ["a", "b"]}
     schema = ModelSchema.from_dict(plain)
     assert schema.widths == (1, 1)
