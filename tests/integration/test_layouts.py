@@ -199,7 +199,9 @@ def test_scores_are_those_of_a_direct_call(tmp_path: Path, kind: type[nn.Module]
 @pytest.mark.parametrize(("kind", "exported"), FORMS)
 def test_their_programs_are_read(tmp_path: Path, kind: type[nn.Module], exported: bool) -> None:
     file, model = written(kind, tmp_path, exported=exported)
-    readings = reading_of(file, open_artifact(file).arguments).readings  # type: ignore[arg-type]
+    arguments = open_artifact(file).arguments
+    assert arguments is not None
+    readings = reading_of(file, arguments).readings
     assert readings is not None
     assert readings.problem == ""
     assert readings.program is not None

@@ -31,9 +31,21 @@ from narsil.artifacts.schema import ModelSchema
 from narsil.errors import ArtifactError, first_line
 from narsil.names import MOST_CHARACTERS, is_label
 
-__all__ = ["FORMAT", "Argument", "Arguments", "arguments_of", "read_schema_file", "schema_file_of"]
+__all__ = [
+    "FILL_IN",
+    "FORMAT",
+    "Argument",
+    "Arguments",
+    "arguments_of",
+    "fill_in",
+    "read_schema_file",
+    "schema_file_of",
+    "unfilled",
+    "unknown_content",
+]
 
 FORMAT = "narsil.schema/1"
+FILL_IN = "FILL IN"  # begins what a draft has where a person must say
 _MAX_BYTES = 16 << 20
 _KEYS = frozenset({"format", "dense_dim", "features", "tasks", "inputs"})
 _INPUT_KEYS = frozenset({"name", "holds", "features", "layout", "type", "last"})
@@ -103,6 +115,9 @@ def read_schema_file(file: Path) -> Arguments:
         raise ArtifactError(f"{file} cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ArtifactError(f"{file} is no schema file: its format field must be {FORMAT!r}")
+    if open_ends := unfilled(data):
+        where, what = next(iter(open_ends.items()))
+        raise ArtifactError(f"{file}: {where} is still to be filled in: {what}")
     if set(data) - {"widths"} != _KEYS:
         odd = sorted((set(data) - {"widths"}) ^ _KEYS)
         raise ArtifactError(f"{file}: a schema file has {', '.join(sorted(_KEYS))}, not {odd[0][:64]!r} or without it")
@@ -113,6 +128,43 @@ def read_schema_file(file: Path) -> Arguments:
     if any(feature.least for feature in schema.features):
         raise ArtifactError(f"{file}: ids of models with a schema file begin at 0; leave least out of its features")
     return arguments_of(file, schema, data["inputs"])
+
+
+def unfilled(data: Any, where: str = "") -> dict[str, str]:
+    """Place in a schema file -> what a person must say there, of all that a draft has left open."""
+    if isinstance(data, str) and data.startswith(FILL_IN):
+        return {where: data.removeprefix(FILL_IN).lstrip(": ")[:200]}
+    found: dict[str, str] = {}
+    if isinstance(data, dict):
+        for key, value in data.items():
+            found |= unfilled(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(data, list):
+        for number, value in enumerate(data):
+            found |= unfilled(value, f"{where}[{number}]")
+    return found
+
+
+def fill_in(what: str) -> str:
+    """A mark where a person must say what nothing tells; a schema file with one is refused."""
+    return f"{FILL_IN}: {what}"
+
+
+def unknown_content(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A schema file of inputs alone."""
+    feature = {
+        "name": fill_in("one such entry for each feature, in the order of the ids; here its name"),
+        "table": fill_in("the name of its table"),
+        "rows": fill_in("the ids that it takes are below this number"),
+        "dim": fill_in("the numbers in a row of its table"),
+        "pooling": "sum",
+    }
+    return {
+        "format": FORMAT,
+        "dense_dim": fill_in("the number of dense columns, 0 where there are none"),
+        "features": [feature],
+        "tasks": [fill_in("the names of the scores that it returns; default where it returns a tensor")],
+        "inputs": inputs,
+    }
 
 
 def arguments_of(file: Path, schema: ModelSchema, data: Any) -> Arguments:

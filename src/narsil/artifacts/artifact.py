@@ -47,6 +47,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Artifact",
     "FileState",
+    "model_file",
     "open_artifact",
     "read_manifest",
     "sha256",
@@ -364,6 +365,15 @@ def _checked_file(path: Path, entry: Mapping[str, Any], verify: bool) -> FileSta
     except RuntimeError:
         raise ArtifactError(f"{path} is a link that leads back to itself; copy the whole folder again") from None
     return state
+
+
+def model_file(path: Path) -> Path:
+    """The one model's file at a path that has no manifest. Raises ArtifactError."""
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; give a model's file")
+    if (path if path.is_dir() else path.parent).joinpath(MANIFEST).exists():
+        raise ArtifactError(f"{path} has a {MANIFEST}, which says what it takes; it needs no schema file")
+    return _only_torchscript(path)
 
 
 def _only_torchscript(path: Path) -> Path:

@@ -19,7 +19,7 @@ from narsil.artifacts.tbe import table_operators
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.errors import ArtifactError
 
-__all__ = ["Forward", "Loaded", "forward_from"]
+__all__ = ["Forward", "Loaded", "called_in_order", "forward_from"]
 
 _MATRICES = ("by_feature", "by_row")  # layouts of two axes
 Forward = Callable[[Sequence[Any]], Any]  # arguments in the schema file's order
@@ -64,6 +64,25 @@ def _scripted(module: Any, inputs: Sequence[Argument], name: str) -> Forward:
             )
     places = [[item.name for item in inputs].index(argument) for argument in types]
     return lambda tensors: module(*(tensors[place] for place in places))
+
+
+def called_in_order(module: Any, name: str) -> tuple[list[tuple[str, bool]], Forward]:
+    """(name of each argument, and whether it is a list of tensors; the module over these). Raises ArtifactError where
+    it takes something else."""
+    taken = []
+    for argument in module.forward.schema.arguments:
+        kind = str(argument.type).replace(" ", "")
+        if argument.name == "self":
+            continue
+        if kind == "Dict[str,Tensor]":
+            raise ArtifactError(f"{name} takes a dict of tensors and needs no schema file; serve it as it is")
+        if kind not in ("Tensor", "List[Tensor]"):
+            raise ArtifactError(
+                f"{name}: forward takes {argument.name} as {kind}, where tensors and lists of tensors can be served; "
+                "wrap it in a module that takes these"
+            )
+        taken.append((argument.name, kind != "Tensor"))
+    return taken, lambda tensors: module(*tensors)
 
 
 def _check_names(taken: Mapping[str, Any] | Sequence[str], inputs: Sequence[Argument], name: str) -> None:

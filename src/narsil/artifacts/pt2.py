@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from narsil.artifacts.compiled_info import processor_flags
 from narsil.artifacts.files import check_readable, unreadable
 from narsil.errors import ArtifactError
 
-__all__ = ["check_layout", "check_package", "is_package", "is_pt2", "library_in", "models_in"]
+__all__ = ["check_layout", "check_package", "is_package", "is_pt2", "keys_of", "library_in", "models_in"]
 
 _MODEL = re.compile(r"[^/]+/models/([^/]+)\.json")
 _PACKAGED = re.compile(r"[^/]+/data/aotinductor/([^/]+)/([^/]+)")
@@ -155,3 +155,17 @@ def _check_machine(path: Path, told: dict[str, Any]) -> None:
             raise ArtifactError(
                 f"{path} was compiled for a processor with {lacking[0]}, which this machine's lacks; {again}"
             )
+
+
+def keys_of(specification: Any) -> tuple[str, ...]:
+    """Of each leaf of a pytree's specification, the key of the dict that holds it; empty where none does."""
+
+    def leaves(item: Any, key: str) -> Iterator[str]:
+        if item["type"] is None:
+            yield key
+            return
+        names = json.loads(item["context"]) if item["type"] == "builtins.dict" else [""] * len(item["children_spec"])
+        for name, child in zip(names, item["children_spec"], strict=True):
+            yield from leaves(child, str(name))
+
+    return tuple(leaves(specification, ""))

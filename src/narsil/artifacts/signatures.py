@@ -31,7 +31,7 @@ from narsil.program.recording import Recording
 from narsil.program.steps import Table, of_feature
 from narsil.program.values import Known, PerId, Structure
 
-__all__ = ["check_readings", "read_arguments", "reading_of"]
+__all__ = ["check_readings", "probe_batch", "read_arguments", "reading_of"]
 
 GROUP = "id_list_features"  # what a program calls the one group of a model that has no names for groups
 _MOST_IDS = {False: 2**31, True: 2**63 - 1}  # that a request can hold, by whether its ids are int64
@@ -41,7 +41,7 @@ def read_arguments(loaded: Loaded, arguments: Arguments, name: str) -> Readings:
     """What a model does. Raises ArtifactError where it fails, does other operations for other rows, or gives what is
     not laid out by rows."""
     schema = arguments.schema
-    batches = [_probe(schema, rows) for rows in ROWS]
+    batches = [probe_batch(schema, rows) for rows in ROWS]
 
     def called(inputs: Mapping[str, Any]) -> Any:
         return loaded.forward(_joined(arguments, inputs))
@@ -75,7 +75,7 @@ def reading_of(path: Path, arguments: Arguments) -> ModuleReading:
     return ModuleReading(arguments.schema, "cpu", Binding(), readings)
 
 
-def _probe(schema: ModelSchema, rows: int) -> Batch:
+def probe_batch(schema: ModelSchema, rows: int) -> Batch:
     """Random columns and bags of 0 to 3 of the id 0; every feature has one that is not empty."""
     random = np.random.default_rng(rows)
     lengths = random.integers(0, 4, (schema.num_features, rows)).astype(np.int32)

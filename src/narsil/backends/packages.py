@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from narsil.artifacts.pt2 import check_layout, check_package, library_in
+from narsil.artifacts.pt2 import check_layout, check_package, keys_of, library_in
 from narsil.backends.aoti import Container, Library
 from narsil.errors import ArtifactError, first_line
 
@@ -48,7 +48,7 @@ class Packaged:
         taken, given = self._specification()
         (self._outputs,) = self._container.asked("GetNumOutputs", c_size_t)
         (count,) = self._container.asked("GetNumInputs", c_size_t)
-        keys = _keys(taken)
+        keys = keys_of(taken)
         # Of each input: the key of the dict that it comes in; empty where it comes in none.
         self.keys = keys if len(keys) == count else ("",) * count
         self._given = given
@@ -146,17 +146,3 @@ def _require_checks(path: Path, library: Path) -> None:
                 f"{path} was compiled without the checks of its inputs that torch writes by itself today, so that a "
                 f"schema file could not be held against it; {_AGAIN}"
             )
-
-
-def _keys(specification: Any) -> tuple[str, ...]:
-    """Of each leaf of a pytree's specification, the key of the dict that holds it; empty where none does."""
-
-    def leaves(item: Any, key: str) -> Iterator[str]:
-        if item["type"] is None:
-            yield key
-            return
-        names = json.loads(item["context"]) if item["type"] == "builtins.dict" else [""] * len(item["children_spec"])
-        for name, child in zip(names, item["children_spec"], strict=True):
-            yield from leaves(child, str(name))
-
-    return tuple(leaves(specification, ""))

@@ -10,8 +10,9 @@ from narsil.artifacts.artifact import Artifact, open_artifact
 from narsil.artifacts.compiled_info import Deviation
 from narsil.artifacts.replacing import check_out
 from narsil.cli.deviations import deviation_lines
+from narsil.cli.libraries import check_torch
 from narsil.cli.options import FiniteRange, GivenPath, dense_dim_option
-from narsil.cli.package import check_torch, show_progress
+from narsil.cli.package import show_progress
 from narsil.compile.options import ENGINE_CHOICES, PRECISIONS
 
 __all__ = ["command"]

@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
-from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.arguments import unfilled
+from narsil.artifacts.artifact import Artifact, model_file, open_artifact
 from narsil.artifacts.schema import ModelSchema
+from narsil.cli.libraries import check_torch
 from narsil.cli.options import GivenPath, dense_dim_option
 from narsil.engine.missing import shown
-from narsil.errors import ArtifactError
+from narsil.errors import ArtifactError, ConfigError
 
 __all__ = ["command", "quantization_of"]
 
@@ -24,9 +26,28 @@ _SHOWN_FEATURES = 40
 @click.argument("path", type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--no-verify", is_flag=True, help="Skip reading every file for its checksum.")
+@click.option(
+    "--write-schema",
+    is_flag=True,
+    help="Draft NAME.schema.json beside the exported program, the AOTInductor package or the TorchScript of several "
+    "tensors at PATH. What nothing tells is marked FILL IN; a file with such marks is refused.",
+)
+@click.option("--overwrite", is_flag=True, help="With --write-schema: replace a schema file that is there.")
 @dense_dim_option
-def command(path: Path, as_json: bool, no_verify: bool, dense_dim: int | dict[str, int] | None) -> None:
+def command(
+    path: Path,
+    as_json: bool,
+    no_verify: bool,
+    write_schema: bool,
+    overwrite: bool,
+    dense_dim: int | dict[str, int] | None,
+) -> None:
     """Print the schema that the artifact at PATH expects, and check its files. Exits with 1 where one is not whole."""
+    if write_schema:
+        _write_schema(path, overwrite=overwrite)
+        return
+    if overwrite:
+        raise ConfigError("--overwrite means something beside --write-schema alone; leave it out")
     artifact = open_artifact(path, verify=not no_verify, dense_dim=dense_dim)
     described = _describe(artifact, verified=not no_verify)
     if as_json:
@@ -35,6 +56,32 @@ def command(path: Path, as_json: bool, no_verify: bool, dense_dim: int | dict[st
         _print(artifact, described)
     if artifact.damage:
         raise ArtifactError("; ".join(artifact.damage.values()))
+
+
+def _write_schema(path: Path, *, overwrite: bool) -> None:
+    """Drafts the schema file of the model at a path, and tells what is left to fill in."""
+    check_torch("drafting a schema file")
+    from narsil.artifacts.drafting import draft
+
+    model = model_file(path)
+    file = model.parent / f"{model.stem}.schema.json"
+    if file.exists() and not overwrite:
+        raise ConfigError(f"{file} is there already; --overwrite replaces it")
+    content = draft(model)
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(
+            f"{file} cannot be written: {error.strerror}; give the model in a folder of yours"
+        ) from None
+    left = unfilled(content)
+    click.echo(f"{file}: {len(content['features'])} features, {len(content['inputs'])} inputs")
+    for where, what in left.items():
+        click.echo(f"  fill in {where}: {what}")
+    if not left:
+        click.echo("  names of features are those of inputs and tables: change them to what clients are to send")
+    click.echo(f"Next: {'fill it in, then ' if left else ''}narsil inspect {model}")
 
 
 def _describe(artifact: Artifact, verified: bool) -> dict[str, Any]:

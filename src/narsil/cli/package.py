@@ -12,14 +12,15 @@ import click
 from narsil.artifacts.artifact import Artifact
 from narsil.artifacts.schema import Pooling
 from narsil.cli.inspect import quantization_of
+from narsil.cli.libraries import check_torch
 from narsil.cli.options import SEED, GivenPath
-from narsil.errors import ConfigError, first_line
+from narsil.errors import ConfigError
 from narsil.packaging.dlrm import DlrmConfig, DlrmWeights, random_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["check_torch", "command", "show_progress"]
+__all__ = ["command", "show_progress"]
 
 _DEFAULT = DlrmConfig()
 
@@ -150,17 +151,6 @@ def _weights(
     from narsil.packaging.checkpoint import load_checkpoint
 
     return load_checkpoint(checkpoint, features=features, pooling=pooling)
-
-
-def check_torch(doing: str) -> None:
-    """Raises ConfigError, naming what needs them, where torch or fbgemm cannot be imported."""
-    try:
-        import fbgemm_gpu  # noqa: F401
-        import torch  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise ConfigError(
-            f"{doing} needs torch and fbgemm ({first_line(error)}); install narsil[cpu] or narsil[cuda]"
-        ) from None
 
 
 @contextmanager
