@@ -93,6 +93,11 @@ class ServeSettings(BaseModel):
         description="Dense columns of a TorchScript file that takes any number, or KEY=N,... of one that has several "
         "inputs of them; 0: as it says.",
     )
+    ids: Literal["auto", "int32", "int64"] = Field(
+        "auto",
+        description="What a TorchScript file without a manifest is given as ids, where it would look others up in the "
+        "other; auto: as it says.",
+    )
     allow_nan: bool = Field(
         False, description="Take NaN for a missing number, in those columns in which the model turns it into a score."
     )

@@ -148,11 +148,12 @@ class Artifact:
 
 
 def open_artifact(
-    path: str | Path, *, verify: bool = True, dense_dim: int | Mapping[str, int] | None = None
+    path: str | Path, *, verify: bool = True, dense_dim: int | Mapping[str, int] | None = None, ids: str = ""
 ) -> Artifact:
     """The artifact at a path.
 
-    ``dense_dim``: the number of dense columns, or of each input of them, where neither a manifest nor the model says.
+    ``dense_dim``: the number of dense columns, or of each input of them, where neither a manifest nor the model says;
+    ``ids``: int32 or int64, which it is given, likewise.
 
     ``verify`` reads every file once and compares its SHA-256 with the manifest's. Raises ArtifactError where the
     manifest is damaged, or no backend's files are all there, whole, and in the folder. Where those of one backend are,
@@ -160,12 +161,12 @@ def open_artifact(
     """
     path = Path(path)
     try:
-        return _open(path, verify, dense_dim)
+        return _open(path, verify, dense_dim, ids)
     except OSError as error:  # a folder on the way that may not be read, a name too long, a circle of links
         raise unreadable(path, error) from None
 
 
-def _open(path: Path, verify: bool, dense_dim: int | Mapping[str, int] | None) -> Artifact:
+def _open(path: Path, verify: bool, dense_dim: int | Mapping[str, int] | None, ids: str) -> Artifact:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; make an artifact with `narsil package dlrm --out {path}`")
     folder = path if path.is_dir() else path.parent
@@ -184,7 +185,7 @@ def _open(path: Path, verify: bool, dense_dim: int | Mapping[str, int] | None) -
             f"{path} has no {MANIFEST} beside it that lists it; ONNX models are served from the folder "
             "that `narsil package` wrote"
         )
-    return _from_torchscript(_only_torchscript(path), dense_dim)
+    return _from_torchscript(_only_torchscript(path), dense_dim, ids)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -389,7 +390,7 @@ def _only_torchscript(path: Path) -> Path:
     )
 
 
-def _from_torchscript(file: Path, dense_dim: int | Mapping[str, int] | None) -> Artifact:
+def _from_torchscript(file: Path, dense_dim: int | Mapping[str, int] | None, ids: str) -> Artifact:
     from narsil.artifacts.torchrec import derive_schema
 
     seen = {file: FileState.of(file)}
@@ -404,7 +405,7 @@ def _from_torchscript(file: Path, dense_dim: int | Mapping[str, int] | None) -> 
             f"{file} needs a schema file beside it, {file.stem}.schema.json, that says what its inputs are: "
             f"`narsil inspect --write-schema {file}` drafts one"
         )
-    schema, device = derive_schema(file, dense_dim)
+    schema, device = derive_schema(file, dense_dim, ids)
     return Artifact(path=file, name=name, version="1", schema=schema, device=device, torchscript=file, seen=seen)
 
 

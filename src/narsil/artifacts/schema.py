@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -77,6 +77,8 @@ class ModelSchema:
     # (input of the model, width) of each part of the dense columns, in order; empty where all are float_features'.
     matrices: tuple[tuple[str, int], ...] = ()
     nan_columns: tuple[int, ...] = ()  # of the D, rising: those in which NaN is a value, that of a missing number
+    # int32 or int64: what the model was said to be given, where it takes both; clients need not know.
+    ids: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_dim, bool) or not isinstance(self.dense_dim, int) or self.dense_dim < 0:
@@ -84,6 +86,8 @@ class ModelSchema:
         if not self.features and not self.dense_dim:
             raise ArtifactError("the model has neither dense columns nor sparse features; nothing tells its rows")
         self._check_groups()
+        if self.ids not in ("", "int32", "int64"):
+            raise ArtifactError(f"ids must be int32 or int64, not {_shown(self.ids)}")
         names = [feature.name for feature in self.features]
         if len(set(names)) != len(names):
             raise ArtifactError("two sparse features share one name")
@@ -225,13 +229,15 @@ class ModelSchema:
             plain["matrices"] = [list(part) for part in self.matrices]
         if self.nan_columns:
             plain["nan_columns"] = list(self.nan_columns)
+        if self.ids:
+            plain["ids"] = self.ids
         return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelSchema:
         """The inverse of to_dict. Raises ArtifactError on anything missing, unknown or of a wrong type."""
         try:
-            if set(data) - {"widths", "matrices", "nan_columns"} != {"dense_dim", "features", "tasks"}:
+            if set(data) - {"widths", "matrices", "nan_columns", "ids"} != {"dense_dim", "features", "tasks"}:
                 raise ArtifactError(f"a schema has dense_dim, features and tasks, not {_shown(sorted(data))}")
             widths = data.get("widths", [])
             return cls(
@@ -241,6 +247,7 @@ class ModelSchema:
                 widths=tuple(widths) if isinstance(widths, list) else (widths,),
                 matrices=tuple((key, width) for key, width in data.get("matrices", [])),
                 nan_columns=tuple(data.get("nan_columns", [])),
+                ids=data.get("ids", ""),
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the schema is damaged: {first_line(error)}") from None

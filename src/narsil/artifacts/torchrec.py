@@ -94,16 +94,18 @@ class ModuleReading:
     readings: Readings | None  # None where the model could not be run here
 
 
-def derive_schema(path: Path, dense_dim: int | Mapping[str, int] | None = None) -> tuple[ModelSchema, str]:
+def derive_schema(
+    path: Path, dense_dim: int | Mapping[str, int] | None = None, ids: str = ""
+) -> tuple[ModelSchema, str]:
     """The schema of a TorchScript file, and its device (cpu or cuda:N). Raises ArtifactError."""
-    return schema_of(load_torchscript(path, "cpu"), path.name, dense_dim)
+    return schema_of(load_torchscript(path, "cpu"), path.name, dense_dim, ids)
 
 
 def schema_of(
-    module: Any, name: str = "the module", dense_dim: int | Mapping[str, int] | None = None
+    module: Any, name: str = "the module", dense_dim: int | Mapping[str, int] | None = None, ids: str = ""
 ) -> tuple[ModelSchema, str]:
     """The schema and the device of a loaded ScriptModule. Raises ArtifactError."""
-    reading = read_module(module, name, dense_dim)
+    reading = read_module(module, name, dense_dim, ids=ids)
     return reading.schema, reading.device
 
 
@@ -112,17 +114,22 @@ def read_module(
     name: str = "the module",
     dense_dim: int | Mapping[str, int] | None = None,
     interface: Interface | None = None,
+    ids: str = "",
 ) -> ModuleReading:
     """All of it. ``dense_dim``: the number of dense columns, where the model does not say (of the first matrix, or by
-    name); ``interface``: the module's, where its graph has been rewritten since. Raises ArtifactError."""
+    name); ``interface``: the module's, where its graph has been rewritten since; ``ids``: int32 or int64, which it is
+    given. Raises ArtifactError."""
     try:
-        return _read(module, name, dense_dim, interface or interface_of(module, name))
+        reading = _read(module, name, dense_dim, interface or interface_of(module, name), ids)
+        return replace(reading, schema=replace(reading.schema, ids=ids))
     except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         # Built as no TorchRec builds it.
         raise ArtifactError(f"{name} is not built as TorchRec's packager builds it: {first_line(error)}") from None
 
 
-def _read(module: Any, name: str, dense_dim: int | Mapping[str, int] | None, interface: Interface) -> ModuleReading:
+def _read(
+    module: Any, name: str, dense_dim: int | Mapping[str, int] | None, interface: Interface, ids: str
+) -> ModuleReading:
     tbes = table_operators(module)
     for tbe in tbes:
         check_tables(tbe, name)
@@ -137,7 +144,7 @@ def _read(module: Any, name: str, dense_dim: int | Mapping[str, int] | None, int
                 f"was packaged for {device}; {_ELSEWHERE}"
             )
         return ModuleReading(_static_schema(tbes, interface, name), device, Binding(), None)
-    return _probed(module, tbes, name, interface, columns, groups, device, dense_dim)
+    return _probed(module, tbes, name, interface, columns, groups, device, dense_dim, ids)
 
 
 def _inputs(interface: Interface, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -174,6 +181,7 @@ def _probed(
     groups: Sequence[str],
     device: str,
     given: int | Mapping[str, int] | None,
+    ids: str,
 ) -> ModuleReading:
     from narsil.artifacts.probing import Takes, lone_columns, probe
 
@@ -196,8 +204,12 @@ def _probed(
     width = widths.pop(sought, None) if sought is not None else None
     takes = Takes(sought, taken, device, widths, interface.joined)
     found = probe(forward, takes, width, _table_of(tbes, name), name)
+    if ids == "int64" and not found.wide_ids:
+        found = probe(forward, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
     wide = None
-    if not found.wide_ids and (found.readings.unknown_ids or _all_narrow(found.readings)):
+    if ids == "int32" and found.wide_ids:
+        raise ArtifactError(f"{name}: forward takes int64 ids alone; leave out --ids, or give int64")
+    if not ids and not found.wide_ids and (found.readings.unknown_ids or _all_narrow(found.readings)):
         with contextlib.suppress(ArtifactError):
             wide = probe(forward, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
     if wide is not None and not wide.readings.unknown_ids:
@@ -276,8 +288,8 @@ def _chosen(narrow: Probed, wide: Probed, interface: Interface, name: str) -> Pr
         shown = names[feature] if interface.joined else interface.features[group][feature]
         raise ArtifactError(
             f"{name}: what forward does to the ids of {shown} wraps around where they are int32, and leads to other "
-            "rows where they are int64; nothing says which it was trained with: convert ids in the model before that, "
-            "with ids.long() or ids.int()"
+            "rows where they are int64; nothing says which it was trained with: say it with --ids int32 or int64, or "
+            "convert ids in the model before that, with ids.long() or ids.int()"
         )
     return narrow
 

@@ -77,7 +77,7 @@ class TorchScriptBackend(Backend):
                 log.warning("linear layers stay with torch's own kernels: oneDNN's failed (%s)", first_line(error))
                 module = load_torchscript(script, device)  # without what the rewriting had begun
         # The manifest's row counts bound the ids that are let in: they must be the tables' own.
-        reading = read_module(module, script.name, artifact.schema.given_widths, interface)
+        reading = read_module(module, script.name, artifact.schema.given_widths, interface, artifact.schema.ids)
         if reading.schema != artifact.schema:
             raise ArtifactError(
                 f"{script} and its manifest describe different models: "

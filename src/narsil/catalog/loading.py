@@ -40,7 +40,12 @@ def load_model(
 ) -> tuple[ServedModel, Watch]:
     """The settings' artifact, loaded once and shared by as many backends as there are lanes, and what tells when its
     files change. It is served by its own name and version where none are given. Raises NarsilError."""
-    artifact = open_artifact(settings.served, verify=settings.verify_checksums, dense_dim=settings.dense_dim or None)
+    artifact = open_artifact(
+        settings.served,
+        verify=settings.verify_checksums,
+        dense_dim=settings.dense_dim or None,
+        ids="" if settings.ids == "auto" else settings.ids,
+    )
     picked = artifact.schema.picking(settings.tasks) if settings.tasks else None
     backend = _loaded(artifact, settings, tune_kernels=settings.tune_kernels)
     log.info("loaded %s with the %s backend", settings.served, backend.name)

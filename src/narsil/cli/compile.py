@@ -11,7 +11,7 @@ from narsil.artifacts.compiled_info import Deviation
 from narsil.artifacts.replacing import check_out
 from narsil.cli.deviations import deviation_lines
 from narsil.cli.libraries import check_torch
-from narsil.cli.options import FiniteRange, GivenPath, dense_dim_option
+from narsil.cli.options import FiniteRange, GivenPath, dense_dim_option, ids_option
 from narsil.cli.package import show_progress
 from narsil.compile.options import ENGINE_CHOICES, PRECISIONS
 
@@ -51,6 +51,7 @@ __all__ = ["command"]
     "twice what the artifact itself deviates from float64]",
 )
 @dense_dim_option
+@ids_option
 def command(
     model: Path,
     out: Path,
@@ -60,6 +61,7 @@ def command(
     calibration: Path | None,
     max_deviation: float | None,
     dense_dim: int | dict[str, int] | None,
+    ids: str,
 ) -> None:
     """Compile the model at MODEL for this machine.
 
@@ -73,7 +75,7 @@ def command(
     from narsil.compile.calibration import load_calibration
     from narsil.compile.compiler import compile_artifact
 
-    source = open_artifact(model, dense_dim=dense_dim)
+    source = open_artifact(model, dense_dim=dense_dim, ids="" if ids == "auto" else ids)
     rows = None if calibration is None else load_calibration(calibration, source.schema)
     with show_progress() as report:
         artifact, cached = compile_artifact(

@@ -13,7 +13,7 @@ from narsil.artifacts.arguments import unfilled
 from narsil.artifacts.artifact import Artifact, model_file, open_artifact
 from narsil.artifacts.schema import ModelSchema
 from narsil.cli.libraries import check_torch
-from narsil.cli.options import GivenPath, dense_dim_option
+from narsil.cli.options import GivenPath, dense_dim_option, ids_option
 from narsil.engine.missing import shown
 from narsil.errors import ArtifactError, ConfigError
 
@@ -34,6 +34,7 @@ _SHOWN_FEATURES = 40
 )
 @click.option("--overwrite", is_flag=True, help="With --write-schema: replace a schema file that is there.")
 @dense_dim_option
+@ids_option
 def command(
     path: Path,
     as_json: bool,
@@ -41,6 +42,7 @@ def command(
     write_schema: bool,
     overwrite: bool,
     dense_dim: int | dict[str, int] | None,
+    ids: str,
 ) -> None:
     """Print the schema that the artifact at PATH expects, and check its files. Exits with 1 where one is not whole."""
     if write_schema:
@@ -48,7 +50,7 @@ def command(
         return
     if overwrite:
         raise ConfigError("--overwrite means something beside --write-schema alone; leave it out")
-    artifact = open_artifact(path, verify=not no_verify, dense_dim=dense_dim)
+    artifact = open_artifact(path, verify=not no_verify, dense_dim=dense_dim, ids="" if ids == "auto" else ids)
     described = _describe(artifact, verified=not no_verify)
     if as_json:
         click.echo(json.dumps(described, indent=1))

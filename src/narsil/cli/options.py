@@ -10,7 +10,7 @@ import click
 
 from narsil.config import widths_in
 
-__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText", "GivenWidths", "dense_dim_option"]
+__all__ = ["SECONDS", "SEED", "FiniteRange", "GivenPath", "GivenText", "GivenWidths", "dense_dim_option", "ids_option"]
 
 
 class FiniteRange(click.FloatRange):
@@ -63,6 +63,14 @@ class GivenWidths(click.types.StringParamType):
 
 SECONDS = FiniteRange(0, 86_400, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
+
+ids_option = click.option(
+    "--ids",
+    type=click.Choice(["auto", "int32", "int64"]),
+    default="auto",
+    help="What a TorchScript file without a manifest is given as ids, where it would look others up in the other.  "
+    "[default: auto, as it says]",
+)
 
 dense_dim_option = click.option(
     "--dense-dim",

@@ -130,7 +130,7 @@ class Core(nn.Module):
 def read_model(module: Any, schema: ModelSchema, name: str) -> ModuleReading:
     """What a loaded ScriptModule does, whose schema must be this one. Raises ArtifactError."""
     reading = read_module(
-        module, name, schema.given_widths
+        module, name, schema.given_widths, ids=schema.ids
     )  # also holds every table's rows against the bytes there are
     if reading.schema != schema:
         raise ArtifactError(f"{name} and its manifest describe different models; package the model again")

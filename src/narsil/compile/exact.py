@@ -33,7 +33,7 @@ def exact_scorer(source: Artifact, reading: ModuleReading | None = None) -> Exac
         reading = reading_of(source.torchscript, source.arguments)
     elif reading is None:
         module = load_torchscript(source.torchscript, "cpu")
-        reading = read_module(module, source.torchscript.name, source.schema.given_widths)
+        reading = read_module(module, source.torchscript.name, source.schema.given_widths, ids=source.schema.ids)
     readings = reading.readings
     program = None if readings is None else readings.program
     if program is None or not set(source.schema.tasks) <= set(program.outputs):
