@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -14,10 +15,15 @@ from torch import nn
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.signatures import reading_of
 from narsil.backends.registry import load_backend
+from narsil.bench.servers import narsil_server
+from narsil.bench.workload import narsil_body, predictor_body, score_reader
+from narsil.client import Client
 from narsil.compile.exact import ExactScorer
-from narsil.dataflow import Batch
+from narsil.dataflow import Batch, Features, OneHot
 from narsil.engine.independence import dependence
-from narsil.errors import ArtifactError, ForwardFailed
+from narsil.errors import ArtifactError, ForwardFailed, InvalidRequest
+from narsil.transports.codec import narsil_v1, predictor
+from tests.support import PATIENCE_S, unary
 
 pytest.importorskip("fbgemm_gpu")
 
@@ -238,3 +244,30 @@ def test_a_bag_of_several_ids_is_told_whatever_let_it_in(tmp_path: Path) -> None
     batch = Batch(2, np.zeros((2, DENSE), np.float32), lengths, np.zeros(7, np.int32), one_hot=False)
     with pytest.raises(ForwardFailed, match="feature b, row 1: 2 ids, where the model takes exactly one"):
         load_backend(open_artifact(file)).run(batch)
+
+
+def test_a_server_gives_the_same_scores_and_tells_what_a_row_must_hold(tmp_path: Path) -> None:
+    kind = ByRow
+    file, model = written(kind, tmp_path, exported=True)
+    batch = batch_of(kind, 6)
+    ids = batch.values.reshape(3, 6)
+    with torch.inference_mode():
+        wanted = model(*arguments_of(kind, batch)).numpy()
+    with narsil_server(file, lanes=1) as server, grpc.insecure_channel(server.address) as channel:
+        client = Client(server.address)
+        assert client.model(timeout=PATIENCE_S).schema == open_artifact(file).schema
+        found = [client.predict(batch.dense, ids.T.copy(), timeout=PATIENCE_S).scores["default"]]
+        features = Features(6, batch.dense, OneHot(ids))
+        for wire, write, method in (
+            ("predictor", predictor_body, predictor.METHOD),
+            ("narsil", narsil_body, narsil_v1.METHOD),
+        ):
+            reply = unary(channel, method)(write(features), timeout=PATIENCE_S)
+            found.append(score_reader(wire, "default")(reply))  # type: ignore[arg-type]
+        lengths = np.ones((6, 3), np.int32)
+        lengths[4, 1] = 2
+        with pytest.raises(InvalidRequest, match="feature b, row 4: 2 ids, where the model takes exactly one"):
+            client.predict(batch.dense, np.zeros(19, np.int32), lengths, timeout=PATIENCE_S)
+        client.close()
+    for scores in found:
+        np.testing.assert_allclose(scores, wanted, rtol=1e-6, atol=1e-6)
