@@ -539,6 +539,63 @@ def test_ids_of_one_feature_are_not_taken_for_another_s(loops):
         assert (loop.portable(oip_messages.METHOD, body) is not None) == read
 
 
+def reshaped(request: Any, place: int, *sizes: int) -> None:
+    request.inputs[place].shape[:] = sizes
+
+
+def renamed(request: Any, place: int, name: str) -> None:
+    request.inputs[place].name = name
+
+
+def added(request: Any, name: str, *sizes: int) -> None:
+    request.inputs.add(name=name, datatype="INT64", shape=sizes)
+    request.raw_input_contents.append(bytes(8 * int(np.prod(sizes))))
+
+
+FOUR = [feature.name for feature in SCHEMA.features]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: reshaped(r, 1, 4, 2**62 + 1),  # 4 numbers, in 64 bits alone
+        lambda r: reshaped(r, 1, 4, 1, 1),
+        lambda r: reshaped(r, 1),
+        lambda r: reshaped(r, 1, -4, -1),
+        lambda r: reshaped(r, 0, 3, 4),
+        lambda r: reshaped(r, 0, 12),
+        lambda r: added(r, "ids", 4, 4),
+        lambda r: added(r, "ids.values", 0),
+        lambda r: added(r, FOUR[0] + ".values", 4),
+        lambda r: added(r, FOUR[0] + ".lengths", 4),
+        lambda r: added(r, FOUR[0] + ".weights", 4),
+        lambda r: renamed(r, 1, FOUR[0] + ".values"),
+        lambda r: renamed(r, 1, FOUR[1]),
+        lambda r: renamed(r, 0, "other"),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_left_to_the_portable_codec_which_refuses_them(loops, change):
+    loop = loops["narrow"]
+    request = oip_request(np.zeros((4, 3)), np.zeros((4, 4), int), by_feature=True)
+    assert loop.decode(oip_messages.METHOD, request.SerializeToString()) is not None
+    change(request)
+    assert loop.decode(oip_messages.METHOD, request.SerializeToString()) is None
+    assert loop.portable(oip_messages.METHOD, request.SerializeToString()) is None
+
+
+@pytest.mark.parametrize("values", ["ids", "id_list_features", "id_score_list_features"])
+@pytest.mark.parametrize("lengths", ["ids", "id_list_features", "id_score_list_features"])
+def test_values_and_lengths_of_two_forms_do_not_go_together(loops, values, lengths):
+    loop = loops["narrow"]
+    request = oip_request(np.zeros((4, 3)), np.zeros((4, 4), int))
+    del request.inputs[1], request.raw_input_contents[1]
+    added(request, values + ".values", 0)
+    added(request, lengths + ".lengths", 4, 4)  # as many rows as features, so that both layouts fit
+    read = values == lengths
+    assert (loop.decode(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+    assert (loop.portable(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+
+
 def test_a_call_says_what_it_holds_beside_its_message(loops):
     loop, ids = loops["narrow"], np.zeros((5, 4), int)
     for by_feature, copied in ((False, 0), (True, 5 * 4 * 8)):
