@@ -80,6 +80,18 @@ def test_several_ids_for_each_row_of_a_feature():
     assert found[0] == [[int(i)] for i in ids()[:, 0]]
 
 
+def test_empty_bags_are_bounded_as_if_their_lengths_had_come():
+    schema = replace(SCHEMA, dense_dim=0)
+    for rows, most in ((100, 1600), (101, 1600)):
+        parts = [tensor(feature.name, np.empty((rows, 0), np.int64)) for feature in SCHEMA.features]
+        limits = RequestLimits(max_rows=1000, max_bytes=most)
+        if rows == 100:
+            assert bags(read(*parts, schema=schema, limits=limits)) == [[[]] * rows] * T
+            continue
+        with pytest.raises(InvalidRequest, match=r"101 rows of 4 features have 404 bags; in 1600 bytes"):
+            read(*parts, schema=schema, limits=limits)
+
+
 @pytest.mark.parametrize("kind", ["INT32", "INT64"])
 def test_bags_of_all_features_row_by_row(kind):
     values, lengths, expected = jagged_case()

@@ -214,6 +214,12 @@ def _key_major_bags(given: _Given, rows: int, schema: ModelSchema, limits: Reque
 
 def _ids_of_features(given: _Given, rows: int, schema: ModelSchema, limits: RequestLimits) -> OneHot | Jagged:
     """A tensor for each feature; where all hold one id for each row, one array of them."""
+    bags = rows * schema.num_features
+    if 4 * bags > limits.max_bytes:  # of shapes [B, 0] a few bytes would ask for any number
+        raise InvalidRequest(
+            f"{rows} rows of {schema.num_features} features have {bags} bags; in {limits.max_bytes} bytes "
+            f"(--max-message-bytes) there is room for the lengths of {limits.max_bytes // 4}. {limits.advice}"
+        )
     parts = [_bags_of(given, feature.name, rows) for feature in schema.features]
     for feature, (ids, _, weighs) in zip(schema.features, parts, strict=True):
         # Held against all ids together, one's weights could weigh another's.
