@@ -25,9 +25,9 @@ from narsil.dataflow import Batch, Scores
 from narsil.engine.served_model import ServedModel
 from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.extension import AVAILABLE
-from narsil.server import Server
+from narsil.server import Server, make_transport
 from narsil.transports.grpc_aio import GrpcAioTransport
-from tests.support import PATIENCE_S, SCHEMA
+from tests.support import PATIENCE_S, SCHEMA, engine_with
 
 TRANSPORTS = ["grpcio", pytest.param("native", marks=pytest.mark.skipif(not AVAILABLE, reason="not built"))]
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -224,6 +224,15 @@ def test_a_file_that_is_merely_replaced_is_told_and_the_model_is_served_on(monke
         signal.raise_signal(signal.SIGTERM)
 
     assert live(monkeypatch, meanwhile, watch=watch) == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("asked", [False, True])
+def test_shared_memory_is_served_where_it_is_asked_for(transport, asked):
+    given: dict[str, Any] = {"model": "m", "transport": transport, "shared_memory": asked}
+    with engine_with() as engine:
+        made: Any = make_transport(engine, ServeSettings(**given))
+    assert made._options.shared_memory is asked
 
 
 @pytest.mark.parametrize(
