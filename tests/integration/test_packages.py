@@ -16,8 +16,10 @@ import torch
 
 from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.pt2 import check_layout, is_package
+from narsil.backends.aoti import Library
 from narsil.backends.packages import load_packaged
 from narsil.backends.registry import load_backend
+from narsil.compile.compiler import compile_artifact
 from narsil.engine.independence import dependence
 from narsil.errors import ArtifactError
 from tests.fixtures_compiled import needs_compiler
@@ -211,6 +213,23 @@ def test_a_package_without_its_library_is_told(torchrec_file: Path) -> None:
     changed(torchrec_file, lambda name, data: None if name.endswith(".so") else data)
     with pytest.raises(ArtifactError, match="holds 0 libraries where one is expected"):
         load_backend(open_artifact(torchrec_file))
+
+
+def test_code_without_its_weights_is_told(torchrec_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = load_packaged(torchrec_file).weight_bytes()
+    assert needed >= 4 * 8 * (50 + 60 + 70)
+    monkeypatch.setattr(Library, "embedded", lambda library: needed - 1)
+    with pytest.raises(ArtifactError, match="does not hold its weights in its code"):
+        load_backend(open_artifact(torchrec_file))
+    monkeypatch.setattr(Library, "embedded", lambda library: needed)
+    load_backend(open_artifact(torchrec_file)).close()
+
+
+def test_a_package_is_not_compiled_again(tmp_path: Path) -> None:
+    file = archive(tmp_path, [("p/data/aotinductor/model/x.so", b"")])
+    write_schema(file, flat_inputs())
+    with pytest.raises(ArtifactError, match="is compiled already; serve it as it is"):
+        compile_artifact(open_artifact(file), tmp_path / "out")
 
 
 def test_nothing_stays_behind(torchrec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

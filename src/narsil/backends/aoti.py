@@ -62,6 +62,17 @@ class Library:
             return "see standard error"
         return last_line(RuntimeError(text.value.decode("utf-8", "replace")))
 
+    def embedded(self) -> int:
+        """The bytes of weights that lie in the library itself; 0 where it does not say."""
+        try:
+            start, end = (
+                ctypes.addressof(ctypes.c_char.in_dll(self._code, f"_binary_constants_bin_{edge}"))
+                for edge in ("start", "end")
+            )
+        except ValueError:
+            return 0
+        return end - start
+
     def asked(self, container: c_void_p, function: str, kinds: Sequence[Any], *arguments: Any) -> list[Any]:
         """What a function of the interface tells of a container: a value of each of these ctypes' kinds. Raises
         ArtifactError."""

@@ -77,6 +77,11 @@ class Packaged:
             found[(name or b"").decode("utf-8", "replace") or str(at)] = size // _BYTES.get(kind, 1)
         return found
 
+    def weight_bytes(self) -> int:
+        """How many bytes the tensors have that the code needs."""
+        count = range(*self._container.asked("GetNumConstants", c_size_t))
+        return sum(self._container.asked("GetConstantDataSize", c_size_t, of=at)[0] for at in count)
+
     def _specification(self) -> tuple[Any, Any]:
         """(of the inputs, as JSON; of the outputs, as a pytree). Raises ArtifactError."""
         from torch.utils import _pytree as pytree
@@ -135,7 +140,14 @@ def _loaded(path: Path) -> Packaged:
     if size < _MAPS_ITSELF:
         # It is mapped: nothing of it stays behind, however the process ends.
         folder.cleanup()
-    return Packaged(loaded, folder)
+    packaged = Packaged(loaded, folder)
+    if size < _MAPS_ITSELF and loaded.embedded() < packaged.weight_bytes():
+        packaged.close()
+        raise ArtifactError(
+            f"{path} does not hold its weights in its code, as package_constants_in_so has it; compile it again with "
+            "that on, or serve the torch.export program that it was compiled from"
+        )
+    return packaged
 
 
 def _require_checks(path: Path, library: Path) -> None:
