@@ -596,6 +596,43 @@ def test_values_and_lengths_of_two_forms_do_not_go_together(loops, values, lengt
     assert (loop.portable(oip_messages.METHOD, request.SerializeToString()) is not None) == read
 
 
+def test_an_output_that_is_asked_for_twice_is_left_to_the_portable_codec_which_refuses_it(loops):
+    loop = loops["several"]
+    for asked, read in (("ab", True), ("aa", False)):
+        request = oip_request(np.zeros((1, 3)), np.zeros((1, 4), int))
+        for task in asked:
+            request.outputs.add(name=task)
+        assert (loop.decode(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+        assert (loop.portable(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+
+
+@pytest.mark.parametrize(("last", "read"), [(2**31 - 1, True), (-1, False)])
+def test_ids_of_32_bits_keep_their_sign_beside_ids_of_64(loops, last, read):
+    loop = loops["wide"]
+    request = inference_pb2.ModelInferRequest()
+    for name, kind, values in (
+        ("dense", "FP32", np.zeros((1, 2), "<f4")),
+        ("small", "INT64", np.zeros(1, "<i8")),
+        ("vast", "INT32", np.array([last], "<i4")),
+    ):
+        request.inputs.add(name=name, datatype=kind, shape=values.shape)
+        request.raw_input_contents.append(values.tobytes())
+    assert (loop.decode(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+    assert (loop.portable(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+
+
+@pytest.mark.parametrize(("shape", "read"), [([2, 1], True), ([2], False), ([2, 1, 1], False)])
+def test_one_dense_column_is_a_matrix_too(tmp_path, shape, read):
+    loop = Loop(ModelSchema(dense_dim=1, features=(Feature("a", "t", rows=9, dim=4),)), str(tmp_path / "plane"))
+    request = inference_pb2.ModelInferRequest()
+    request.inputs.add(name="dense", datatype="FP32", shape=shape)
+    request.inputs.add(name="a", datatype="INT64", shape=[2])
+    request.raw_input_contents.extend([bytes(8), bytes(16)])
+    assert (loop.decode(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+    assert (loop.portable(oip_messages.METHOD, request.SerializeToString()) is not None) == read
+    loop.close()
+
+
 def test_a_call_says_what_it_holds_beside_its_message(loops):
     loop, ids = loops["narrow"], np.zeros((5, 4), int)
     for by_feature, copied in ((False, 0), (True, 5 * 4 * 8)):
@@ -607,9 +644,11 @@ def test_a_call_says_what_it_holds_beside_its_message(loops):
         loop.end(call)
 
 
-@pytest.mark.parametrize("names", ["dense", "ids", "a.values", "a.lengths", "a.weights", "id_list_features.values"])
-def test_of_features_that_are_named_as_other_tensors_are_the_portable_codec_reads_the_request(tmp_path, names):
-    features = tuple(Feature(name, "t", rows=9, dim=4) for name in ("a", names))
+@pytest.mark.parametrize(
+    "name", ["dense", "ids", "a.values", "a.lengths", "a.weights", "id_list_features.values", "b.values"]
+)
+def test_of_features_that_are_named_as_other_tensors_are_the_portable_codec_reads_the_request(tmp_path, name):
+    features = tuple(Feature(each, "t", rows=9, dim=4) for each in ("a", name))
     loop = Loop(ModelSchema(dense_dim=0, features=features), str(tmp_path / "plane"))
     request = inference_pb2.ModelInferRequest()
     for feature in features:
