@@ -81,9 +81,9 @@ class Encoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: Any) -> None:
+    def __init__(self, kind: Any, **how: Any) -> None:
         super().__init__()
-        self.cells = kind(DIM, 5, batch_first=True)
+        self.cells = kind(DIM, 5, batch_first=True, **how)
 
     def forward(self, x: Any) -> Any:
         return self.cells(x.view(-1, 6, 4))[0]
@@ -138,6 +138,9 @@ TURNED: dict[str, Callable[[Any], Any]] = {
     "encoder, norms first": seeded(lambda: Encoder(norm_first=True, activation="gelu")),
     "gru": seeded(lambda: Recurrent(nn.GRU)),
     "rnn": seeded(lambda: Recurrent(nn.RNN)),
+    "lstm": seeded(lambda: Recurrent(nn.LSTM)),
+    "lstm both ways": seeded(lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2)),
+    "gru both ways": seeded(lambda: Recurrent(nn.GRU, bidirectional=True)),
 }  # fmt: skip
 
 

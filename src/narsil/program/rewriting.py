@@ -150,9 +150,47 @@ def _in_groups(
     return (made if bias is None else made + bias.reshape(across)), None, None
 
 
+_LSTM = 2  # mode
+
+
+def _remembered(
+    source: Tensor,
+    weight0: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    weight3: Tensor,
+    hx_: Tensor,
+    cx_: Tensor,
+    reverse: bool,
+    batch_sizes: Any,
+    mode: int,
+    hidden_size: int,
+    num_layers: int,
+    has_biases: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    train: bool,
+) -> Any:
+    """aten.mkldnn_rnn_layer: one layer of an LSTM over (L, B, I), in one direction."""
+    if mode != _LSTM or len(batch_sizes) or train:
+        return None
+    hidden, cell = (part.reshape(source.shape[1], hidden_size) for part in (hx_, cx_))
+    made = []
+    places = range(source.shape[0])
+    for place in reversed(places) if reverse else places:
+        gates = functional.linear(source[place], weight0, weight2) + functional.linear(hidden, weight1, weight3)
+        taken, kept, new, given = gates.chunk(4, 1)
+        cell = torch.sigmoid(kept) * cell + torch.sigmoid(taken) * torch.tanh(new)
+        hidden = torch.sigmoid(given) * torch.tanh(cell)
+        made.append(hidden)
+    output = torch.stack(made[::-1] if reverse else made)
+    return output, hidden.reshape(hx_.shape), cell.reshape(cx_.shape), None
+
+
 REWRITTEN: dict[str, Callable[..., Any]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._native_multi_head_attention": _heads_of,
     "aten._transformer_encoder_layer_fwd": _encoded,
     "aten.native_group_norm": _in_groups,
+    "aten.mkldnn_rnn_layer": _remembered,
 }
