@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
+from click.testing import CliRunner
 from pydantic_core import PydanticUndefined
 
 from narsil.cli import COMMANDS
@@ -95,7 +96,15 @@ def test_the_readme_s_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("[")
 
 
-def test_the_readme_s_row_is_json_and_names_features_of_the_demo_model() -> None:
-    (line,) = re.findall(r'^    (\{"dense".*\})$', read("README.md"), re.MULTILINE)
-    names = {feature.name for feature in DlrmConfig().schema.features}
-    assert set(json.loads(line)["sparse"]) <= names
+def test_the_readme_s_rows_are_taken_by_the_demo_model(tmp_path, monkeypatch) -> None:
+    first, second = re.findall(r"^    narsil predict (--.*)$", read("README.md"), re.MULTILINE)
+    arguments, _, file = first.partition(" > ")
+    monkeypatch.chdir(tmp_path)
+    predict = importlib.import_module("narsil.cli.predict").command
+    with engine_with(schema=DlrmConfig().schema) as engine, grpc_server(engine) as address:
+        printed = CliRunner().invoke(predict, ["--target", address, *shlex.split(arguments)])
+        assert printed.exit_code == 0, printed.output
+        (tmp_path / file).write_text(printed.stdout)
+        scored = CliRunner().invoke(predict, ["--target", address, *shlex.split(second)])
+    assert scored.exit_code == 0, scored.output
+    assert [set(json.loads(line)) for line in scored.stdout.splitlines()] == [{"default"}] * 2
