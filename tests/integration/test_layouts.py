@@ -22,6 +22,8 @@ from narsil.compile.exact import ExactScorer
 from narsil.dataflow import Batch, Features, OneHot
 from narsil.engine.independence import dependence
 from narsil.errors import ArtifactError, ForwardFailed, InvalidRequest
+from narsil.program.singles import _features
+from narsil.program.values import Unread
 from narsil.transports.codec import narsil_v1, predictor
 from tests.support import PATIENCE_S, unary
 
@@ -218,6 +220,16 @@ def test_their_programs_are_read(tmp_path: Path, kind: type[nn.Module], exported
             *(part.double() if at == 0 else part for at, part in enumerate(arguments_of(kind, batch)))
         )
     np.testing.assert_allclose(np.reshape(found, -1), wanted.numpy(), rtol=1e-9)
+
+
+def test_the_first_ids_of_longer_bags_are_not_those_of_the_rows() -> None:
+    once, longer = np.ones((2, 3), np.int64), np.array([[1, 1, 1], [2, 1, 1]])
+    places = torch.arange(3, 6)  # of the second feature
+    assert _features(places, once, 3) == (1,)
+    assert _features(torch.stack([places, torch.arange(3)], 1), once, 3) == (1, 0)
+    for given, lengths in ((places, longer), (places.flip(0), once), (places[:2], once)):
+        with pytest.raises(Unread):
+            _features(given, lengths, 3)
 
 
 def test_a_larger_table_than_the_models_is_told(tmp_path: Path) -> None:
