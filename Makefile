@@ -92,8 +92,9 @@ $(SETUP): pyproject.toml setup.py constraints.txt $(PROTOS) $(NATIVE_SOURCES) \
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[cpu,onnx,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchrec tensordict torchmetrics \
 	  tqdm pyre-extensions pyvers cloudpickle importlib_metadata orjson typing_inspect
-	# Triton's client asks for an older protobuf than the tests do, and runs with theirs.
+	# Triton's client asks for an older protobuf than the tests do, and runs with theirs. What it needs for HTTP follows.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt tritonclient python-rapidjson
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt geventhttpclient aiohttp
 	@$(BIN)/python -c 'from narsil.extension import MISSING; MISSING and print("without the native data plane:", MISSING)'
 	@touch $@
 

@@ -59,6 +59,8 @@ _IDLE_VALUES: dict[str, Any] = {
     "batch_size": 1,
     "batch_timeout_ms": 0.0,
     "copy_tables": False,
+    "http_connections": 1024,
+    "http_host": "127.0.0.1",
     "intra_op_threads": 1,
     "model_control": "none",
     "model_name": "",
@@ -125,6 +127,11 @@ class ServeSettings(BaseModel):
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, or unix:PATH.")
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    http_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the Open Inference Protocol over HTTP; 0: any free one. Unset: none."
+    )
+    http_host: str = Field("127.0.0.1", min_length=1, description="Address that HTTP listens on.")
+    http_connections: int = Field(1024, ge=1, le=65536, description="HTTP connections at a time.")
     max_queue_requests: int = Field(1024, ge=1, description="Requests that may wait; more are refused at once.")
     max_queue_rows: int = Field(131_072, ge=1, description="Rows that may wait.")
     max_queue_ids: int = Field(1 << 24, ge=1, le=(1 << 31) - 1, description="Sparse ids that may wait.")
@@ -292,6 +299,8 @@ class ServeSettings(BaseModel):
             ("batch_timeout_ms", worker, "execution_mode worker"),
             ("batch_timeout_ms", self.batch_size == 1, "batch_size 1"),
             ("copy_tables", backend == "torch", "the torch backend, which maps no file"),
+            ("http_connections", self.http_port is None, "no http_port"),
+            ("http_host", self.http_port is None, "no http_port"),
             ("intra_op_threads", on_gpu, f"device {self.device}"),
             ("max_resets_per_second", transport == "grpcio", "transport grpcio"),
             ("model_control", self.repository is None, "model, which is one that stays"),

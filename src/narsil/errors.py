@@ -1,4 +1,4 @@
-"""Every error that Narsil raises on purpose, and the one table that maps them to the wires.
+"""Every error that Narsil raises on purpose, and the one table that maps them to the wires' codes.
 
     NarsilError
     ├── ConfigError            a setting is wrong or unknown                 at start
@@ -23,11 +23,13 @@ A message names the feature, the row and the limit, so that the caller can mend 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 __all__ = [
     "STATUS",
     "ArtifactError",
     "Cancelled",
+    "Codes",
     "ConfigError",
     "DeadlineExceeded",
     "DeviceUnavailable",
@@ -43,6 +45,7 @@ __all__ = [
     "RequestError",
     "Unavailable",
     "first_line",
+    "http_status_of",
     "last_line",
     "meant_by",
     "status_of",
@@ -119,17 +122,25 @@ class ForwardFailed(RequestError):
 
 _MOST_QUOTED = 500  # characters of a foreign error
 
-# Error class -> gRPC status code, as in google.rpc.Code. The only such table.
-STATUS: dict[type[RequestError], int] = {
-    InvalidRequest: 3,
-    ModelNotFound: 5,
-    Refused: 9,
-    QueueFull: 8,
-    MessageTooLarge: 8,  # gRPC's own choice; told from QueueFull by its text, see meant_by
-    DeadlineExceeded: 4,
-    Cancelled: 1,
-    Unavailable: 14,
-    ForwardFailed: 13,
+
+class Codes(NamedTuple):
+    """What an error is on the wires."""
+
+    grpc: int  # as in google.rpc.Code
+    http: int  # as in RFC 9110
+
+
+# The only such table. A class that is not in it has its base's codes.
+STATUS: dict[type[RequestError], Codes] = {
+    InvalidRequest: Codes(3, 400),
+    ModelNotFound: Codes(5, 404),
+    Refused: Codes(9, 400),
+    QueueFull: Codes(8, 429),
+    MessageTooLarge: Codes(8, 413),  # gRPC's own choice; told from QueueFull by its text, see meant_by
+    DeadlineExceeded: Codes(4, 504),
+    Cancelled: Codes(1, 499),  # nobody hears it: the client has gone. As nginx has it in logs
+    Unavailable: Codes(14, 503),
+    ForwardFailed: Codes(13, 500),
 }
 
 
@@ -141,14 +152,14 @@ _TOO_LARGE = re.compile(r"received message larger than max \((\d+) vs\. (\d+)\)"
 def meant_by(code: int, text: str) -> RequestError | None:
     """The error that a gRPC status means, with its text: the inverse of STATUS. None for a code that is not in it."""
     sizes = _TOO_LARGE.search(text)
-    if code == STATUS[MessageTooLarge] and sizes is not None:
+    if code == STATUS[MessageTooLarge].grpc and sizes is not None:
         size, limit = map(int, sizes.groups())
         return MessageTooLarge(
             f"the message has {size} bytes; the server, or a proxy before it, takes {limit} (--max-message-bytes). "
             "Send fewer rows",
             limit,
         )
-    return next((kind(text) for kind, known in STATUS.items() if known == code), None)
+    return next((kind(text) for kind, known in STATUS.items() if known.grpc == code), None)
 
 
 def first_line(error: BaseException) -> str:
@@ -168,4 +179,13 @@ def _quoted(error: BaseException, position: int) -> str:
 
 def status_of(error: RequestError) -> int:
     """The gRPC status code of an error: its class's, or its nearest base class's, in STATUS."""
-    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 2)  # UNKNOWN
+    return _codes_of(error).grpc
+
+
+def http_status_of(error: RequestError) -> int:
+    """The HTTP status code of an error, likewise."""
+    return _codes_of(error).http
+
+
+def _codes_of(error: RequestError) -> Codes:
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), Codes(2, 500))  # UNKNOWN

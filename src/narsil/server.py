@@ -49,15 +49,16 @@ CLOSE_S = 1.0
 
 
 class Server:
-    """Models behind one address."""
+    """Models behind an address, or two."""
 
     _engine: Engine  # from startup on
-    _transport: Transport  # from startup on
+    _transports: tuple[Transport, ...]  # from startup on; the first is gRPC's
     _signals: StopSignals  # from startup on
     _guard: FileGuard  # from startup on
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
+        self.http_address = ""  # from startup on, where HTTP is served
         self._abandoned = False  # no model is left
 
     async def serve(self) -> int:
@@ -81,17 +82,21 @@ class Server:
         self._control = self._model_control()
         await asyncio.to_thread(self._add_model if self._control is None else self._control.load_all)
         settle_process()
-        self._transport = make_transport(self._engine, settings, self._observer, self._observer.model, self._control)
-        self.models.subscribe(self._transport.serve)
+        grpc = make_transport(self._engine, settings, self._observer, self._observer.model, self._control)
+        http = make_http(self._engine, settings, self._observer, self._observer.model)
+        self._transports = (grpc,) if http is None else (grpc, http)
+        for transport in self._transports:
+            self.models.subscribe(transport.serve)
         self._signals = StopSignals()  # from here on there may be something in flight
         try:
-            address = await self._transport.start()
+            addresses = [await transport.start() for transport in self._transports]
         except OSError as error:
             raise ConfigError(str(error)) from None
         self._guard.start()
         if self._control is not None and settings.model_control == "watch":
             self._control.watch()
-        return address
+        self.http_address = "" if http is None else addresses[1]
+        return addresses[0]
 
     def _add_model(self) -> None:
         settings = self.settings
@@ -132,7 +137,8 @@ class Server:
         settings = self.settings
         line = (
             f"narsil: serving {settings.served} on {address} "
-            f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device})"
+            f"({settings.execution_mode} mode, {settings.lane_count} lanes, {settings.device}"
+            f"{f'; HTTP on {self.http_address}' if self.http_address else ''})"
         )
         with writing(1):
             try:
@@ -146,7 +152,8 @@ class Server:
 
         Returns 0, or 1 when work or the last model had to be abandoned.
         """
-        self._transport.retire()
+        for transport in self._transports:
+            transport.retire()
         self._guard.stop()
         if self._control is not None:
             self._control.stop()
@@ -155,7 +162,7 @@ class Server:
         log.info("stopping: finishing what is in flight, at most %.0f s", grace)
         drained = await asyncio.to_thread(self._engine.drain, grace)
         await asyncio.sleep(LINGER_S)
-        await self._transport.stop(CLOSE_S if drained else 0.0)
+        await asyncio.gather(*(transport.stop(CLOSE_S if drained else 0.0) for transport in self._transports))
         for model in self.models.catalog:
             self.models.remove(model)
         log.info("stopped: %s", self._observer.watched())
@@ -242,6 +249,31 @@ def make_transport(
         counts,
         models,
     )
+
+
+def make_http(
+    engine: Engine,
+    settings: ServeSettings,
+    observer: Observer | None = None,
+    counts: Counts = no_counts,
+) -> Transport | None:
+    """HTTP beside the other transport, where the settings ask for it."""
+    if settings.http_port is None:
+        return None
+    from narsil.http.connection import ConnectionLimits
+    from narsil.http.transport import HttpOptions, HttpTransport
+
+    options = HttpOptions(
+        settings.http_host,
+        settings.http_port,
+        settings.max_message_bytes,
+        settings.max_queue_bytes,
+        limits=ConnectionLimits(settings.http_connections, settings.max_metadata_bytes),
+        tls_certificate=settings.tls_certificate,
+        tls_key=settings.tls_key,
+        tls_client_ca=settings.tls_client_ca,
+    )
+    return HttpTransport(engine, options, observer, counts)
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:

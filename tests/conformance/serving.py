@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import http.client
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -16,6 +18,9 @@ from narsil.catalog.catalog import Catalog
 from narsil.dataflow import Features
 from narsil.engine.queue import QueueLimits
 from narsil.engine.served_model import RequestLimits
+from narsil.http.transport import HttpOptions, HttpTransport
+from narsil.telemetry.observer import Observer
+from narsil.transports.endpoints import Counts, no_counts
 from tests.messages import predictor_pb2
 from tests.support import PATIENCE_S, AnEngine, engine_with, grpc_transport
 
@@ -79,3 +84,50 @@ def scores_in(message: bytes, task: str = "default") -> Any:
     """Of a serialized PredictionResponse."""
     reply = predictor_pb2.PredictionResponse.FromString(message)
     return np.array(reply.predictions[task].data, dtype=np.float32)
+
+
+@contextmanager
+def http_transport(
+    engine: AnEngine, observer: Observer | None = None, counts: Counts = no_counts, **options: Any
+) -> Iterator[tuple[HttpTransport, str]]:
+    """The engine's model over HTTP, with these HttpOptions, and the address. It needs no event loop to live in."""
+    transport = HttpTransport(engine, HttpOptions(**{"port": 0, **options}), observer, counts)
+    transport.serve(Catalog([engine.model]))
+    address = asyncio.run(transport.start())
+    try:
+        yield transport, address
+    finally:
+        asyncio.run(transport.stop(PATIENCE_S))
+
+
+class Answer(NamedTuple):
+    """What came back over HTTP."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        return str(self.json["error"])
+
+
+def ask(
+    address: str,
+    path: str,
+    body: bytes | Iterator[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+    method: str = "",
+) -> Answer:
+    """One request over a connection of its own: POST where there is a body."""
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE_S)
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, body, dict(headers or {}))
+        reply = connection.getresponse()
+        return Answer(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
+    finally:
+        connection.close()

@@ -154,6 +154,8 @@ IN_VAIN = [
     ),
     ({"device": "cuda", "intra_op_threads": 2}, "intra_op_threads 2 has no effect with device cuda"),
     ({"device": "cuda", "pin_lanes": True}, "pin_lanes True has no effect with device cuda"),
+    ({"http_host": "::1"}, "http_host ::1 has no effect with no http_port"),
+    ({"http_connections": 7}, "http_connections 7 has no effect with no http_port"),
     ({"host": "unix:/tmp/s", "port": 50051}, "port 50051 has no effect with host unix:/tmp/s"),
     ({"device": "cuda:1", "tune_kernels": True}, "tune_kernels True has no effect with device cuda:1"),
     ({"backend": "onnx", "tune_kernels": True}, "tune_kernels True has no effect with the onnx backend"),
@@ -260,10 +262,15 @@ def test_what_kubernetes_sets_for_any_service_is_not_taken_for_settings(service,
     assert not caplog.text
 
 
-def test_no_setting_has_a_name_that_a_service_s_variable_could_have():
-    taken = {variable for service in ("narsil", "narsil-a-b") for variable in service_links(service)} - {"NARSIL_PORT"}
-    for name in ServeSettings.model_fields:
-        assert not re.search(r"_(SERVICE_HOST|SERVICE_PORT|PORT|PROTO|ADDR)$", f"_{name.upper()}") or name == "port"
+# A Service's address is told from a number by what it begins with.
+PORTS = {"port", "http_port"}
+
+
+def test_no_setting_but_ports_has_a_name_that_a_service_s_variable_could_have():
+    services = ("narsil", "narsil-a-b", "narsil-http")
+    taken = {variable for service in services for variable in service_links(service)}
+    for name in set(ServeSettings.model_fields) - PORTS:
+        assert not re.search(r"_(SERVICE_HOST|SERVICE_PORT|PORT|PROTO|ADDR)$", f"_{name.upper()}")
         assert f"NARSIL_{name.upper()}" not in taken
 
 

@@ -23,6 +23,14 @@ def test_every_request_error_has_its_grpc_status(kind):
     assert kind in errors.STATUS
 
 
+@pytest.mark.parametrize("kind", request_errors())
+def test_every_request_error_has_its_http_status(kind):
+    code = errors.http_status_of(kind("why"))
+    server_s_fault = code >= 500
+    assert 400 <= code < 600
+    assert server_s_fault == issubclass(kind, errors.Unavailable | errors.ForwardFailed | errors.DeadlineExceeded)
+
+
 # A message that is too large has the code of a full queue, by gRPC's own choice, and a text of its own.
 TEXTS = {errors.MessageTooLarge: ("SERVER: Received message larger than max (96 vs. 16)", "the message has 96 bytes;")}
 
@@ -53,7 +61,7 @@ def test_an_error_of_a_later_subclass_has_its_parent_s_status():
     class Special(errors.QueueFull):
         pass
 
-    assert errors.status_of(Special("x")) == errors.STATUS[errors.QueueFull]
+    assert (errors.status_of(Special("x")), errors.http_status_of(Special("x"))) == errors.STATUS[errors.QueueFull]
 
 
 def test_every_public_name_can_be_had_and_no_other():

@@ -348,4 +348,18 @@ def test_every_code_of_the_table_is_there_with_its_number() -> None:
     from narsil.errors import STATUS
 
     told_codes = {int(number) for row in rows_of(CHAPTERS["Errors"]) for number in re.findall(r"\((\d+)\)", row[0])}
-    assert told_codes == {*STATUS.values(), 12}  # and UNIMPLEMENTED, which no request ends with
+    assert told_codes == {
+        *(codes.grpc for codes in STATUS.values()),
+        12,
+    }  # and UNIMPLEMENTED, which no request ends with
+
+
+def test_every_status_of_http_is_in_its_table_with_the_code_of_grpc_beside_it() -> None:
+    from narsil.errors import STATUS
+
+    rows = {int(row[0]): row[1] for row in rows_of(CHAPTERS["Open Inference Protocol over HTTP"]) if row[0].isdigit()}
+    ours = {405, 408, 415, 431}  # of HTTP alone
+    assert set(rows) == ours | {codes.http for codes in STATUS.values()} - {499}  # which nobody hears
+    for name, number in (("INVALID_ARGUMENT", 3), ("NOT_FOUND", 5), ("DEADLINE_EXCEEDED", 4), ("UNAVAILABLE", 14)):
+        (status,) = {codes.http for codes in STATUS.values() if codes.grpc == number}
+        assert name in rows[status]

@@ -6,7 +6,9 @@ import asyncio
 import errno
 import io
 import os
+import re
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -27,6 +29,7 @@ from narsil.errors import ArtifactError, ConfigError, DeviceUnavailable
 from narsil.extension import AVAILABLE
 from narsil.server import Server, make_transport
 from narsil.transports.grpc_aio import GrpcAioTransport
+from tests.conformance.serving import ask
 from tests.support import PATIENCE_S, SCHEMA, engine_with
 
 TRANSPORTS = ["grpcio", pytest.param("native", marks=pytest.mark.skipif(not AVAILABLE, reason="not built"))]
@@ -161,6 +164,31 @@ def test_a_signal_while_it_begins_to_listen_stops_it_in_order(monkeypatch):
         pass
 
     assert live(monkeypatch, meanwhile, transport="grpcio") == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_http_is_served_beside_grpc_and_says_so_until_the_server_stops(monkeypatch, capsys, transport):
+    async def meanwhile(address: str) -> None:
+        await predict(address)
+        (http,) = re.findall(r"; HTTP on (\S+)\)$", capsys.readouterr().out, re.MULTILINE)
+        assert (await asyncio.to_thread(ask, http, "/readyz")).status == 200
+        signal.raise_signal(signal.SIGTERM)
+        while (answer := await asyncio.to_thread(ask, http, "/readyz")).status == 200:
+            pass  # the signal has not been heard yet
+        assert (answer.status, answer.json) == (503, {"ready": False})
+        assert (await asyncio.to_thread(ask, http, "/v2/models/mine")).json["name"] == "mine"
+        signal.raise_signal(signal.SIGTERM)
+
+    assert live(monkeypatch, meanwhile, transport=transport, http_port=0, shutdown_delay=3600) == 0
+
+
+def test_an_http_port_that_is_taken_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            live(monkeypatch, stop, http_port=port, transport="grpcio")
 
 
 async def stop(address: str) -> None:

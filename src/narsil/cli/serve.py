@@ -23,6 +23,8 @@ def _option(name: str, field: FieldInfo) -> click.Option:
         kind = click.Choice(get_args(field.annotation))
     elif field.annotation in (int, float, bool):
         kind = field.annotation
+    elif int in get_args(field.annotation):
+        kind = int
     elif field.annotation is Path or Path in get_args(field.annotation):
         kind = GivenPath()
     text = field.description or ""

@@ -112,9 +112,37 @@ class Control:
     """What methods that do not score may ask of the server."""
 
     catalog: Catalog
-    ready: bool = True  # whether it takes requests and is not about to stop
+    retired: bool = False  # whether it is about to stop
     counts: Counts = no_counts
     models: Models | None = None  # None: those that are served, for good
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests and has a model for them."""
+        return not self.retired and len(self.catalog) > 0
+
+    def versions(self, model: ServedModel) -> list[str]:
+        """Of this model's name, those that are served."""
+        return [other.version for other in self.catalog if other.name == model.name]
+
+    def counted(self, name: str, version: str) -> dict[tuple[str, str], ModelCounts]:
+        """(name, version) -> counts of one version, of all versions of a name, or of all that is served. Raises
+        ModelNotFound."""
+        chosen = tuple(self.catalog)
+        if name or version:
+            found = self.catalog.find(name, version)
+            chosen = (found,) if version else tuple(model for model in chosen if model.name == found.name)
+        return {(each.name, each.version): self.counts(each.name, each.version) for each in chosen}
+
+    def index(self, *, ready_only: bool = False) -> list[tuple[str, str, str, str]]:
+        """(name, version, state, reason) of what is or was to be served, or of that alone which is."""
+        if self.models is None:
+            return [(model.name, model.version, "READY", "") for model in self.catalog]
+        return [
+            (name, version_, standing.state, standing.reason)
+            for name, version_, standing in self.models.index()
+            if standing.state == "READY" or not ready_only
+        ]
 
 
 class Wire(Protocol):
@@ -199,7 +227,7 @@ def _found(name: str, version_: str, metadata: Metadata, catalog: Catalog) -> Se
 
 
 def _named(name: str, version_: str, metadata: Metadata) -> tuple[str, str]:
-    """The name and version that a message and its metadata give."""
+    """(name, version) that a message and its metadata say together; empty where neither says any."""
     return (
         _one("model", name, metadata.model_name, MODEL_KEY),
         _one("version", version_, metadata.model_version, VERSION_KEY),
@@ -227,7 +255,7 @@ def _server_live(body: bytes, metadata: Metadata, control: Control) -> bytes:
 
 
 def _server_ready(body: bytes, metadata: Metadata, control: Control) -> bytes:
-    return oip.encode_flag(control.ready and len(control.catalog) > 0)
+    return oip.encode_flag(control.ready)
 
 
 def _model_ready(body: bytes, metadata: Metadata, control: Control) -> bytes:
@@ -244,8 +272,7 @@ def _server_metadata(body: bytes, metadata: Metadata, control: Control) -> bytes
 
 def _model_metadata(body: bytes, metadata: Metadata, control: Control) -> bytes:
     model = _found(*oip.read_named(body), metadata, control.catalog)
-    versions = [other.version for other in control.catalog if other.name == model.name]
-    return oip.encode_metadata(model.name, versions, model.backend, model.schema)
+    return oip.encode_metadata(model.name, control.versions(model), model.backend, model.schema)
 
 
 def _model_config(body: bytes, metadata: Metadata, control: Control) -> bytes:
@@ -254,27 +281,11 @@ def _model_config(body: bytes, metadata: Metadata, control: Control) -> bytes:
 
 
 def _model_statistics(body: bytes, metadata: Metadata, control: Control) -> bytes:
-    """Of one version, of all versions of a name, or of all that is served."""
-    name, asked = oip.read_named(body)
-    chosen = tuple(control.catalog)
-    if name or asked:
-        found = _found(name, asked, metadata, control.catalog)
-        chosen = (found,) if asked else tuple(model for model in chosen if model.name == found.name)
-    return oip.encode_statistics(
-        {(each.name, each.version): control.counts(each.name, each.version) for each in chosen}
-    )
+    return oip.encode_statistics(control.counted(*_named(*oip.read_named(body), metadata)))
 
 
 def _repository_index(body: bytes, metadata: Metadata, control: Control) -> bytes:
-    if control.models is None:
-        return oip.encode_index([(model.name, model.version, "READY", "") for model in control.catalog])
-    return oip.encode_index(
-        [
-            (name, version_, standing.state, standing.reason)
-            for name, version_, standing in control.models.index()
-            if standing.state == "READY" or not oip.read_index_request(body)
-        ]
-    )
+    return oip.encode_index(control.index(ready_only=oip.read_index_request(body)))
 
 
 def _repository_load(body: bytes, metadata: Metadata, control: Control) -> Future[bytes]:

@@ -1,7 +1,6 @@
 """gRPC on grpcio's asyncio server: raw-bytes handlers, health, reflection, TLS.
 
-Receives calls on the event loop's thread, delivers results from lane threads. Owns its sockets and the futures its
-handlers wait on.
+Receives calls on the event loop's thread, delivers results from lane threads. Owns its sockets.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import asyncio
 import errno
 import logging
 import socket
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,9 +16,8 @@ from typing import TypeAlias
 import grpc
 
 from narsil.catalog.catalog import EMPTY, Catalog
-from narsil.dataflow import Request, Result
 from narsil.errors import RequestError, status_of
-from narsil.telemetry.observer import Careful, Observer
+from narsil.telemetry.observer import Observer
 from narsil.transports.base import MAX_STREAMS, UNIX, EngineLike, Transport, address_of
 from narsil.transports.endpoints import (
     ENDPOINTS,
@@ -40,6 +37,7 @@ from narsil.transports.endpoints import (
 )
 from narsil.transports.health import Health
 from narsil.transports.reflection import Reflection
+from narsil.transports.scoring import Scoring
 from narsil.transports.shared_memory import SharedMemory
 
 log = logging.getLogger(__name__)
@@ -67,50 +65,6 @@ class GrpcOptions:
     shared_memory: bool = False  # whether clients may hand tensors over in it
 
 
-class _Outbox:
-    """Carries results from lane threads to the event loop, and wakes the loop once for many."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._lock = threading.Lock()
-        self._results: list[tuple[asyncio.Future[Result], Result]] = []
-        self._woken = False
-
-    def post(self, future: asyncio.Future[Result], result: Result) -> None:
-        with self._lock:
-            self._results.append((future, result))
-
-    def wake(self) -> None:
-        with self._lock:
-            if self._woken or not self._results:
-                return
-            self._woken = True
-        self._loop.call_soon_threadsafe(self._flush)
-
-    def _flush(self) -> None:
-        with self._lock:
-            results, self._results = self._results, []
-            self._woken = False
-        for future, result in results:
-            if not future.done():
-                future.set_result(result)
-
-
-class _Reply:
-    """Where one handler waits for its result."""
-
-    __slots__ = ("_outbox", "cancelled", "future")
-
-    def __init__(self, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> None:
-        self._outbox = outbox
-        self.future: asyncio.Future[Result] = loop.create_future()
-        self.cancelled = False
-
-    def deliver(self, result: Result) -> Callable[[], None]:
-        self._outbox.post(self.future, result)
-        return self._outbox.wake
-
-
 class GrpcAioTransport(Transport):
     """Serves every endpoint."""
 
@@ -126,7 +80,7 @@ class GrpcAioTransport(Transport):
         self._counts, self._models = counts, models
         self._retired = False
         self._options = options
-        self._observer = Careful(observer or Observer())
+        self._observer = observer or Observer()
         self._catalog = EMPTY
         self._server: grpc.aio.Server | None = None
         self._health: Health | None = None
@@ -138,8 +92,7 @@ class GrpcAioTransport(Transport):
     async def start(self) -> str:
         """See Transport.start. Raises OSError when the address cannot be bound."""
         options = self._options
-        loop = asyncio.get_running_loop()
-        outbox = _Outbox(loop)
+        scoring = Scoring(self._engine, self._observer, asyncio.get_running_loop())
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
@@ -160,9 +113,7 @@ class GrpcAioTransport(Transport):
         )
         self._health = Health(("", *SERVICES))
         rows = with_shared_memory(ENDPOINTS, SharedMemory()) if options.shared_memory else ENDPOINTS
-        server.add_generic_rpc_handlers(
-            (_RawHandlers({each.method: self._handler(each, outbox, loop) for each in rows}),)
-        )
+        server.add_generic_rpc_handlers((_RawHandlers({each.method: self._handler(each, scoring) for each in rows}),))
         try:
             port = self._bind(server)
         except RuntimeError as error:
@@ -198,15 +149,14 @@ class GrpcAioTransport(Transport):
         )
         return int(server.add_secure_port(address, credentials))
 
-    def _handler(self, endpoint: Endpoint, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _MethodHandler:
+    def _handler(self, endpoint: Endpoint, scoring: Scoring) -> _MethodHandler:
         assert self._health is not None  # noqa: S101 - the caller has made it
         if endpoint.wire is not None and endpoint.kind is Kind.STREAM:
             return grpc.stream_stream_rpc_method_handler(
-                self._streaming_handler(endpoint.method, endpoint.wire, outbox, loop)
+                self._streaming_handler(endpoint.method, endpoint.wire, scoring)
             )
         if endpoint.wire is not None:
-            scoring = self._scoring_handler(endpoint.method, endpoint.wire, outbox, loop)
-            return grpc.unary_unary_rpc_method_handler(scoring)
+            return grpc.unary_unary_rpc_method_handler(self._scoring_handler(endpoint.method, endpoint.wire, scoring))
         if endpoint.answer is not None:
             return grpc.unary_unary_rpc_method_handler(self._unary_handler(endpoint.answer))
         if endpoint.kind is Kind.HEALTH_CHECK:
@@ -215,10 +165,10 @@ class GrpcAioTransport(Transport):
             return grpc.unary_stream_rpc_method_handler(self._health.watch)
         return grpc.stream_stream_rpc_method_handler(_reflecting(Reflection()))
 
-    def _scoring_handler(self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop) -> _Handler:
+    def _scoring_handler(self, method: str, wire: Wire, scoring: Scoring) -> _Handler:
         async def score(body: bytes, context: _Context) -> bytes:
             try:
-                return await self._score(method, wire, body, context, outbox, loop)
+                return await self._score(method, wire, body, context, scoring)
             except RequestError as error:
                 return await _abort(context, error)
             except Exception:
@@ -227,13 +177,13 @@ class GrpcAioTransport(Transport):
         return score
 
     def _streaming_handler(
-        self, method: str, wire: Wire, outbox: _Outbox, loop: asyncio.AbstractEventLoop
+        self, method: str, wire: Wire, scoring: Scoring
     ) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[bytes]]:
         async def score_all(requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
             try:
                 async for body in requests:
                     try:
-                        answer = await self._score(method, wire, body, context, outbox, loop)
+                        answer = await self._score(method, wire, body, context, scoring)
                     except RequestError as error:
                         refusal = wire.refusal(error)
                         if refusal is None:
@@ -247,51 +197,16 @@ class GrpcAioTransport(Transport):
 
         return score_all
 
-    async def _score(
-        self,
-        method: str,
-        wire: Wire,
-        body: bytes,
-        context: _Context,
-        outbox: _Outbox,
-        loop: asyncio.AbstractEventLoop,
-    ) -> bytes:
+    async def _score(self, method: str, wire: Wire, body: bytes, context: _Context, scoring: Scoring) -> bytes:
         """One message's answer. Raises what it ends with."""
-        engine = self._engine
-        try:
-            decoded = wire.decode(body, _metadata(context), self._catalog)
-        except Exception as error:
-            self._observer.refused(method, error)
-            raise
-        if decoded.passed_over:
-            self._observer.passed_over(decoded.model, decoded.passed_over)
-        now = engine.now()
-        remaining = context.time_remaining()
-        reply = _Reply(outbox, loop)
-        features = decoded.features
-        size = max(len(body), features.nbytes)
-        deadline = decoded.deadline(now, None if remaining is None else now + remaining)
-        request = Request(decoded.model, features, reply, now, deadline, size, decoded.priority)
-        engine.submit(request)
-        try:
-            result = await reply.future
-        except asyncio.CancelledError:
-            # The client went away, or its deadline passed.
-            reply.cancelled = True
-            engine.cancel(request)
-            raise
-        if result.error is not None:
-            raise result.error
-        try:
-            return wire.encode(decoded, result)
-        except Exception as error:
-            self._observer.undelivered(method, error)
-            raise
+        decoded = scoring.decoded(method, lambda: wire.decode(body, _metadata(context), self._catalog))
+        result = await scoring.run(decoded, len(body), context.time_remaining())
+        return scoring.encoded(method, lambda: wire.encode(decoded, result))
 
     def _unary_handler(self, answer: Answer) -> _Handler:
         async def handle(body: bytes, context: _Context) -> bytes:
             try:
-                control = Control(self._catalog, not self._retired, self._counts, self._models)
+                control = Control(self._catalog, self._retired, self._counts, self._models)
                 found = answer(body, _metadata(context), control)
                 return found if isinstance(found, bytes) else await asyncio.wrap_future(found)
             except RequestError as error:

@@ -296,7 +296,7 @@ class NativeTransport(Transport):
         self.flush()
 
     def _control(self) -> Control:
-        return Control(self._catalog, not self._retired, self._counts, self._models)
+        return Control(self._catalog, self._retired, self._counts, self._models)
 
 
 def _native_model(make: type[Model], model: ServedModel) -> Model:

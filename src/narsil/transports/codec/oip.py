@@ -191,8 +191,8 @@ def read(body: bytes, *, shared: bool = False) -> InferRequest:
                 out.places[name] = place
         else:
             out.raw.append((start, stop))
-    _refuse(parameters, "the request")
-    out.timeout_s = _timeout(parameters.get("timeout"))
+    refuse(parameters, "the request")
+    out.timeout_s = timeout_of(parameters.get("timeout"))
     priority = parameters.get("priority", 0)
     out.priority = priority if isinstance(priority, int) else 0
     return out
@@ -295,22 +295,27 @@ def encode_config(name: str, backend: str, schema: ModelSchema) -> bytes:
     return put_len(1, out + put_text(17, "narsil"))
 
 
+def durations_of(counts: ModelCounts) -> dict[str, tuple[int, int]]:
+    """A model's inference_stats: duration -> (how often, nanoseconds in all), in the order of the message's fields."""
+    answered, ended = counts.ends["answered"], sum(counts.ends.values())
+    seconds = {
+        "success": (answered, counts.answered),
+        "fail": (ended - answered, counts.failed),
+        "queue": (ended, counts.queue),
+        "compute_input": (ended, counts.collate),
+        "compute_infer": (ended, counts.execute),
+        "compute_output": (ended, 0.0),
+    }
+    return {name: (count, int(total * 1e9)) for name, (count, total) in seconds.items()}
+
+
 def encode_statistics(models: Mapping[tuple[str, str], ModelCounts]) -> bytes:
     """A serialized ModelStatisticsResponse, of (name, version) -> counts."""
     out = b""
     for (name, version), counts in models.items():
-        answered, ended = counts.ends["answered"], sum(counts.ends.values())
-        durations = (
-            (answered, counts.answered),
-            (ended - answered, counts.failed),
-            (ended, counts.queue),
-            (ended, counts.collate),
-            (ended, counts.execute),
-            (ended, 0.0),
-        )
         inner = b"".join(
-            put_len(number, put_uint(1, count) + put_uint(2, int(seconds * 1e9)))
-            for number, (count, seconds) in enumerate(durations, 1)
+            put_len(number, put_uint(1, count) + put_uint(2, nanoseconds))
+            for number, (count, nanoseconds) in enumerate(durations_of(counts).values(), 1)
         )
         model = put_text(1, name) + put_text(2, version) + put_uint(3, int(counts.last * 1e3))
         out += put_len(1, model + put_uint(4, counts.rows) + put_uint(5, counts.batches) + put_len(6, inner))
@@ -419,7 +424,7 @@ def _read_output(body: bytes, start: int, stop: int, budget: _Budget, shared: bo
 def _placed(parameters: dict[str, Parameter], where: str, shared: bool) -> _Place | None:
     """Where in shared memory a tensor is, by its parameters; all others of what is not served are refused."""
     region = parameters.pop(_REGION, "") if shared else ""
-    _refuse(parameters, where)
+    refuse(parameters, where)
     if not region:
         return None
     offset, size = parameters.get(_REGION_OFFSET, 0), parameters.get(_REGION_SIZE, 0)
@@ -453,17 +458,18 @@ def _read_parameter(body: bytes, start: int, stop: int, budget: _Budget, into: d
             into[key] = a
 
 
-def _refuse(parameters: Mapping[str, Parameter], where: str) -> None:
+def refuse(parameters: Mapping[str, Any], where: str) -> None:
+    """Raises InvalidRequest where a parameter asks for what is not served and would change the answer's meaning."""
     for key, why in _REFUSED.items():
         if parameters.get(key):  # 0, false and empty ask for nothing
             raise InvalidRequest(f"{where} has the parameter {key}: {why}")
 
 
-def _timeout(microseconds: Parameter | None) -> float | None:
-    """Seconds; 0 is none, as Triton has it."""
+def timeout_of(microseconds: Any) -> float | None:
+    """Seconds of the parameter timeout; 0 is none, as Triton has it. Raises InvalidRequest."""
     if not microseconds:
         return None
-    if not isinstance(microseconds, int) or microseconds < 0:
+    if not isinstance(microseconds, int) or microseconds is True or not 0 <= microseconds < 1 << 63:
         raise InvalidRequest("the parameter timeout must be a number of microseconds, 0 or more")
     return microseconds / 1e6
 
