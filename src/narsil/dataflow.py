@@ -239,6 +239,7 @@ class StageTimes:
     execute: float = 0.0
     batch_requests: int = 0
     batch_rows: int = 0
+    split: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

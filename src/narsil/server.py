@@ -24,7 +24,7 @@ from narsil.engine.pinning import pin
 from narsil.engine.queue import QueueLimits
 from narsil.engine.scheduler import BatchPolicy
 from narsil.engine.served_model import ServedModel
-from narsil.errors import ConfigError, NarsilError, first_line
+from narsil.errors import ConfigError, NarsilError, RequestError, first_line
 from narsil.extension import AVAILABLE, MISSING
 from narsil.process import StopSignals, warn_of, writing
 from narsil.telemetry.observer import CountingObserver, Observer
@@ -83,7 +83,7 @@ class Server:
         await asyncio.to_thread(self._add_model if self._control is None else self._control.load_all)
         settle_process()
         grpc = make_transport(self._engine, settings, self._observer, self._observer.model, self._control)
-        http = make_http(self._engine, settings, self._observer, self._observer.model)
+        http = make_http(self._engine, settings, self._observer, self.models, self._control)
         self._transports = (grpc,) if http is None else (grpc, http)
         for transport in self._transports:
             self.models.subscribe(transport.serve)
@@ -254,14 +254,22 @@ def make_transport(
 def make_http(
     engine: Engine,
     settings: ServeSettings,
-    observer: Observer | None = None,
-    counts: Counts = no_counts,
+    observer: CountingObserver,
+    models: ModelManager,
+    control: ModelControl | None = None,
 ) -> Transport | None:
     """HTTP beside the other transport, where the settings ask for it."""
     if settings.http_port is None:
         return None
     from narsil.http.connection import ConnectionLimits
     from narsil.http.transport import HttpOptions, HttpTransport
+    from narsil.telemetry.exposition import Exposition
+
+    def feature_names(name: str, version: str) -> list[str]:
+        try:
+            return [feature.name for feature in models.catalog.find(name, version).schema.features]
+        except RequestError:  # it has gone
+            return []
 
     options = HttpOptions(
         settings.http_host,
@@ -273,7 +281,8 @@ def make_http(
         tls_key=settings.tls_key,
         tls_client_ca=settings.tls_client_ca,
     )
-    return HttpTransport(engine, options, observer, counts)
+    metrics = Exposition(observer, engine.waiting, feature_names).page
+    return HttpTransport(engine, options, observer, observer.model, control, metrics)
 
 
 def grpc_options(settings: ServeSettings) -> GrpcOptions:

@@ -88,10 +88,10 @@ def scores_in(message: bytes, task: str = "default") -> Any:
 
 @contextmanager
 def http_transport(
-    engine: AnEngine, observer: Observer | None = None, counts: Counts = no_counts, **options: Any
+    engine: AnEngine, observer: Observer | None = None, counts: Counts = no_counts, metrics: Any = None, **options: Any
 ) -> Iterator[tuple[HttpTransport, str]]:
     """The engine's model over HTTP, with these HttpOptions, and the address. It needs no event loop to live in."""
-    transport = HttpTransport(engine, HttpOptions(**{"port": 0, **options}), observer, counts)
+    transport = HttpTransport(engine, HttpOptions(**{"port": 0, **options}), observer, counts, None, metrics)
     transport.serve(Catalog([engine.model]))
     address = asyncio.run(transport.start())
     try:

@@ -382,7 +382,9 @@ def test_the_server_and_its_models_are_described_and_a_retired_one_is_live_and_n
         assert model["versions"] == ["1"]
         config = ask(address, "/v2/models/fake/config").json
         assert [each["dims"] for each in config["input"]] == [[-1, SCHEMA.dense_dim], [-1, SCHEMA.num_features]]
-        assert ask(address, "/v2/repository/index", b"").json == [{"name": "fake", "version": "1", "state": "READY"}]
+        assert ask(address, "/v2/repository/index", b"").json == [
+            {"name": "fake", "version": "1", "state": "READY", "reason": ""}
+        ]
         assert ask(address, "/livez", method="HEAD").body == b""
         transport.retire()
         for path in ("/readyz", "/v2/health/ready", "/v2/models/fake/ready"):

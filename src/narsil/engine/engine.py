@@ -219,6 +219,11 @@ class Engine:
         with self._lock:
             return replace(self._stats, queued=self._backlogs.queued)
 
+    def waiting(self) -> dict[tuple[str, str], dict[str, int]]:
+        """(model's name, version) -> how much waits for it; see RequestQueue.load."""
+        with self._lock:
+            return {(each.model.name, each.model.version): each.queue.load for each in self._backlogs.all}
+
     def take(self, lane: int) -> Work | None:
         """What a lane does next; waits for it. None ends the lane. Called by lanes."""
         seat = self._seats[lane]

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from time import perf_counter
 from typing import Protocol, TypeAlias, cast
 
 from narsil.dataflow import Features, Request, Result, Scores, Served, StageTimes
@@ -149,15 +150,19 @@ class Lane(threading.Thread):
             scores, collate, execute = self._run_in_pieces(requests[0])
         else:
             scores, collate, execute = runner.run(parts)
-        total = sum(rows)
+        total, begin = sum(rows), perf_counter()
+        own = [*split(scores, rows)]
+        apart = perf_counter() - begin
         self._dispatcher.settle(
             self._number,
             [
                 (
                     request,
-                    Result(part, times=StageTimes(started - request.arrived, collate, execute, len(rows), total)),
+                    Result(
+                        part, times=StageTimes(started - request.arrived, collate, execute, len(rows), total, apart)
+                    ),
                 )
-                for request, part in zip(requests, split(scores, rows), strict=True)
+                for request, part in zip(requests, own, strict=True)
             ],
         )
 

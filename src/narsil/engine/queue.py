@@ -34,6 +34,11 @@ class RequestQueue:
     def __iter__(self) -> Iterator[Request]:
         return (request for request, _ in self._requests.values())
 
+    @property
+    def load(self) -> dict[str, int]:
+        """How much waits: requests, rows, ids, bytes."""
+        return {"requests": len(self._requests), "rows": self._rows, "ids": self._ids, "bytes": self._bytes}
+
     def add(self, request: Request) -> None:
         """Appends the request.
 

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -23,18 +24,19 @@ from narsil.dataflow import Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, http_status_of
 from narsil.http import infer
-from narsil.http.bodies import Bodies, deflated, encoding_for
+from narsil.http.bodies import SMALL, Bodies, deflated, encoding_for
 from narsil.http.jsontext import parse
 from narsil.transports.codec import oip
 from narsil.transports.codec.tensors import inputs_of, outputs_of
 from narsil.transports.endpoints import Control, Decoded
 from narsil.transports.scoring import Scoring
 
-__all__ = ["Site"]
+__all__ = ["MetricsPage", "Site"]
 
 log = logging.getLogger(__name__)
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+MetricsPage: TypeAlias = Callable[[str], tuple[bytes, str]]  # Accept -> the page, and its content type
 ModelHandler: TypeAlias = Callable[[Request, str, str], Awaitable[Response]]
 
 METHOD = "/v2/models/infer"  # as whoever watches is told
@@ -46,11 +48,14 @@ _MODEL = re.compile(r"(?P<name>.+?)(?:/versions/(?P<version>[^/]+))?(?P<what>/in
 class Site:
     """Everything that is served over HTTP."""
 
-    def __init__(self, control: Callable[[], Control], scoring: Scoring, bodies: Bodies) -> None:
-        """``control`` gives what is in force now."""
+    def __init__(
+        self, control: Callable[[], Control], scoring: Scoring, bodies: Bodies, metrics: MetricsPage | None = None
+    ) -> None:
+        """``control`` gives what is in force now. Without ``metrics`` there is no such page."""
         self._control = control
         self._scoring = scoring
         self._bodies = bodies
+        self._metrics = metrics
         self._of_models: dict[str, tuple[str, ModelHandler]] = {
             "/infer": ("POST", self._infer),
             "/ready": ("GET", self._model_ready),
@@ -61,6 +66,7 @@ class Site:
         routes = [
             self._route("/livez", self._live),
             self._route("/readyz", self._ready),
+            self._route("/metrics", self._metrics_page),
             self._route("/v2/health/live", self._live),
             self._route("/v2/health/ready", self._ready),
             self._route("/v2", self._server),
@@ -94,16 +100,23 @@ class Site:
         ready = self._control().ready
         return _json({"ready": ready}, 200 if ready else 503)
 
+    async def _metrics_page(self, request: Request) -> Response:
+        if self._metrics is None:
+            raise HTTPException(404)
+        page = partial(self._metrics, request.headers.get("accept", ""))
+        body, kind = await self._bodies.off_the_loop(SMALL + 1, page)
+        return Response(body, 200, {"Content-Type": kind})
+
     async def _server(self, request: Request) -> Response:
         return _json({"name": "narsil", "version": version("narsil"), "extensions": list(oip.EXTENSIONS)})
 
     async def _index(self, request: Request) -> Response:
-        """All models are ready: what the request may ask for beside these is nothing."""
         async with self._bodies.of(request) as body:
-            if body.strip():
-                parse(body)
-        known = self._control().index()
-        return _json([{"name": name, "version": version_, "state": state} for name, version_, state in known])
+            asked = parse(body) if body.strip() else {}
+        ready_only = isinstance(asked, dict) and asked.get("ready") is True
+        known = self._control().index(ready_only=ready_only)
+        keys = ("name", "version", "state", "reason")
+        return _json([dict(zip(keys, each, strict=True)) for each in known])
 
     async def _all_stats(self, request: Request) -> Response:
         return await self._stats(request, "", "")
@@ -179,7 +192,7 @@ class Site:
         catalog, header_length = self._control().catalog, request.headers.get(infer.HEADER_LENGTH)
 
         def decode() -> Decoded:
-            model: ServedModel = catalog.find(name, version_)
+            model: ServedModel = catalog.route(name, version_)
             asked = infer.read(body, header_length)
             features = asked.features(model.schema, model.limits)
             return Decoded(model, features, asked, timeout_s=asked.timeout_s, priority=asked.priority)

@@ -21,12 +21,12 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from narsil.catalog.catalog import EMPTY, Catalog
-from narsil.http.app import Site
+from narsil.http.app import MetricsPage, Site
 from narsil.http.bodies import Bodies
 from narsil.http.connection import Connection, ConnectionCounts, ConnectionLimits
 from narsil.telemetry.observer import Observer
 from narsil.transports.base import EngineLike, Transport, address_of
-from narsil.transports.endpoints import Control, Counts, no_counts
+from narsil.transports.endpoints import Control, Counts, Models, no_counts
 from narsil.transports.scoring import Scoring
 
 __all__ = ["HttpOptions", "HttpTransport"]
@@ -54,15 +54,22 @@ class HttpOptions:
 
 
 class HttpTransport(Transport):
-    """Serves the Open Inference Protocol and probes."""
+    """Serves the Open Inference Protocol, probes and metrics."""
 
     def __init__(
-        self, engine: EngineLike, options: HttpOptions, observer: Observer | None = None, counts: Counts = no_counts
+        self,
+        engine: EngineLike,
+        options: HttpOptions,
+        observer: Observer | None = None,
+        counts: Counts = no_counts,
+        models: Models | None = None,
+        metrics: MetricsPage | None = None,
     ) -> None:
         self._engine = engine
         self._options = options
         self._observer = observer or Observer()
-        self._counts = counts
+        self._counts, self._models = counts, models
+        self._metrics = metrics
         self._catalog = EMPTY
         self._retired = False
         self.statistics = ConnectionCounts()
@@ -119,7 +126,7 @@ class HttpTransport(Transport):
         self._loop, self._stopping = loop, asyncio.Event()
         workers = ThreadPoolExecutor(_WORKERS, "narsil-http-bodies")
         bodies = Bodies(options.max_message_bytes, options.max_held_bytes, options.body_seconds, workers)
-        site = Site(self._control, Scoring(self._engine, self._observer, loop), bodies)
+        site = Site(self._control, Scoring(self._engine, self._observer, loop), bodies, self._metrics)
         config = _config(site, options.limits)
         config.load()
         state = ServerState()
@@ -137,7 +144,7 @@ class HttpTransport(Transport):
         workers.shutdown()
 
     def _control(self) -> Control:
-        return Control(self._catalog, self._retired, self._counts)
+        return Control(self._catalog, self._retired, self._counts, self._models)
 
 
 def _config(site: Site, limits: ConnectionLimits) -> Config:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from narsil.dataflow import Request, Result, Served
+from narsil.telemetry.tally import Tally
 
 __all__ = ["Careful", "CountingObserver", "ModelCounts", "Observer"]
 
@@ -121,6 +121,7 @@ class ModelCounts:
     queue: float = 0.0
     collate: float = 0.0
     execute: float = 0.0
+    split: float = 0.0
     busy: float = 0.0
     answered: float = 0.0  # all stages of requests that were answered
     failed: float = 0.0  # and of others
@@ -128,13 +129,15 @@ class ModelCounts:
 
 
 class CountingObserver(Observer):
-    """Counts and sums, by model and version."""
+    """Counts and sums, by model and version. What happens to every request is tallied without a lock; the rest is
+    rare."""
 
     def __init__(self) -> None:
+        self.tally = Tally()
         self._lock = threading.Lock()
-        self._models: dict[tuple[str, str], ModelCounts] = {}
         self._refused: Counter[tuple[str, str]] = Counter()
         self._undelivered: Counter[str] = Counter()
+        self._passed_over: Counter[tuple[str, str, str]] = Counter()
         self._serving: tuple[tuple[str, str], ...] = ()
         self._watched: dict[str, Callable[[], Counts]] = {}
 
@@ -146,7 +149,7 @@ class CountingObserver(Observer):
     def passed_over(self, model: Served, groups: Sequence[str]) -> None:
         """See Observer.passed_over."""
         with self._lock:
-            self._of(model).passed_over.update(groups)
+            self._passed_over.update((model.name, model.version, group) for group in groups)
 
     def undelivered(self, method: str, error: Exception) -> None:
         """See Observer.undelivered."""
@@ -160,29 +163,11 @@ class CountingObserver(Observer):
 
     def ended(self, ends: Sequence[tuple[Request, Result]]) -> None:
         """See Observer.ended."""
-        now = time.time()
-        with self._lock:
-            for request, result in ends:
-                counts = self._of(request.model)
-                counts.ends["answered" if result.error is None else type(result.error).__name__] += 1
-                times = result.times
-                counts.queue += times.queue
-                counts.collate += times.collate
-                counts.execute += times.execute
-                counts.last = now
-                if result.error is None:
-                    counts.answered += times.queue + times.collate + times.execute
-                else:
-                    counts.failed += times.queue + times.collate + times.execute
+        self.tally.ended(ends)
 
     def ran(self, model: Served, requests: int, rows: int, seconds: float) -> None:
         """See Observer.ran."""
-        with self._lock:
-            counts = self._of(model)
-            counts.batches += 1
-            counts.requests += requests
-            counts.rows += rows
-            counts.busy += seconds
+        self.tally.ran(model.name, model.version, requests, rows, seconds)
 
     def watch(self, name: str, counts: Callable[[], Counts]) -> None:
         """See Observer.watch."""
@@ -191,8 +176,33 @@ class CountingObserver(Observer):
 
     def model(self, name: str, version: str) -> ModelCounts:
         """The counts of one version of a model; zeros where nothing has happened."""
+        counts = ModelCounts(last=self.tally.last().get((name, version), 0.0))
+        for (of, its, outcome), stages in self.tally.ends().items():
+            if (of, its) == (name, version):
+                counts.ends[outcome] = stages["total"].count
+                counts.queue += stages["queue"].total
+                counts.collate += stages["collate"].total
+                counts.execute += stages["execute"].total
+                counts.split += stages["split"].total
+                if outcome == "answered":
+                    counts.answered += stages["total"].total
+                else:
+                    counts.failed += stages["total"].total
+        for (of, its, _), (requests, rows, seconds) in self.tally.batches().items():
+            if (of, its) == (name, version):
+                counts.batches += requests.count
+                counts.requests += int(requests.total)
+                counts.rows += int(rows.total)
+                counts.busy += seconds
         with self._lock:
-            return self._models.get((name, version), ModelCounts())
+            passed = self._passed_over.items()
+            counts.passed_over.update({group: n for (of, its, group), n in passed if (of, its) == (name, version)})
+        return counts
+
+    def passed_over_counts(self) -> dict[tuple[str, str, str], int]:
+        """(name, version, group of features) -> requests with it."""
+        with self._lock:
+            return dict(self._passed_over)
 
     def refusals(self) -> dict[tuple[str, str], int]:
         """(method, error class) -> scoring calls that the engine never saw."""
@@ -214,10 +224,3 @@ class CountingObserver(Observer):
         with self._lock:
             watched = dict(self._watched)
         return {name: dict(counts()) for name, counts in watched.items()}
-
-    def _of(self, model: Served) -> ModelCounts:
-        key = (model.name, model.version)
-        counts = self._models.get(key)
-        if counts is None:
-            counts = self._models[key] = ModelCounts()
-        return counts

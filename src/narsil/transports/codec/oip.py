@@ -304,7 +304,7 @@ def durations_of(counts: ModelCounts) -> dict[str, tuple[int, int]]:
         "queue": (ended, counts.queue),
         "compute_input": (ended, counts.collate),
         "compute_infer": (ended, counts.execute),
-        "compute_output": (ended, 0.0),
+        "compute_output": (ended, counts.split),
     }
     return {name: (count, int(total * 1e9)) for name, (count, total) in seconds.items()}
 
