@@ -412,9 +412,30 @@ def test_a_stop_lets_what_is_in_flight_be_answered():
         stopping.result(PATIENCE_S)
 
 
+def test_a_stop_leaves_nobody_waiting():
+    """Whoever connects while it stops is answered or refused."""
+
+    def until_refused(address: str) -> None:
+        while not _refuses(address):
+            pass
+
+    for _ in range(20):
+        with (
+            engine_with(None) as engine,
+            http_transport(engine) as (transport, address),
+            ThreadPoolExecutor(8) as calls,
+        ):
+            callers = [calls.submit(until_refused, address) for _ in range(8)]
+            asyncio.run(transport.stop(PATIENCE_S))
+            for caller in callers:
+                caller.result(PATIENCE_S)
+
+
 def _refuses(address: str) -> bool:
     try:
         ask(address, "/livez")
+    except TimeoutError:
+        raise
     except OSError:
         return True
     return False

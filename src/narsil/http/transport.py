@@ -139,6 +139,10 @@ class HttpTransport(Transport):
         )
         listening.set_result(None)
         await _tell_the_time(state, self._stopping)
+        # asyncio forgets a connection that it has accepted and not yet handed over when its server is closed.
+        loop.remove_reader(listener.fileno())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         server.close()
         await _end_all(state, self._grace)
         workers.shutdown()
