@@ -128,12 +128,13 @@ def test_what_is_no_array_of_such_numbers_is_refused(text, kind, says):
         parse(text.encode()).array(kind, "x", (2, 2))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
 @pytest.mark.parametrize("text", ["[1, 2,, 3]", "[1, 2, 3,]", "[1, 2,  , 3]"])
-def test_a_slice_that_ends_at_a_stray_comma_hides_nothing(text, monkeypatch):
+def test_a_slice_that_ends_at_a_stray_comma_hides_nothing(text, kind, monkeypatch):
     for size in range(2, 8):
         monkeypatch.setattr(jsontext, "_SLICE", size)
         with pytest.raises(InvalidRequest):
-            parse(text.encode()).array(np.int64, "x", (3,))
+            parse(text.encode()).array(kind, "x", (3,))
 
 
 def test_one_number_that_fills_a_slice_is_refused(monkeypatch):
