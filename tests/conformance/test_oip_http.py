@@ -449,6 +449,17 @@ def test_a_model_whose_name_has_slashes_is_found():
         assert ask(address, "/v2/models/team/ads/infer", as_json(one_hot(1))).status == 200
 
 
+def test_a_missing_number_is_refused_as_over_grpc():
+    features = one_hot(1)
+    dense = described("dense", "FP32", features.dense, data=[[0.5, None, 1]])
+    ids = tensors(features)[1]
+    body = json.dumps({"inputs": [dense, described(*ids, data=ids[2].tolist())]}).encode()
+    with engine_with(None) as engine, http_transport(engine) as (_, address):
+        answer = ask(address, INFER, body)
+    assert answer.status == 400
+    assert answer.error.startswith("dense: row 0, column 1 is nan; values must be finite")
+
+
 def test_the_limits_are_those_of_the_model():
     model = fake_model(limits=RequestLimits(max_rows=3))
     with engine_with(None, model=model) as engine, http_transport(engine) as (_, address):

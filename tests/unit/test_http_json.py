@@ -115,6 +115,8 @@ def test_nested_arrays_are_flat_in_the_order_of_their_shape(first, second, third
         ("[01]", np.float64, "no array of numbers"),
         ("[+1]", np.float64, "no array of numbers"),
         ("[.5]", np.float64, "no array of numbers"),
+        ("[1, null]", np.int64, "x: null is no INT64"),
+        ("[1, nul]", np.float64, "no array of numbers"),
         ("[1.0]", np.int64, "x: 1.0 is no INT64"),
         ("[1, 1e2]", np.int64, "x: 100.0 is no INT64"),
         ("[18446744073709551615]", np.int64, "x: 18446744073709551615 is no INT64"),
@@ -141,6 +143,11 @@ def test_one_number_that_fills_a_slice_is_refused(monkeypatch):
     monkeypatch.setattr(jsontext, "_SLICE", 8)
     with pytest.raises(InvalidRequest, match="has more than 8 characters"):
         parse(b"[1, 1000000000, 2]").array(np.int64, "x", (3,))
+
+
+def test_a_null_is_a_number_that_is_missing():
+    found = parse(b"[[1.5, null], [null, -2]]").array(np.float64, "x", (2, 2))
+    assert found.tolist() == pytest.approx([1.5, math.nan, math.nan, -2], nan_ok=True)
 
 
 def test_an_empty_array_is_one_of_numbers_and_a_list_to_whoever_wants_one():

@@ -28,8 +28,8 @@ _PIECE = 1 << 18  # that are looked at at a time
 _MOST_DIMENSIONS = 8
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_FLAT = re.compile(r"[-+.0-9eE, \t\r\n]*")
-_NESTED = re.compile(r"[-+.0-9eE, \t\r\n\[\]]*")
+_FLAT = re.compile(r"[-+.0-9eE, \t\r\nnul]*")  # with null, which is a number that is missing
+_NESTED = re.compile(r"[-+.0-9eE, \t\r\nnul\[\]]*")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -48,8 +48,8 @@ class Numbers:
     stop: int
 
     def array(self, kind: type[np.int64 | np.float64], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """The numbers, flat. Raises InvalidRequest where one is none of the kind, or the arrays are nested otherwise
-        than the shape says; whether they are as many as it says is not looked at."""
+        """The numbers, flat; a null is NaN. Raises InvalidRequest where one is none of the kind, or the arrays are
+        nested otherwise than the shape says; whether they are as many as it says is not looked at."""
         inner = self.text[self.start + 1 : self.stop - 1]
         if "[" in inner:
             _check_nesting(self.text[self.start : self.stop], name, shape)
@@ -233,5 +233,5 @@ def _read(text: str, kind: type[np.int64 | np.float64], name: str) -> NDArray[An
         raise InvalidRequest(f"{name}: its data is no array of numbers: a number is missing before or after a comma")
     if kind is np.int64 and found.dtype != np.int64:
         wrong = next((value for value in values if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63), "")
-        raise InvalidRequest(f"{name}: {str(wrong)[:40]} is no INT64")
+        raise InvalidRequest(f"{name}: {'null' if wrong is None else str(wrong)[:40]} is no INT64")
     return found
