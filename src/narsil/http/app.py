@@ -23,7 +23,7 @@ from starlette.routing import Route
 from narsil.dataflow import Result
 from narsil.engine.served_model import ServedModel
 from narsil.errors import RequestError, http_status_of
-from narsil.http import infer
+from narsil.http import infer, openapi
 from narsil.http.bodies import SMALL, Bodies, deflated, encoding_for
 from narsil.http.jsontext import parse
 from narsil.transports.codec import oip
@@ -67,6 +67,8 @@ class Site:
             self._route("/livez", self._live),
             self._route("/readyz", self._ready),
             self._route("/metrics", self._metrics_page),
+            self._route("/docs", self._docs),
+            self._route("/openapi.json", self._openapi),
             self._route("/v2/health/live", self._live),
             self._route("/v2/health/ready", self._ready),
             self._route("/v2", self._server),
@@ -106,6 +108,12 @@ class Site:
         page = partial(self._metrics, request.headers.get("accept", ""))
         body, kind = await self._bodies.off_the_loop(SMALL + 1, page)
         return Response(body, 200, {"Content-Type": kind})
+
+    async def _docs(self, request: Request) -> Response:
+        return Response(openapi.page(), 200, media_type="text/html")
+
+    async def _openapi(self, request: Request) -> Response:
+        return _json(openapi.document())
 
     async def _server(self, request: Request) -> Response:
         return _json({"name": "narsil", "version": version("narsil"), "extensions": list(oip.EXTENSIONS)})
