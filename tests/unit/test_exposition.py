@@ -143,5 +143,5 @@ def test_every_error_of_a_request_has_an_outcome():
     from narsil.telemetry.exposition import _OUTCOMES
 
     kinds = {kind.__name__ for kind in RequestError.__subclasses__()} - {"Unavailable"}
-    before_the_engine = {"ModelNotFound", "MessageTooLarge"}
+    before_the_engine = {"ModelNotFound", "MessageTooLarge", "Refused"}
     assert kinds - before_the_engine - set(_OUTCOMES) == {"ForwardFailed"}
