@@ -62,10 +62,24 @@ def test_the_number_of_columns_is_found(name: str) -> None:
     assert probed(Columns(FOUND[name])).dense_dim == WIDTH
 
 
-def test_a_model_that_takes_any_number_of_columns_says_so() -> None:
-    with pytest.raises(ArtifactError, match=r"runs with 3, 4 and other numbers of dense columns.*--dense-dim"):
-        probed(Columns(lambda x: x[:, [0, 1, 2]]))
+def test_a_model_that_takes_columns_by_their_places_has_as_many_as_it_needs(caplog: pytest.LogCaptureFixture) -> None:
+    assert probed(Columns(lambda x: x[:, [0, 1, 2]])).dense_dim == 3
+    assert "runs with 3, 4 and other numbers of columns in x; it is taken to have 3: --dense-dim" in caplog.text
     assert probed(Columns(lambda x: x[:, [0, 1, 2]]), 5).dense_dim == 5
+
+
+def test_a_model_that_takes_any_number_of_columns_says_so() -> None:
+    with pytest.raises(ArtifactError, match=r"runs with 1, 2 and other numbers of columns in x, .*--dense-dim"):
+        probed(Columns(lambda x: x.sum(1)))
+    assert probed(Columns(lambda x: x.sum(1)), 5).dense_dim == 5
+
+
+def test_weights_that_torch_keeps_packed_are_the_same_each_time() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    layers = torch.ao.quantization.quantize_dynamic(layers, {torch.nn.Linear}, dtype=torch.qint8)
+    found = probed(Columns(torch.jit.script(layers)), WIDTH)
+    assert found.readings.program is None
+    assert "quantized.linear_dynamic" in found.readings.problem
 
 
 def test_a_number_of_columns_that_was_given_must_run() -> None:

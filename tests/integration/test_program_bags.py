@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 from narsil.program.bounds import id_limit
 from narsil.program.ragged import IDS, WEIGHTS
 from narsil.program.reading import Readings, merged, read, record
-from narsil.program.steps import Bags
+from narsil.program.steps import Bags, of_feature
 from narsil.program.values import Known, PerId, Structure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,7 +161,6 @@ UNKNOWN: dict[str, tuple[Forward, str]] = {
     "reversed ids": (all_features(lambda ids: ids.flip(0)), "aten.flip"),
     "sorted ids": (all_features(lambda ids: ids.sort()[0]), "aten.sort"),
     "unique ids": (all_features(lambda ids: torch.unique(ids)[:1] + ids * 0), "aten._unique2"),
-    "ids moved by one": (all_features(lambda ids: torch.cat([ids[1:], ids[:1]])), "not the request's bags"),
     "a number before the ids": (all_features(lambda ids: torch.cat([ids.new_zeros(1), ids[1:]])), ""),
     "a constant before the ids": (
         all_features(lambda ids: torch.cat([torch.zeros(1, dtype=torch.int32), ids[1:]])),
@@ -189,11 +188,34 @@ UNKNOWN: dict[str, tuple[Forward, str]] = {
         ids_of(lambda ids, lengths: ids, lambda lengths, rows: lengths.view(FEATURES, rows).flip(1).reshape(-1)),
         "aten.flip",
     ),
-    "features and rows swapped": (
-        ids_of(lambda ids, lengths: ids, lambda lengths, rows: lengths.view(-1, FEATURES).t().reshape(-1)),
-        "",
-    ),
 }
+# Where any id may come to any row's bag, and to any feature's table.
+LAID_ANEW: dict[str, Forward] = {
+    "ids moved by one": all_features(lambda ids: torch.cat([ids[1:], ids[:1]])),
+    "features and rows swapped": ids_of(
+        lambda ids, lengths: ids, lambda lengths, rows: lengths.view(-1, FEATURES).t().reshape(-1)
+    ),
+    "ids that cross two features": all_features(
+        lambda ids: (torch.cat([ids[1:], ids[:1]]).long() * 1_000_003 + ids) % TABLE_ROWS
+    ),
+    "a bag of each id": lambda lengths, values, weights: looked_up(
+        values.long(), torch.ops.fbgemm.asynchronous_complete_cumsum(torch.ones_like(values))
+    )[: lengths.numel()],
+}
+
+
+@pytest.mark.parametrize("name", LAID_ANEW)
+def test_bags_that_are_laid_anew_are_no_program_s_but_their_ids_are_bounded(name: str) -> None:
+    readings = readings_of(LAID_ANEW[name])
+    assert readings.program is None
+    assert not readings.unknown_ids
+    most = 2**31 if "cross" in name else TABLE_ROWS
+    limits: dict[int, int] = {}
+    for lookup in readings.lookups:
+        for feature, table in zip(lookup.features, lookup.tables, strict=True):
+            limit = id_limit(of_feature(lookup.ids, feature), table.rows, 2**31)
+            limits[feature] = min(limit, limits.get(feature, limit))
+    assert limits == dict.fromkeys(range(FEATURES), most)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -203,6 +225,20 @@ def test_what_is_not_the_requests_is_not_known(name: str) -> None:
     assert readings.program is None
     assert readings.unknown_ids
     assert why in readings.unknown_ids
+
+
+def test_ids_that_are_laid_out_as_numbers_too_are_bounded_all_the_same() -> None:
+    """As a model does that counts the ids of a history that are the candidate's."""
+
+    def forward(lengths: Any, values: Any, weights: Any) -> Any:
+        offsets = offsets_of(lengths[: lengths.numel() // FEATURES])
+        laid = torch.ops.fbgemm.jagged_to_padded_dense(values.float().unsqueeze(1), [offsets], [4], 0.0)
+        return feature(lengths, values, None, 0) + laid.sum((1, 2))[:, None]
+
+    readings = readings_of(forward)
+    assert readings.program is None
+    assert not readings.unknown_ids
+    assert [lookup.tables[0].rows for lookup in readings.lookups] == [TABLE_ROWS]
 
 
 OTHER_WEIGHTS: dict[str, tuple[Forward, str]] = {

@@ -204,6 +204,19 @@ class Optional(Base):
         return x if weights is None else x * weights
 
 
-@pytest.mark.parametrize("kind", [Shapes, Checked, OwnSizes, Layers, Optional])
+class Attention(Base):
+    """torch's own layers, which branch on the form of what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+        self.groups = torch.nn.GroupNorm(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.groups(x).view(-1, 1, 6)
+        return self.attention(x, x, x)[0].flatten(1)
+
+
+@pytest.mark.parametrize("kind", [Shapes, Checked, OwnSizes, Layers, Optional, Attention])
 def test_what_does_not_is_none(kind: type[Base]) -> None:
     assert branch_on_rows(loaded(kind())) == ""

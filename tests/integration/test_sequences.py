@@ -3,6 +3,7 @@ their programs compute what they do; others stay what they are to the torch back
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -86,15 +87,18 @@ class Sequences(torch.nn.Module):
         return self.over(torch.cat([dense, *(self.pool(found[key]) for key in KEYS)], 1))
 
 
-def packaged(pool: Pool, path: Path, sharded: bool = True) -> None:
-    package(Flat(Sequences(pool), KEYS), inputs_of(batch_of(ROWS, DENSE, 2)), path, sharded=sharded)
+def packaged(pool: Pool, path: Path, sharded: bool = True, quantized: bool = True) -> None:
+    inputs = inputs_of(batch_of(ROWS, DENSE, 2))
+    package(Flat(Sequences(pool), KEYS), inputs, path, sharded=sharded, quantized=quantized)
 
 
-@pytest.mark.parametrize("sharded", [True, False])
-@pytest.mark.parametrize("name", READ)
-def test_its_program_computes_the_same(name: str, sharded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sharded", "quantized"),
+    [*itertools.product(READ, (True, False), (True,)), ("attention", False, False), ("to_padded_dense", False, False)],
+)
+def test_its_program_computes_the_same(name: str, sharded: bool, quantized: bool, tmp_path: Path) -> None:
     path = tmp_path / "model_default.pt"
-    packaged(READ[name], path, sharded)
+    packaged(READ[name], path, sharded, quantized)
     module = load_torchscript(path, "cpu")
     reading = read_module(module, "m")
     assert [feature.rows for feature in reading.schema.features] == ROWS

@@ -3,6 +3,7 @@ torch backend as a direct call scores it, alone and beside padding."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,9 @@ from narsil.artifacts.artifact import open_artifact
 from narsil.artifacts.torchrec import read_module
 from narsil.artifacts.torchscript import load_torchscript
 from narsil.backends.registry import load_backend
+from narsil.compile.compiler import compile_artifact
 from narsil.dataflow import Batch
+from narsil.engine.independence import dependence
 from narsil.errors import ArtifactError
 from narsil.program.steps import Bags
 from tests.fixtures_models import batch_of, rows_of
@@ -51,6 +54,7 @@ class Kind:
     group: str = "id_list_features"
     change: str = ""  # what is done to ids
     kjts: int = 1  # KeyedJaggedTensors that are built of the same ids
+    order: tuple[int, ...] = ()  # in which features are taken out of the KeyedJaggedTensor, if in another one
     quantized: bool = True
     sharded: bool = True
     dtype: Any = torch.qint8
@@ -96,9 +100,13 @@ class Predict(PredictModule):
             values = values.int()
         if kind.change.endswith("hash"):
             values = (values ^ (values >> 16)) * 73244475 % 7
+        if kind.change == "cross":
+            c, a, b = values.view(3, -1)
+            values = torch.cat([c, (a.long() * 1_000_003 + b) % 40, b])
         if kind.change == "clamp":
             values = torch.clamp(values, max=9)
         every = [KeyedJaggedTensor(keys=list(kind.keys), lengths=lengths, values=values) for _ in range(kind.kjts)]
+        every = [each.permute(list(kind.order)) if kind.order else each for each in every]
         dense = None if kind.columns is None else batch[kind.columns]
         return {"default": self.predict_module(dense, every).sigmoid().reshape(-1)}
 
@@ -138,6 +146,7 @@ KINDS: dict[str, Kind] = {
     "a hash of int64": Kind(change="long hash", rows=(WIDE,) * 3),
     "a hash of int32": Kind(change="int hash", rows=(NARROW,) * 3),
     "several KeyedJaggedTensors": Kind(kjts=2),
+    "features in another order": Kind(keys=("c", "idle", "a", "b"), order=(3, 0, 2), rows=(30, NARROW, 40, 30)),
 }
 
 
@@ -195,6 +204,51 @@ def test_its_program_computes_the_same(name: str, artifact_of: Callable[[str], P
         columns = {} if kind.columns is None else {kind.columns: batch.dense}
         found = readings.program.reference(columns, {kind.group: bags})["default"]
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_one_id_of_each_feature_is_scored_as_a_direct_call_scores_it_and_never_beside_others(tmp_path: Path) -> None:
+    """Ids of two features are crossed, which is only done where each row has one of both."""
+    kind, path = Kind(change="cross", rows=(30, WIDE, 30)), tmp_path / "model_default.pt"
+    packaged(kind, path)
+    artifact = open_artifact(path)
+    assert tuple(feature.rows for feature in artifact.schema.features) == kind.rows
+    backend, module = load_backend(artifact, "torch", tune_kernels=False), torch.jit.load(str(path))
+    batch = batch_of([30, 10**9, 30], DENSE, 9)
+    with torch.inference_mode():
+        expected = module(
+            {key: tensor.long() for key, tensor in inputs_for(kind, batch).items() if "id_" in key}
+            | {"float_features": torch.from_numpy(batch.dense)}
+        )["default"].numpy()
+    np.testing.assert_array_equal(backend.run(batch)["default"], expected)
+    told = dependence(backend)
+    assert told is not None
+    assert told.startswith("it takes one id of each feature and fails on bags of 0 to 3 (")
+    with pytest.raises(ArtifactError, match="cannot be compiled"):
+        compile_artifact(artifact, tmp_path / "compiled")
+
+
+def test_a_branch_that_no_trial_shows_leaves_requests_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model_default.pt"
+    torch.jit.script(Many()).save(str(path))
+    backend = load_backend(open_artifact(path), "torch", tune_kernels=False)
+    told = dependence(backend)
+    assert told is not None
+    assert re.match(r"forward branches on a number .* if dense.shape\[0\] > 400.*, so that no trial tells", told)
+    assert dependence(backend.share()) == told
+
+
+class Many(torch.nn.Module):
+    """Does other things to more rows than are tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = torch.nn.Linear(DENSE, 1)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        dense = batch["float_features"]
+        if dense.shape[0] > 400:
+            dense = dense * 2
+        return {"default": self.over(dense).sigmoid().reshape(-1)}
 
 
 def test_ids_that_lead_outside_of_their_table_are_refused(tmp_path: Path) -> None:

@@ -172,10 +172,34 @@ def test_the_rows_that_change_places_have_as_many_ids_and_the_last_is_padding(fe
         assert set(lengths.ravel()) == {0, 1, 2, 3}
 
 
+def test_a_model_of_one_id_a_feature_is_told_as_such():
+    def flat(scores, batch):
+        return scores + 0 * batch.values.reshape(-1, batch.rows)[0]
+
+    told = dependence(Scored(flat))
+    assert told is not None
+    assert re.match(r"it takes one id of each feature and fails on bags of 0 to 3 \(.*cannot reshape", told)
+
+
+def test_what_a_model_of_no_rows_at_all_raises_is_its_own():
+    def fails(scores, batch):
+        raise ArtifactError("no such luck")
+
+    with pytest.raises(ArtifactError, match=r"^no such luck$"):
+        dependence(Scored(fails))
+
+
+def test_a_branch_on_rows_that_no_trial_shows_is_a_dependence():
+    backend = Scored(lambda scores, batch: scores * 2 if batch.rows > 400 else scores)
+    assert dependence(backend) is None
+    backend.branch = "forward branches on a number that follows from the rows"
+    assert dependence(backend) == f"{backend.branch}, so that no trial tells what it does to others"
+
+
 def test_what_it_costs_is_some_dozens_of_small_forwards():
     behaviour = FakeBehaviour()
     assert dependence(FakeBackend(SCHEMA, behaviour)) is None
-    assert len(behaviour.forwards) <= 64
+    assert len(behaviour.forwards) <= 65
     assert sorted(behaviour.forwards)[-3:] == [29, 300, 300]
 
 

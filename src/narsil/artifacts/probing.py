@@ -7,6 +7,7 @@ every lookup's are held against its tables before it runs: nothing is read out o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,9 @@ from narsil.program.recording import Recording, Ref
 from narsil.program.steps import Bags, Table
 from narsil.program.values import Known, PerId, Structure
 
-__all__ = ["ROWS", "Probed", "Rows", "lone_columns", "outputs_of", "probe"]
+__all__ = ["ROWS", "Probed", "Rows", "Takes", "lone_columns", "outputs_of", "probe"]
+
+log = logging.getLogger(__name__)
 
 ROWS = (5, 7)  # of the two recordings
 MOST_COLUMNS = 4096  # of the widths that are tried
@@ -74,6 +77,7 @@ class Takes:
     device: str = "cpu"
     known: Mapping[str, int] = field(default_factory=dict)
     joined: bool = False  # whether forward joins groups: a reading has one of all of them then
+    one_each: bool = False  # whether every bag has to hold one id
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -81,8 +85,8 @@ class Takes:
         return in_order((*self.known, *(() if self.columns is None else (self.columns,))))
 
     def rows(self, count: int, dense_dim: int, wide_ids: bool, ids: Callable[[str, NDArray[np.int64]], Any]) -> Rows:
-        """Random columns and bags of 0 to 3; every feature has one that is not empty. ``ids`` gives a group's ids for
-        its (T, B) lengths."""
+        """Random columns and bags of 0 to 3, or of 1; every feature has one that is not empty. ``ids`` gives a group's
+        ids for its (T, B) lengths."""
         random = np.random.default_rng(count)
         kind = torch.int64 if wide_ids else torch.int32
         inputs: dict[str, torch.Tensor] = {}
@@ -93,6 +97,8 @@ class Takes:
         for group, (features, weighted) in self.groups.items():
             lengths = random.integers(0, 4, (features, count))
             lengths[np.arange(features), random.integers(0, count, features)] += 1
+            if self.one_each:
+                lengths[:] = 1
             total = int(lengths.sum())
             inputs[group + LENGTHS] = torch.from_numpy(lengths.ravel()).to(kind)
             inputs[group + VALUES] = torch.as_tensor(ids(group, lengths)).to(kind)
@@ -217,11 +223,18 @@ def _form(forward: Any, takes: Takes, dense_dim: int | None, guard: Any, name: s
                 found = found[1:]
             if len(found) == 1:
                 return wide, found[0]
+            if found and found[0] > 1:
+                # It takes columns by their places: a request of more columns is refused, so that none is scored wrong.
+                log.warning(
+                    "%s runs with %d, %d and other numbers of columns in %s; it is taken to have %d: --dense-dim gives "
+                    "another number",
+                    *(name, found[0], found[1], takes.columns, found[0]),
+                )
+                return wide, found[0]
             if found:
                 raise ArtifactError(
-                    f"{name}: forward runs with {found[0]}, {found[1]} and other numbers of dense columns, so that "
-                    f"theirs "
-                    "is unknown; give it with --dense-dim"
+                    f"{name}: forward runs with {found[0]}, {found[1]} and other numbers of columns in "
+                    f"{takes.columns}, so that theirs is unknown; give it with --dense-dim"
                 )
     raise ArtifactError(
         f"{name}: forward runs with no number of dense columns up to {MOST_COLUMNS}: "

@@ -53,7 +53,7 @@ from narsil.artifacts.torchscript import (
 from narsil.errors import ArtifactError, first_line
 
 if TYPE_CHECKING:
-    from narsil.artifacts.probing import Probed
+    from narsil.artifacts.probing import Probed, Takes
     from narsil.program.reader import Readings
     from narsil.program.steps import Lookup, Table
 
@@ -152,10 +152,12 @@ def _inputs(interface: Interface, name: str) -> tuple[tuple[str, ...], tuple[str
     cannot bring."""
     groups = in_order(interface.features)
     listed = {group + part for group in groups for part in (LENGTHS, VALUES, WEIGHTS)}
+    # A model of one id a feature may leave the lengths alone.
+    reads = interface.reads | {group + LENGTHS for group in groups}
     columns = in_order(key for key in interface.reads - listed if not key.endswith((LENGTHS, WEIGHTS)))
     wanted = {group + part for group in groups for part in (LENGTHS, VALUES)} | set(columns)
     weights = {group + WEIGHTS for group in groups} & interface.reads
-    if odd := sorted(interface.reads ^ (wanted | weights)):
+    if odd := sorted(reads ^ (wanted | weights)):
         raise ArtifactError(
             f"{name}: forward reads {odd[0]} alone, where id lists are X{LENGTHS} and X{VALUES} together, and "
             f"X{WEIGHTS} beside them; name the model's inputs so"
@@ -203,10 +205,10 @@ def _probed(
     sought = next((key for key in columns if key not in widths), columns[0] if columns else None)
     width = widths.pop(sought, None) if sought is not None else None
     takes = Takes(sought, taken, device, widths, interface.joined)
-    found = probe(forward, takes, width, _table_of(tbes, name), name)
+    takes, found = _probed_in_some_form(forward, takes, width, _table_of(tbes, name), name)
     if ids == "int64" and not found.wide_ids:
         found = probe(forward, takes, found.dense_dim, _table_of(tbes, name), name, wide_ids=True)
-    wide = None
+    one_each, wide = takes.one_each, None
     if ids == "int32" and found.wide_ids:
         raise ArtifactError(f"{name}: forward takes int64 ids alone; leave out --ids, or give int64")
     if not ids and not found.wide_ids and (found.readings.unknown_ids or _all_narrow(found.readings)):
@@ -241,8 +243,9 @@ def _probed(
     from narsil.program.missing import caught_columns
 
     readings = found.readings
-    if readings.program is not None and (branch := branch_on_rows(module)):
-        readings = replace(readings, program=None, problem=branch)
+    problem = branch_on_rows(module) or ("it takes one id of each feature alone" if one_each else "")
+    if readings.program is not None and problem:
+        readings = replace(readings, program=None, problem=problem)
     schema = ModelSchema(
         sum(part for _, part in matrices),
         tuple(features),
@@ -253,6 +256,22 @@ def _probed(
     )
     binding = Binding(matrices, tuple((group, *taken[group]) for group in groups), found.wide_ids)
     return ModuleReading(schema, device, binding, readings)
+
+
+def _probed_in_some_form(
+    forward: Any, takes: Takes, width: int | None, table_of: Any, name: str
+) -> tuple[Takes, Probed]:
+    """A model on bags of any length, or where it takes none, on one id of each feature."""
+    from narsil.artifacts.probing import probe
+
+    try:
+        return takes, probe(forward, takes, width, table_of, name)
+    except ArtifactError as error:
+        single = replace(takes, one_each=True)
+        try:
+            return single, probe(forward, single, width, table_of, name)
+        except ArtifactError:
+            raise error from None
 
 
 def _shared(features: Sequence[Feature]) -> str | None:
@@ -318,6 +337,7 @@ def _all_narrow(readings: Readings) -> list[tuple[int, int]]:
 def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
     """(group, feature) whose int32 ids lead to other rows where they come as int64; None where there is none among
     those that are tried."""
+    from narsil.program.ragged import functions_of
     from narsil.program.steps import evaluate_ids, of_feature
 
     most = _MOST_IDS[False]
@@ -326,6 +346,8 @@ def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
     tried = np.concatenate([tried, -1 - tried])
     for number, feature in _all_narrow(narrow):
         one, other = narrow.lookups[number], wide.lookups[number]
+        if "several" in functions_of(of_feature(one.ids, feature)):
+            return one.group, feature  # which is not tried
         as_narrow, as_wide = (evaluate_ids(of_feature(each.ids, feature), tried, None) for each in (one, other))
         if not np.array_equal(as_narrow, as_wide):
             return one.group, feature

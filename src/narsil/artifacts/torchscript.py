@@ -73,7 +73,10 @@ def interface_of(module: Any, name: str) -> Interface:
     reads = {_constant(node.inputsAt(1)) for node in _getitems(inputs[1])}
     if not all(isinstance(key, str) for key in reads):
         raise ArtifactError(f"{name}: forward reads keys of its dict that are not constant; name them in the model")
-    groups = sorted(key.removesuffix(LENGTHS) for key in reads if key.endswith(LENGTHS))
+    groups = sorted(
+        {key.removesuffix(LENGTHS) for key in reads if key.endswith(LENGTHS)}
+        | {key.removesuffix(VALUES) for key in _in_bags(module, inputs[1]) if key.endswith(VALUES)}
+    )
     columns = sorted(reads - {group + part for group in groups for part in (LENGTHS, VALUES, WEIGHTS)})
     joined = {group for keys in _joined(module, inputs[1], groups) for group in keys}
     features = {group: (group,) if group in joined else _features(module, inputs[1], group, name) for group in groups}
@@ -154,6 +157,11 @@ def _joined(module: Any, batch: Any, groups: Sequence[str]) -> list[set[str]]:
         if len(own) > 1 and len(_strings(node.inputsAt(1))) == len(own):
             found.append(own)
     return found
+
+
+def _in_bags(module: Any, batch: Any) -> set[str]:
+    """The keys that a KeyedJaggedTensor is built of, whether or not lengths are among them."""
+    return {key for node in module.graph.nodes() if _builds_kjt(node) for key in _keys_behind(node, batch)}
 
 
 def _keys_behind(node: Any, batch: Any) -> set[str]:

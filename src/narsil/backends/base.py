@@ -24,6 +24,7 @@ class Backend(ABC):
     name: str
     schema: ModelSchema  # of the tasks that ``run`` gives: the model's, or some of them where others set it so
     device: str
+    branch: str = ""  # where the forward may do other things for other rows, which no trial of some rows shows
 
     @abstractmethod
     def run(self, batch: Batch) -> Scores:

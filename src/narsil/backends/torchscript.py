@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from narsil.artifacts.artifact import Artifact
+from narsil.artifacts.branches import branch_on_rows
 from narsil.artifacts.schema import ModelSchema
 from narsil.artifacts.torchrec import Binding, read_module
 from narsil.artifacts.torchscript import LENGTHS, VALUES, WEIGHTS, forward_of, interface_of, load_torchscript
@@ -45,6 +46,7 @@ class TorchScriptBackend(Backend):
         *,
         tuned: bool = False,
         binding: Binding = _TORCHREC,
+        branch: str = "",
     ) -> None:
         self.schema = schema
         self.device = device
@@ -53,6 +55,7 @@ class TorchScriptBackend(Backend):
         self._threads = intra_op_threads
         self._tuned = tuned
         self._binding = binding
+        self.branch = branch
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
@@ -83,7 +86,15 @@ class TorchScriptBackend(Backend):
                 f"{script} and its manifest describe different models: "
                 f"{_difference(reading.schema, artifact.schema)}; package the model again"
             )
-        return cls(module, artifact.schema, device, intra_op_threads, tuned=tuned, binding=reading.binding)
+        return cls(
+            module,
+            artifact.schema,
+            device,
+            intra_op_threads,
+            tuned=tuned,
+            binding=reading.binding,
+            branch=branch_on_rows(module),
+        )
 
     def bucket(self, rows: int) -> int:
         """See Backend.bucket."""
@@ -132,7 +143,13 @@ class TorchScriptBackend(Backend):
     def share(self) -> TorchScriptBackend:
         """Another instance over the same module."""
         return TorchScriptBackend(
-            self._module, self.schema, self.device, self._threads, tuned=self._tuned, binding=self._binding
+            self._module,
+            self.schema,
+            self.device,
+            self._threads,
+            tuned=self._tuned,
+            binding=self._binding,
+            branch=self.branch,
         )
 
     def thread_setup(self) -> None:

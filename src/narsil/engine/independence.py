@@ -57,15 +57,20 @@ class _Trial:
 
 
 def dependence(backend: Backend) -> str | None:
-    """How a row's score depends on others, in words; None where nothing shows that it does.
+    """How a row's score depends on others, in words; None where nothing shows that it does, and the forward does
+    nothing that other rows could turn.
 
     Raises ArtifactError where the same batch is scored otherwise each time, and whatever the forward raises where it
     takes no number of rows.
     """
-    for pool in probe_rows(backend.schema):
-        if told := _Probe(backend, pool).told():
-            return told
-    return None
+    single, bags = (_Probe(backend, pool) for pool in probe_rows(backend.schema))
+    if told := single.told():
+        return told
+    if problem := bags.failure(ROWS):  # where as many rows of one id each have run
+        return f"it takes one id of each feature and fails on bags of 0 to 3 ({problem})"
+    if told := bags.told():
+        return told
+    return f"{backend.branch}, so that no trial tells what it does to others" if backend.branch else None
 
 
 def probe_rows(schema: ModelSchema) -> Sequence[Features]:
@@ -124,7 +129,7 @@ class _Probe:
         try:
             together = self._scores(first)
         except Exception as error:  # a model's forward raises what it likes
-            found = next((count for count in SIZES if self._takes(count)), None)
+            found = next((count for count in SIZES if not self.failure(count)), None)
             if found is None:
                 raise
             return f"it takes {found} rows and fails on {ROWS} ({last_line(error)})"
@@ -146,12 +151,13 @@ class _Probe:
                 return f"it scores {task} of row {row} {among} among {ROWS} rows and {now} {trial.how}"
         return None
 
-    def _takes(self, count: int) -> bool:
+    def failure(self, count: int) -> str:
+        """What a forward of so many rows raises; empty where it ends well."""
         try:
             self._scores(_Trial("", np.arange(count) % (2 * ROWS), np.arange(count)))
-        except Exception:
-            return False
-        return True
+        except Exception as error:
+            return last_line(error) or type(error).__name__
+        return ""
 
     def _scores(self, trial: _Trial) -> Scored:
         """Task -> (rows, ..) of a batch."""

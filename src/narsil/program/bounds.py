@@ -263,6 +263,7 @@ _FUNCTIONS: dict[str, Callable[..., Range | None]] = {
     "bit_and": _anded,
     "bit_or": _ored,
     "bit_xor": _ored,
+    "several": lambda *known: _WHOLE,
     "zero_collision_hash": lambda *known: (known[-2][0], known[-1][0]),
     "bit_not": lambda x: (-1 - x[1], -1 - x[0]),
     "shift_left": lambda x, y: _shifted(x, y, True),

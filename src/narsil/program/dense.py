@@ -236,7 +236,7 @@ def read_of_weights(reader: Reader, op: Op) -> Known:
         if op.name == "aten.t":
             return Fixed(known.tensor.t())
         return Fixed(reader.recording.tensors[_only(op)])
-    if isinstance(known, Structure):
+    if op.name == "aten.t" and isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     if op.name == "aten.expand" and isinstance(known, Column) and not known.folded:
         return _broadcast(reader, op, known)
@@ -353,7 +353,7 @@ def read_permute(reader: Reader, op: Op) -> Known:
     known = reader.of(op.args[0])
     if isinstance(known, Fixed):
         return Fixed(reader.recording.tensors[_only(op)])
-    if isinstance(known, Structure):
+    if isinstance(known, PerId | Structure):
         return cast(Known, rearranged(reader, op))
     column = reader.column(op.args[0])
     rank = len(column.shape) + 1

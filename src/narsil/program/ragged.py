@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from narsil.errors import first_line
 from narsil.program.reader import Reader, fixed_array, reads
 from narsil.program.recording import Constant, Op, Ref, Varying
 from narsil.program.steps import ID_FUNCTIONS, Elementwise, IdArray, IdExpression, Lookup, Pooling, Table, of_feature
@@ -32,6 +33,7 @@ __all__ = [
     "moved",
     "per_id",
     "rearranged",
+    "vectors_of_ids",
 ]
 
 IDS, WEIGHTS = IdExpression("ids"), IdExpression("weights")
@@ -46,6 +48,8 @@ _BITWISE = ("aten.bitwise_and", "aten.bitwise_or", "aten.bitwise_not")
 _WRAPS = ("add", "sub", "mul", "neg", "abs", "pow", "shift_left")
 _DIVIDES = ("fmod", "floor_divide", "truncated_divide", "remainder")
 _UNSET = IdExpression("unset")
+_NOTHING = IdExpression("mul", (IDS, 0))
+_ONE = IdExpression("add", (_NOTHING, 1))
 _WENT = 4  # what bucketize gives where it is asked for where ids went
 _OWN_PLACES = (9, 12)  # arguments of bucketize: where each device's ids begin, and how many there are
 _EVERYTHING = 2**62  # an end at least so far away is none
@@ -56,7 +60,7 @@ def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tup
     sources = [item for item in known if isinstance(item, PerId)]
     for source in sources:
         if source.group != sources[0].group or not all(map(torch.equal, source.positions, sources[0].positions)):
-            raise Unread("it takes the ids of different bags")
+            return _of_several(reader, op, sources)
     arguments: list[Any] = []
     for item in known:
         if isinstance(item, PerId):
@@ -76,6 +80,20 @@ def per_id(reader: Reader, op: Op, function: str, known: list[Any], numbers: tup
     made = PerId(sources[0].group, IdExpression(function, (*arguments, *numbers)), sources[0].positions)
     stays = whole and (kind == torch.bool or function not in _WRAPS)
     return made if stays else converted(made, torch.int64, kind)
+
+
+def _of_several(reader: Reader, op: Op, sources: list[PerId]) -> PerId:
+    """What is computed with the ids of several bags, as a hash that crosses two features: any number."""
+    number = op.outputs[0] or 0
+    kind, first = reader.recording.tensors[number].dtype, sources[0]
+    if any(source.group != first.group for source in sources) or kind.is_floating_point:
+        raise Unread("it takes the ids of different groups, or makes no whole numbers of them")
+    made = [
+        positions.expand(tensor.shape)
+        for positions, tensor in zip(first.positions, reader.pair(Ref(number)), strict=True)
+    ]
+    several = IdExpression("several", (number, *(source.expression for source in sources)))
+    return converted(PerId(first.group, several, (made[0], made[1])), torch.int64, kind)
 
 
 def _check_function(function: str, arguments: list[Any], kind: torch.dtype) -> None:
@@ -138,6 +156,8 @@ def read_like(reader: Reader, op: Op) -> Known:
     """A number for each id, or each of a value, the same for all, or not set yet."""
     known = reader.of(op.args[0])
     unset = op.name == "aten.empty_like"
+    if isinstance(known, Structure) and not unset:
+        return known  # held against the request's lengths where they are used
     if not isinstance(known, PerId) and (unset or not isinstance(known, Column)):
         raise Unread("it makes as many numbers as there are of something else")
     if unset and isinstance(known, PerId):
@@ -158,8 +178,7 @@ def _like(reader: Reader, op: Op, known: PerId | Column, number: Any) -> Known:
         return reader.add(op, step, known.shape, known.folded)
     if reader.recording.tensors[op.outputs[0] or 0].dtype.is_floating_point or not isinstance(number, int):
         raise Unread("it makes floats")
-    nothing = IdExpression("mul", (IDS, 0))
-    return PerId(known.group, IdExpression("add", (nothing, number)), known.positions)
+    return PerId(known.group, IdExpression("add", (_NOTHING, number)), known.positions)
 
 
 def chosen(reader: Reader, op: Op, known: PerId, condition: Known) -> Chosen:
@@ -291,8 +310,7 @@ def _shared(reader: Reader, sources: list[PerId]) -> IdExpression:
     done: dict[int, Any] = {}
     for source in sources:
         for positions, each in zip(source.positions, lengths, strict=True):
-            features = np.searchsorted(np.cumsum(each.sum(axis=1)), positions.ravel().numpy(), side="right")
-            for feature in np.unique(features).tolist():
+            for feature in _features_among(positions, each):
                 own = of_feature(source.expression, feature)
                 if done.setdefault(feature, own) != own:
                     raise Unread("it mixes ids of one feature to which different things were done")
@@ -351,10 +369,13 @@ def moved(reader: Reader, op: Op, which: int, *, lengths: bool = False) -> tuple
         known = reader.known.get(value.number)
         if lengths and isinstance(known, Structure) and known.places:
             return known.places[which].contiguous()
-        return known.positions[which] if isinstance(known, PerId | Vectors) else reader.pair(value)[which]
+        return known.positions[which].contiguous() if isinstance(known, PerId | Vectors) else reader.pair(value)[which]
 
     kwargs = {key: given(value) for key, value in op.kwargs.items() if key != "dtype"}
-    made = op.call(*map(given, op.args), **kwargs)
+    try:
+        made = op.call(*map(given, op.args), **kwargs)
+    except Exception as error:  # an operation that moves other numbers than places
+        raise Unread(f"it cannot be followed: {first_line(error)}") from None
     return tuple(made) if isinstance(made, tuple | list) else (made,)
 
 
@@ -369,8 +390,11 @@ def _tensors(op: Op) -> list[Any]:
 
 @reads("fbgemm.asynchronous_complete_cumsum", "aten.cumsum")
 def read_offsets(reader: Reader, op: Op) -> Known:
-    """Lengths become offsets."""
-    if not isinstance(known := reader.of(op.args[0]), Structure):
+    """Lengths become offsets; a one for each id makes a bag of each."""
+    known = reader.of(op.args[0])
+    if isinstance(known, PerId) and known.expression == _ONE:
+        return Structure(known.group)
+    if not isinstance(known, Structure):
         raise Unread("it sums up what are no lengths")
     return Structure(known.group)
 
@@ -482,16 +506,61 @@ def read_embedding_bag(reader: Reader, op: Op) -> Any:
     weight = reader.fixed(op.args[0])
     if weight.dtype == torch.float64:
         raise Unread("its table is of 64-bit floats")
-    table = fixed_array(weight)
     arguments = dict(zip(("scale", "mode", "sparse", "weights", "last", "padding"), op.args[3:], strict=False))
     if arguments.get("scale") or arguments.get("padding", -1) not in (-1, None):
         raise Unread("it scales gradients, or has a padding row")
-    found = Table(
-        "embedding", table.view(np.uint8).reshape(-1), 0, len(table), table.shape[1], 0, table.shape[1] * 4, 0
-    )
+    found = _table_of(weight)
     mode, last = arguments.get("mode", 0), bool(arguments.get("last", False))
     made = _lookup(reader, op, op.args[1], op.args[2], arguments.get("weights"), (found,), mode, last=last)
     return made, None, None, None
+
+
+def vectors_of_ids(reader: Reader, op: Op, known: PerId, weight: torch.Tensor) -> Known:
+    """A vector for each id out of a table of floats, as an EmbeddingCollection that is not quantized looks them up."""
+    features = [_features_among(*each) for each in zip(known.positions, reader.groups[known.group], strict=True)]
+    if features[0] != features[1]:
+        raise Unread("which feature is looked up where follows from the rows")
+    found, expression = _table_of(weight), _as_it_came(known.expression)
+    tables = (found,) * len(features[0])
+    step = Lookup(op.outputs[0] or 0, known.group, features[0], tables, "sum", expression)
+    reader.lookups.append(step)
+    if unknown := _without_step(op, expression):
+        return Opaque(unknown)
+    if known.positions[0].dim() != 1:
+        raise Unread("its ids are laid out as more than a list")
+    return _vectors(op, step, known)
+
+
+def _table_of(weight: torch.Tensor) -> Table:
+    array = fixed_array(weight)
+    rows, dim = array.shape
+    return Table("embedding", array.view(np.uint8).reshape(-1), 0, rows, dim, 0, dim * 4, 0)
+
+
+def _as_it_came(expression: IdExpression) -> IdExpression:
+    """What is done to ids, without a conversion that changes none: those below a table's rows stay what they are."""
+    plain = expression.function == "to_int32" and expression.arguments[0].is_plain
+    return expression.arguments[0] if plain else expression
+
+
+def _without_step(op: Op, *parts: IdExpression | None) -> str:
+    """Why what is done to ids cannot be in a program; empty where it can."""
+    unknown = next((each for part in parts for each in functions_of(part) if each not in _STEPS), "")
+    if unknown == "several":
+        return f"{op.name}: its ids are computed of several features' ids"
+    return (
+        ""
+        if not unknown
+        else f"{op.name}: an id may be unset"
+        if unknown == "unset"
+        else f"fbgemm.{unknown}: no step for it"
+    )
+
+
+def _features_among(positions: torch.Tensor, lengths: NDArray[np.int64]) -> tuple[int, ...]:
+    """The features that ids belong to. ``lengths``: (T, B)."""
+    ends = np.cumsum(lengths.sum(axis=1))
+    return tuple(np.unique(np.searchsorted(ends, positions.ravel().numpy(), side="right")).tolist())
 
 
 def _lookup(
@@ -507,33 +576,48 @@ def _lookup(
 ) -> Known:
     """``last``: whether the offsets end with the number of ids."""
     try:
-        known, bags = reader.of(ids), reader.of(offsets)
-        if not isinstance(known, PerId) or not isinstance(bags, Structure) or bags.group != known.group:
-            raise Unread("its ids or its offsets are not the request's")
-        features = _features(reader, known, offsets, len(tables), last=last)
+        known = reader.of(ids)
+        if not isinstance(known, PerId):
+            raise Unread("its ids are not the request's")
     except Unread as problem:
         reader.unknown_ids = reader.unknown_ids or f"{op.name}: {problem}"
+        raise
+    try:
+        bags = reader.of(offsets)
+        if not isinstance(bags, Structure) or bags.group != known.group:
+            raise Unread("its offsets are not the request's")
+        features = _features(reader, known, offsets, len(tables), last=last)
+    except Unread as problem:
+        if not isinstance(reader.known.get(getattr(offsets, "number", -1)), Structure):
+            reader.unknown_ids = reader.unknown_ids or f"{op.name}: {problem}"
+        _bound(reader, op, known, tables)
         raise
     number = op.outputs[0]
     if number is None:
         raise Unread("it makes no tensor")
-    expression = known.expression
-    if expression.function == "to_int32" and expression.arguments[0].is_plain:
-        expression = expression.arguments[0]  # ids below a table's rows stay what they are
+    expression = _as_it_came(known.expression)
     step = Lookup(number, known.group, features, tables, _POOLING.get(pooling, "sum"), expression)
     reader.lookups.append(step)
     # Weights lead to no row of a table: where they are not known, the ids are bounded all the same.
     if weights is not None:
         step = replace(step, weights=_weights_of(reader, known, weights))
-    if unknown := next(
-        (each for part in (expression, step.weights) for each in functions_of(part) if each not in _STEPS), ""
-    ):
-        return Opaque(f"fbgemm.{unknown}: no step for it" if unknown != "unset" else f"{op.name}: an id may be unset")
+    if unknown := _without_step(op, expression, step.weights):
+        return Opaque(unknown)
     if pooling not in _POOLING:
         if op.name.startswith("aten."):
             return Opaque(f"{op.name}: pooling by the largest is not read")
         return _vectors(op, step, known)
     return reader.add(op, step, (sum(table.dim for table in tables),))
+
+
+def _bound(reader: Reader, op: Op, ids: PerId, tables: tuple[Table, ...]) -> None:
+    """Bounds ids whose bags are laid out anew, so that any of them may come to any of the tables. No program has such a
+    lookup."""
+    for feature in range(len(reader.groups[ids.group][0])):
+        expression = _as_it_came(of_feature(ids.expression, feature))
+        if expression != _UNSET:
+            features = (feature,) * len(tables)
+            reader.lookups.append(Lookup(op.outputs[0] or 0, ids.group, features, tables, "sum", expression))
 
 
 def _vectors(op: Op, step: Lookup, ids: PerId) -> Known:

@@ -36,6 +36,11 @@ _MAY_VARY = frozenset(
     f"aten.{name}"
     for name in ("view", "reshape", "_unsafe_view", "_reshape_alias", "expand", "slice", "narrow", "split")
 ) | {"aten.split_with_sizes", "aten.select", "fbgemm.permute_2D_sparse_data", "fbgemm.permute_1D_sparse_data"}
+# What sums numbers up or lays them out, and takes none of them for a place in a table.
+_LOOKS_NOTHING_UP = frozenset(
+    f"fbgemm.{name}"
+    for name in ("jagged_to_padded_dense", "jagged_to_padded_dense_forward", "asynchronous_complete_cumsum")
+)
 # Ids that are let in are none that it would change.
 _FEW_BYTES = 1 << 24  # of memory in which two tensors' places are compared one by one
 _WRITES_NOTHING = frozenset({"fbgemm.bounds_check_indices"})
@@ -368,7 +373,7 @@ class Reader:
         if op.tells(torch.Tag.dynamic_output_shape) and rows:
             self.left = self.left or f"{op.name}: a size follows from what a request brings ({reason})"
         # torch's own operations hold what they look up against the size of what they look up in.
-        unsafe = not op.name.startswith(("aten.", "prims."))
+        unsafe = not op.name.startswith(("aten.", "prims.")) and op.name not in _LOOKS_NOTHING_UP
         looked_up = any(lookup.out in op.outputs for lookup in self.lookups)  # whose ids are known
         if unsafe and not looked_up and any(map(self._may_be_ids, taken, known)):
             self.unknown_ids = self.unknown_ids or reason

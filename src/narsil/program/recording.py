@@ -227,8 +227,16 @@ def _merged_value(one: Any, other: Any) -> Any:
         return tuple(_merged_value(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, Constant) and isinstance(other, Constant):
         return one if _same(one.tensor, other.tensor) else Varying(one, other)
-    same = type(one) is type(other) and (one == other or str(one) == str(other) == "nan")
-    return one if same else Varying(one, other)
+    return one if _equal(one, other) else Varying(one, other)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arguments that are no tensors are one; packed weights and their like compare by identity alone."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.ScriptObject):
+        return hash(one) == hash(other)
+    return bool(one == other) or str(one) == str(other) == "nan"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from narsil.program.ragged import functions_of
+from narsil.program.ragged import functions_of, vectors_of_ids
 from narsil.program.reader import Reader, reads
 from narsil.program.recording import Op
 from narsil.program.steps import ID_FUNCTIONS, Lookup, Reshape, Table
@@ -30,10 +30,13 @@ def read_embedding(reader: Reader, op: Op) -> Known:
     weight, known = reader.fixed(op.args[0]), reader.of(op.args[1])
     if not isinstance(known, PerId) or weight.dtype not in _KINDS:
         raise Unread("it looks up what are no ids, or in a table of other numbers than floats")
-    found = [
-        _features(places, lengths, rows)
-        for places, lengths, rows in zip(known.positions, reader.groups[known.group], reader.rows, strict=True)
-    ]
+    try:
+        found = [
+            _features(places, lengths, rows)
+            for places, lengths, rows in zip(known.positions, reader.groups[known.group], reader.rows, strict=True)
+        ]
+    except Unread:
+        return vectors_of_ids(reader, op, known, weight)  # of bags
     if found[0] != found[1]:
         raise Unread("which feature is looked up where follows from the rows")
     features, number = found[0], op.outputs[0]
