@@ -517,7 +517,7 @@ def read_split(reader: Reader, op: Op) -> Any:
 def read_reduce(reader: Reader, op: Op) -> Known:
     """Over axes of the row."""
     known = reader.of(op.args[0])
-    if isinstance(known, Structure) and op.name == "aten.sum" and len(op.args) < 2:
+    if isinstance(known, Structure) and op.name == "aten.sum" and _over_rows(reader, op):
         return Structure(known.group)
     column = reader.column(op.args[0])
     axes = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
@@ -530,6 +530,14 @@ def read_reduce(reader: Reader, op: Op) -> Known:
     function = {"aten.amax": "max", "aten.amin": "min"}.get(op.name, op.name[5:])
     shape = [1 if axis in own else size for axis, size in enumerate(column.shape) if keep or axis not in own]
     return reader.add(op, Reduce(_only(op), column.number, function, own, keep), shape)
+
+
+def _over_rows(reader: Reader, op: Op) -> bool:
+    """Whether lengths are added up over all rows, as the bookkeeping of bags does for each feature."""
+    axes = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
+    axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
+    first, second = (tensor.shape for tensor in reader.pair(op.args[0]))
+    return all(first[axis] != second[axis] for axis in axes)
 
 
 @reads("aten._softmax")
