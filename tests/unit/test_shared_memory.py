@@ -172,12 +172,24 @@ def test_keys_that_are_none_are_refused(key):
 
 def test_only_shared_memory_objects_are_opened(path):
     memory = SharedMemory()
-    for make in (lambda: path.symlink_to("/etc/hostname"), path.mkdir, lambda: os.mkfifo(path)):
+    for make, why in (
+        (lambda: path.symlink_to("/etc/hostname"), "cannot be opened"),
+        (path.mkdir, "cannot be opened"),
+        (lambda: os.mkfifo(path), "is no shared memory object"),
+    ):
         path.unlink() if not path.is_dir() else path.rmdir()
         make()
-        with pytest.raises(InvalidRequest, match="shared memory key"):
+        with pytest.raises(InvalidRequest, match=why):
             memory.register("a", path.name, 0, 1)
     assert not memory.regions()
+
+
+def test_no_key_leads_out_of_the_folder(tmp_path):
+    outside = tmp_path / "file"
+    outside.write_bytes(b"12345678")
+    for key in (f"../..{outside}", f"/../..{outside}", f"/{outside}"):
+        with pytest.raises(InvalidRequest, match="is none: send a slash and a name without one"):
+            SharedMemory().register("a", key, 0, 1)
 
 
 @pytest.mark.parametrize(
