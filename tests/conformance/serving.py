@@ -20,7 +20,7 @@ from narsil.engine.queue import QueueLimits
 from narsil.engine.served_model import RequestLimits
 from narsil.http.transport import HttpOptions, HttpTransport
 from narsil.telemetry.observer import Observer
-from narsil.transports.endpoints import Counts, no_counts
+from narsil.transports.endpoints import Counts, Models, no_counts
 from tests.messages import predictor_pb2
 from tests.support import PATIENCE_S, AnEngine, engine_with, grpc_transport
 
@@ -88,10 +88,15 @@ def scores_in(message: bytes, task: str = "default") -> Any:
 
 @contextmanager
 def http_transport(
-    engine: AnEngine, observer: Observer | None = None, counts: Counts = no_counts, metrics: Any = None, **options: Any
+    engine: AnEngine,
+    observer: Observer | None = None,
+    counts: Counts = no_counts,
+    metrics: Any = None,
+    models: Models | None = None,
+    **options: Any,
 ) -> Iterator[tuple[HttpTransport, str]]:
     """The engine's model over HTTP, with these HttpOptions, and the address. It needs no event loop to live in."""
-    transport = HttpTransport(engine, HttpOptions(**{"port": 0, **options}), observer, counts, None, metrics)
+    transport = HttpTransport(engine, HttpOptions(**{"port": 0, **options}), observer, counts, models, metrics)
     transport.serve(Catalog([engine.model]))
     address = asyncio.run(transport.start())
     try:

@@ -16,11 +16,14 @@ import pytest
 
 from narsil.artifacts.schema import ModelSchema
 from narsil.backends.fake import FakeBehaviour
+from narsil.catalog.control import ModelControl
+from narsil.catalog.manager import ModelManager
 from narsil.engine.queue import QueueLimits
 from narsil.engine.served_model import RequestLimits
 from narsil.telemetry.observer import CountingObserver
 from tests.conformance.serving import Answer, ask, http_transport, predict_torchrec
 from tests.support import PATIENCE_S, SCHEMA, engine_with, fake_model, grpc_server, one_hot, scores_alone, wait_until
+from tests.unit.test_repository import put
 
 INFER = "/v2/models/fake/infer"
 
@@ -394,6 +397,43 @@ def test_the_server_and_its_models_are_described_and_a_retired_one_is_live_and_n
         engine.drain(PATIENCE_S)
         answer = ask(address, INFER, as_json(one_hot(1)))
         assert (answer.status, answer.error) == (503, "the server is shutting down; retry on another one")
+
+
+def test_models_are_loaded_and_unloaded_by_tritons_client(tmp_path):
+    triton = pytest.importorskip("tritonclient.http", reason="no tritonclient")
+    put(tmp_path, "team-ads", "1")
+    with engine_with() as engine:
+        manager = ModelManager(engine)
+        load = lambda folder, held: (fake_model(name=folder.name, version=held.version), [])  # noqa: E731
+        control = ModelControl(tmp_path, manager, load, explicit=True)
+        control.load_all()
+        with http_transport(engine, models=control) as (transport, address):
+            manager.subscribe(transport.serve)
+            client = triton.InferenceServerClient(address)
+            client.unload_model("team-ads")
+            assert not client.is_model_ready("team-ads")
+            put(tmp_path, "team-ads", "2")
+            client.load_model("team-ads")
+            assert client.is_model_ready("team-ads", "2")
+            assert [(each["version"], each["state"]) for each in client.get_model_repository_index()] == [
+                ("2", "READY")
+            ]
+            client.close()
+            load_ = "/v2/repository/models/{}/load"
+            assert ask(address, load_.format("none"), b"").status == 404
+            assert ask(address, load_.format("..%2F..%2Fetc"), b"").status == 404
+            refused = ask(address, load_.format("team-ads"), b'{"parameters": {"config": "{}"}}')
+            assert (refused.status, "the parameter 'config' is not taken" in refused.error) == (400, True)
+            assert ask(address, load_.format("team-ads"), b'{"parameters": 3}').status == 400
+            assert ask(address, load_.format("team-ads"), b'{"parameters": {"unload_dependents": true}}').status == 200
+        control.stop()
+
+
+def test_nothing_is_loaded_over_http_where_that_was_not_allowed():
+    with engine_with() as engine, http_transport(engine) as (_, address):
+        for what in ("load", "unload"):
+            refused = ask(address, f"/v2/repository/models/fake/{what}", b"")
+            assert (refused.status, "--model-control explicit" in refused.error) == (400, True)
 
 
 def test_a_stop_lets_what_is_in_flight_be_answered():

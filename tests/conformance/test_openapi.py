@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import Future
 from copy import deepcopy
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from narsil.catalog.control import Standing
+from narsil.errors import ModelNotFound
 from narsil.http.openapi import document
 from narsil.telemetry.exposition import Exposition
 from narsil.telemetry.observer import CountingObserver
@@ -35,12 +38,29 @@ def of_models_that_are_here() -> dict[str, Any]:
 SCHEMA = schemathesis.openapi.from_dict(of_models_that_are_here())
 
 
+class OneModel:
+    """Loads and unloads ``fake``, of which nothing is seen."""
+
+    def load(self, name: str) -> Future[bytes]:
+        done: Future[bytes] = Future()
+        if name == "fake":
+            done.set_result(b"")
+        else:
+            done.set_exception(ModelNotFound(f"the repository has no model {name!r}"))
+        return done
+
+    unload = load
+
+    def index(self) -> list[tuple[str, str, Standing]]:
+        return [("fake", "1", Standing("READY"))]
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     observer = CountingObserver()
     with engine_with(None, observer=observer) as engine:
         page = Exposition(observer, engine.waiting, lambda name, version: []).page
-        with http_transport(engine, observer, observer.model, page) as (_, where):
+        with http_transport(engine, observer, observer.model, page, OneModel()) as (_, where):
             yield where
 
 

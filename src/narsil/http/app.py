@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeAlias
@@ -22,7 +23,7 @@ from starlette.routing import Route
 
 from narsil.dataflow import Result
 from narsil.engine.served_model import ServedModel
-from narsil.errors import RequestError, http_status_of
+from narsil.errors import InvalidRequest, RequestError, http_status_of
 from narsil.http import infer, openapi
 from narsil.http.bodies import SMALL, Bodies, deflated, encoding_for
 from narsil.http.jsontext import parse
@@ -73,6 +74,8 @@ class Site:
             self._route("/v2/health/ready", self._ready),
             self._route("/v2", self._server),
             self._route("/v2/repository/index", self._index, "POST"),
+            self._route("/v2/repository/models/{name:path}/load", self._load, "POST"),
+            self._route("/v2/repository/models/{name:path}/unload", self._unload, "POST"),
             self._route("/v2/models/stats", self._all_stats),
             self._route("/v2/models/{path:path}", self._model, "GET", "POST"),
         ]
@@ -125,6 +128,22 @@ class Site:
         known = self._control().index(ready_only=ready_only)
         keys = ("name", "version", "state", "reason")
         return _json([dict(zip(keys, each, strict=True)) for each in known])
+
+    async def _load(self, request: Request) -> Response:
+        return await self._changed(request, self._control().changeable().load)
+
+    async def _unload(self, request: Request) -> Response:
+        return await self._changed(request, self._control().changeable().unload)
+
+    async def _changed(self, request: Request, change: Callable[[str], Future[bytes]]) -> Response:
+        async with self._bodies.of(request) as body:
+            asked = parse(body) if body.strip() else {}
+        given = asked.get("parameters", {}) if isinstance(asked, dict) else None
+        if not isinstance(given, dict):
+            raise InvalidRequest("the body must be an object, and its parameters too; or leave it out")
+        oip.check_load_parameters(given)
+        await asyncio.wrap_future(change(request.path_params["name"]))
+        return _json({})
 
     async def _all_stats(self, request: Request) -> Response:
         return await self._stats(request, "", "")

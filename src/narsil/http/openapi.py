@@ -80,6 +80,18 @@ _PATHS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     "/v2/health/ready": ("get", "Whether requests are taken", _READY, (503,)),
     "/v2": ("get", "What this server is", _object(name="string", version="string", extensions="array"), ()),
     "/v2/repository/index": ("post", "What is served", _INDEX, (400, 408, 413, 415, 429)),
+    "/v2/repository/models/{name}/load": (
+        "post",
+        "Serves what the repository holds of a model now",
+        {"type": "object"},
+        (400, 404, 408, 413, 415, 429),
+    ),
+    "/v2/repository/models/{name}/unload": (
+        "post",
+        "Serves no version of a model any more",
+        {"type": "object"},
+        (400, 404, 408, 413, 415, 429),
+    ),
     "/v2/models/stats": ("get", "Counts and times of all models", _STATS, (503,)),
     "{model}": (
         "get",
@@ -102,7 +114,12 @@ _PATHS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
         (400, 404, 408, 413, 415, 429, 500, 503, 504),
     ),
 }
-_BODIES = {"{model}/infer": _INFER_REQUEST, "/v2/repository/index": {"type": "object"}}
+_BODIES = {
+    "{model}/infer": _INFER_REQUEST,
+    "/v2/repository/index": {"type": "object"},
+    "/v2/repository/models/{name}/load": {"type": "object", "properties": {"parameters": {"type": "object"}}},
+    "/v2/repository/models/{name}/unload": {"type": "object", "properties": {"parameters": {"type": "object"}}},
+}
 
 
 def document() -> dict[str, Any]:
@@ -131,7 +148,7 @@ def document() -> dict[str, Any]:
 def _expanded(path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The path with its parameters; of a model's, with a version and without."""
     if not path.startswith("{model}"):
-        yield path, []
+        yield path, [_NAME] if "{name}" in path else []
         return
     rest = path.removeprefix("{model}")
     yield f"/v2/models/{{name}}{rest}", [_NAME]

@@ -144,6 +144,15 @@ class Control:
             if standing.state == "READY" or not ready_only
         ]
 
+    def changeable(self) -> Models:
+        """What loads and unloads. Raises Refused where what is served stays as it is."""
+        if self.models is None:
+            raise Refused(
+                "this server serves the one model that it was started with; start it with --repository and "
+                "--model-control explicit to load and unload models"
+            )
+        return self.models
+
 
 class Wire(Protocol):
     """A codec for a scoring method."""
@@ -289,20 +298,11 @@ def _repository_index(body: bytes, metadata: Metadata, control: Control) -> byte
 
 
 def _repository_load(body: bytes, metadata: Metadata, control: Control) -> Future[bytes]:
-    return _models(control).load(oip.read_repository_request(body))
+    return control.changeable().load(oip.read_repository_request(body))
 
 
 def _repository_unload(body: bytes, metadata: Metadata, control: Control) -> Future[bytes]:
-    return _models(control).unload(oip.read_repository_request(body))
-
-
-def _models(control: Control) -> Models:
-    if control.models is None:
-        raise Refused(
-            "this server serves the one model that it was started with; start it with --repository and "
-            "--model-control explicit to load and unload models"
-        )
-    return control.models
+    return control.changeable().unload(oip.read_repository_request(body))
 
 
 # The answer, or what will be it.

@@ -5,7 +5,7 @@ Both ways of sending tensors are read, raw and typed; answers are raw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -361,14 +361,20 @@ def read_repository_request(body: bytes) -> str:
             key = next(
                 (text(body, a, b, "a parameter") for field_, _, a, b in scan(body, start, stop) if field_ == 1), ""
             )
-            if key != "unload_dependents":
-                raise InvalidRequest(
-                    f"the parameter {key[:80]!r} is not taken: a model is loaded as it lies in the repository, by its "
-                    "config.toml"
-                )
+            check_load_parameters((key,))
     if not name:
         raise InvalidRequest("model_name is missing: say which model")
     return name
+
+
+def check_load_parameters(names: Iterable[str]) -> None:
+    """Raises InvalidRequest on one that would load something else than what lies in the repository."""
+    for name in names:
+        if name != "unload_dependents":
+            raise InvalidRequest(
+                f"the parameter {name[:80]!r} is not taken: a model is loaded as it lies in the repository, by its "
+                "config.toml"
+            )
 
 
 def _check_repository(name: str) -> None:
