@@ -94,6 +94,8 @@ class Predict(PredictModule):
             values = values + 1
         if kind.change == "% 7":
             values = values % 7
+        if kind.change == "% 7 of magnitudes":
+            values = torch.fmod(values.abs(), 7)
         if kind.change == "long hash":
             values = values.long()
         if kind.change == "int hash":
@@ -142,6 +144,7 @@ KINDS: dict[str, Kind] = {
     ),
     "+ 1": Kind(change="+ 1", rows=(29, 39, 29)),
     "% 7": Kind(change="% 7", rows=(WIDE,) * 3),
+    "% 7 of magnitudes": Kind(change="% 7 of magnitudes", rows=(NARROW,) * 3),
     "clamp(max)": Kind(change="clamp", rows=(WIDE,) * 3),
     "a hash of int64": Kind(change="long hash", rows=(WIDE,) * 3),
     "a hash of int32": Kind(change="int hash", rows=(NARROW,) * 3),

@@ -337,6 +337,7 @@ def _all_narrow(readings: Readings) -> list[tuple[int, int]]:
 def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
     """(group, feature) whose int32 ids lead to other rows where they come as int64; None where there is none among
     those that are tried."""
+    from narsil.program.bounds import id_least
     from narsil.program.ragged import functions_of
     from narsil.program.steps import evaluate_ids, of_feature
 
@@ -348,7 +349,11 @@ def _differs(narrow: Readings, wide: Readings) -> tuple[str, int] | None:
         one, other = narrow.lookups[number], wide.lookups[number]
         if "several" in functions_of(of_feature(one.ids, feature)):
             return one.group, feature  # which is not tried
-        as_narrow, as_wide = (evaluate_ids(of_feature(each.ids, feature), tried, None) for each in (one, other))
+        least = id_least(
+            of_feature(one.ids, feature), one.tables[one.features.index(feature)].rows, most, _LEAST_IDS[False]
+        )
+        admitted = tried[tried >= least]  # the magnitude of the least int32 is none
+        as_narrow, as_wide = (evaluate_ids(of_feature(each.ids, feature), admitted, None) for each in (one, other))
         if not np.array_equal(as_narrow, as_wide):
             return one.group, feature
     return None
