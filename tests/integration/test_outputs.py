@@ -145,7 +145,7 @@ def test_a_plain_score_is_not_copied() -> None:
         ("{'default': torch.complex(x, x)}", {"default": 1}, "default as torch.complex64"),
         ("{'default': x.to_sparse()}", {"default": 1}, "default as torch.float32, torch.sparse_coo"),
         ("'text'", {"default": 1}, "forward returns a str"),
-        ("(x, 'text')", {"0": 1}, "forward returns a dict"),
+        ("(x, 'text')", {"0": 1}, "forward returns a dict whose '1' is a str"),
         ("{'default': [x]}", {"default": 1}, "the model returned no scores named default"),
     ],
 )

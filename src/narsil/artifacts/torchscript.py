@@ -142,8 +142,8 @@ def _features(module: Any, batch: Any, group: str, name: str) -> tuple[str, ...]
     if len(built) != 1 or not min(built):
         raise ArtifactError(
             f"{name}: forward builds {len(built)} KeyedJaggedTensors with a constant key list from {group} where one "
-            f"is "
-            "expected, so the order of the features is unknown"
+            "is expected, so the order of the features is unknown; save the scripted module itself, neither traced nor "
+            "frozen, and build one of them from a list of names"
         )
     return built.pop()
 

@@ -117,11 +117,21 @@ def named_outputs(result: Any) -> dict[str, Tensor]:
         result = {str(number): item for number, item in enumerate(result)}
     if not isinstance(result, Mapping) or not result or not all(isinstance(item, Tensor) for item in result.values()):
         raise ArtifactError(
-            f"forward returns a {type(result).__name__}, where a dict of named scores, a tuple or a tensor is "
-            f"expected; "
-            "return the scores alone"
+            f"forward returns {_stated(result)}, where a dict of named scores, a tuple or a tensor is expected; return "
+            "the scores alone"
         )
     return {str(name): tensor for name, tensor in result.items()}
+
+
+def _stated(result: Any) -> str:
+    """What it is, and what it holds that is no tensor."""
+    kind = type(result).__name__
+    if not isinstance(result, Mapping):
+        return f"a {kind}"
+    if not result:
+        return f"an empty {kind}"
+    name, other = next((name, item) for name, item in result.items() if not isinstance(item, Tensor))
+    return f"a {kind} whose {str(name)[:80]!r} is a {type(other).__name__}"
 
 
 class _Recorder(TorchDispatchMode):
