@@ -93,7 +93,7 @@ class Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.over = nn.Linear(4, 1)
-        self.bag = nn.EmbeddingBag(50, 8, mode="sum", include_last_offset=True)
+        self.bag = nn.EmbeddingBag(70, 8, mode="sum", include_last_offset=True)
 
     def forward(self, float_features: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         ends = torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0))

@@ -44,7 +44,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServedModel]:
 
     def loaded(backend: Loaded, **settings: Any) -> ServedModel:
         artifact = SimpleNamespace(name="mine", version="3", manifest=None)
-        monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim: artifact)
+        monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim, ids: artifact)
         monkeypatch.setattr(loading, "load_backend", lambda *_, **__: backend)
         monkeypatch.setattr(loading, "Watch", lambda *_, **__: None)
         return load_model(ServeSettings(**{"model": "models/mine", "lanes": 2, **settings}))[0]
@@ -142,7 +142,7 @@ def test_kernels_that_compile_for_each_number_of_rows_are_not_for_requests_of_an
         made.append((tune_kernels, (Padding if tune_kernels else Loaded)(change)))
         return made[-1][1]
 
-    monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim: artifact)
+    monkeypatch.setattr(loading, "open_artifact", lambda path, verify, dense_dim, ids: artifact)
     monkeypatch.setattr(loading, "load_backend", load_backend)
     monkeypatch.setattr(loading, "Watch", lambda *_, **__: None)
     model, _ = load_model(load_settings({"model": "models/mine", "lanes": 1, "execution_mode": "worker"}))
