@@ -32,7 +32,9 @@ Config config() {
   return made;
 }
 
-const ModelSet MODELS({std::make_shared<const Model>(Model{"fake", "1", {3, {50, 7, 1000, 20}, false, 60, 2000}})}, 0);
+const ModelSet MODELS({std::make_shared<const Model>(Model{
+                          "fake", "1", {3, {}, {50, 7, 1000, 20}, {0, 0, 0, 0}, false, 60, 2000}, {}, {}})},
+                      0);
 
 struct Loop {
   Shared shared;
