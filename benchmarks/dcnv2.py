@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -27,6 +28,7 @@ from rich.table import Table
 from torchrec.models.dlrm import DLRM_DCN
 
 from narsil.artifacts.artifact import Artifact, open_artifact
+from narsil.artifacts.packed import LayerShape
 from narsil.backends.base import Backend
 from narsil.backends.compiled import load_compiled
 from narsil.backends.registry import load_backend
@@ -40,6 +42,7 @@ TORCHSCRIPT = "TorchScript, as saved"
 DENSE, DIM = 13, 128
 ROWS = [1000 + 37 * number for number in range(26)]  # of each table
 BAGS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]  # MLPerf's ids a bag
+WARMUP = 4  # rounds: TorchScript optimizes in its first runs
 KEYS = [f"cat_{number}" for number in range(len(ROWS))]
 
 
@@ -98,16 +101,16 @@ def measure(source: Artifact, compiled: dict[str, Artifact], rows: int, rounds: 
     products, random = MatrixProducts(), np.random.default_rng(1)
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     peaks: list[dict[str, float]] = []
-    for number in range(rounds + 1):
+    for number in range(WARMUP + rounds):
         batch = _batch(random, rows)
         for name, backend in backends.items():
             began = process_time()
             backend.run(batch)
-            if number:  # the first is the warm-up
+            if number >= WARMUP:
                 seconds[name].append(process_time() - began)
         peaks.append(products.measure(process_time))
     peak = {kind: round(float(np.median([one[kind] for one in peaks])), 1) for kind in peaks[0]}
-    flops = sum(2 * layer.inputs * layer.outputs for layer in compiled_info(compiled["fp32"]).layers)
+    flops = sum(2 * layer.inputs * layer.outputs for layer in _layers(compiled["fp32"]))
     return {
         "rows": rows,
         "rounds": rounds,
@@ -128,12 +131,12 @@ def _described(
     """One contender. Its share of the peak is that of the whole forward's time, lookups and all."""
     typical = float(np.median(seconds[name]))
     ratios = np.array(seconds[TORCHSCRIPT]) / np.array(seconds[name])
-    info = compiled_info(artifact) if artifact else None
-    deviation = info.deviation if info else None
-    ideal = _ideal_seconds(info.layers, peak) if info else flops / (peak["fp32"] * 1e9)
+    layers = _layers(artifact) if artifact else ()
+    deviation = compiled_info(artifact).deviation if artifact else None
+    ideal = _ideal_seconds(layers, peak) if artifact else flops / (peak["fp32"] * 1e9)
     return {
         "name": name,
-        "layers": [layer.kind for layer in info.layers] if info else [],
+        "layers": [layer.kind for layer in layers],
         "rows_per_s": rows / typical,
         "gflop_per_s": flops * rows / typical / 1e9,
         "share_of_matrix_product": ideal * rows / typical,
@@ -147,7 +150,13 @@ def _described(
     }
 
 
-def _ideal_seconds(layers: Any, peak: dict[str, float]) -> float:
+def _layers(artifact: Artifact) -> Sequence[LayerShape]:
+    """The linear layers of a compiled model."""
+    info = compiled_info(artifact)
+    return info.layers if info.plan is None else info.plan.layers
+
+
+def _ideal_seconds(layers: Sequence[LayerShape], peak: dict[str, float]) -> float:
     """Of a row's layers, were each as fast as a large product of its kind; int16 takes as many instructions as bf16."""
     speeds = {**peak, "int16": peak["bf16"]}
     return float(sum(2 * layer.inputs * layer.outputs / (speeds[layer.kind] * 1e9) for layer in layers))
