@@ -323,6 +323,13 @@ def test_serve_prints_its_effective_settings_without_loading_a_model():
     assert "verify_checksums = false\n" in result.output
 
 
+@pytest.mark.parametrize("given", ["13", "a.values=1,b=12"])
+def test_the_command_line_takes_dense_columns_as_the_file_does(given):
+    result = CliRunner().invoke(command, ["--model", "m", "--dense-dim", given, "--print-config"])
+    assert result.exit_code == 0, result.output
+    assert load_settings({**GIVEN, "dense_dim": given}).to_toml().split("dense_dim")[1].splitlines()[0] in result.output
+
+
 def test_settings_cannot_change_once_made():
     with pytest.raises(ValueError, match="frozen"):
         load_settings(GIVEN).lanes = 3

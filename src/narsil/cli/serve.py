@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -23,7 +24,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
         kind = click.Choice(get_args(field.annotation))
     elif field.annotation in (int, float, bool):
         kind = field.annotation
-    elif int in get_args(field.annotation):
+    elif set(get_args(field.annotation)) == {int, NoneType}:
         kind = int
     elif field.annotation is Path or Path in get_args(field.annotation):
         kind = GivenPath()
