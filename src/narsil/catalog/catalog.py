@@ -59,15 +59,20 @@ class Catalog:
             if model.version in versions:
                 raise ConfigError(f"version {model.version!r} of {model.name} is served already; give another version")
             versions[model.version] = model
-        self._splits = {
-            name: _Split(parts) for name, versions in self._by_name.items() if (parts := self._parts(name, versions))
-        }
-
-    def _parts(self, name: str, versions: Mapping[str, ServedModel]) -> list[tuple[ServedModel, float]]:
-        """Of a split, what is served: the share of what is not goes to the others."""
-        routes = self._routes.get(name, Routes())
-        found = ((versions.get(routes.labels.get(of, of)), share) for of, share in routes.split.items())
-        return [(model, share) for model, share in found if model is not None]
+        self._labels: dict[str, dict[str, ServedModel]] = {}  # of each name, those of what is served
+        self._splits: dict[str, _Split] = {}
+        for name, versions in self._by_name.items():
+            routed = self._routes.get(name, Routes())
+            labels = {label: versions[version] for label, version in routed.labels.items() if version in versions}
+            found = (
+                (versions.get(of) if of not in routed.labels else labels.get(of), share)
+                for of, share in routed.split.items()
+            )
+            # The share of what is not served goes to the others.
+            parts = [(model, share) for model, share in found if model is not None]
+            self._labels[name] = labels
+            if parts:
+                self._splits[name] = _Split(parts)
 
     def __len__(self) -> int:
         return len(self._models)
@@ -81,50 +86,47 @@ class Catalog:
 
         Raises ModelNotFound, saying what there is, or NoModel where there is nothing.
         """
-        versions = self._versions(name)
-        if not version:
-            split = self._splits.get(next(iter(versions.values())).name)
-            if split is not None:
-                return max(split.parts, key=lambda part: part[1])[0]
-            return next(reversed(versions.values()))
-        return self._version(versions, version)
+        name = self._named(name)
+        if version:
+            return self._version(name, version)
+        split = self._splits.get(name)
+        if split is not None:
+            return max(split.parts, key=lambda part: part[1])[0]
+        return next(reversed(self._by_name[name].values()))
 
     def route(self, name: str = "", version: str = "") -> ServedModel:
         """The model that is to score a request, as `find`, but that one without a version is dealt out as the name's
         split says."""
-        versions = self._versions(name)
-        split = None if version else self._splits.get(next(iter(versions.values())).name)
+        split = None if version else self._splits.get(self._named(name))
         return self.find(name, version) if split is None else split.next()
 
     def routes(self) -> list[tuple[str, str, list[tuple[ServedModel, float]]]]:
         """(name, label or empty, the models that it leads to and their shares), all that is served."""
         found = [(name, "", list(split.parts)) for name, split in self._splits.items()]
-        for name, versions in self._by_name.items():
-            labels = self._routes.get(name, Routes()).labels
-            found += [
-                (name, label, [(versions[version], 1.0)]) for label, version in labels.items() if version in versions
-            ]
+        for name, labels in self._labels.items():
+            found += [(name, label, [(model, 1.0)]) for label, model in labels.items()]
         return found
 
-    def _versions(self, name: str) -> dict[str, ServedModel]:
+    def _named(self, name: str) -> str:
+        """The name, or the default one. Raises ModelNotFound or NoModel."""
         if not self._models:
             raise NoModel("this server serves no model now; retry on another one, or later")
-        versions = self._by_name.get(name or self._models[0].name)
-        if versions is None:
+        name = name or self._models[0].name
+        if name not in self._by_name:
             raise ModelNotFound(
                 f"model {name[:_SHOWN]!r} is not served here; this server serves {_some(list(self._by_name))}"
             )
-        return versions
+        return name
 
-    def _version(self, versions: Mapping[str, ServedModel], version: str) -> ServedModel:
-        name = next(iter(versions.values())).name
-        labels = self._routes.get(name, Routes()).labels
-        meant = version if version in versions else labels.get(version, version)
-        if meant not in versions:
-            there = [*versions, *(label for label, of in labels.items() if of in versions)]
+    def _version(self, name: str, version: str) -> ServedModel:
+        """By the version's name, or else by a label."""
+        versions, labels = self._by_name[name], self._labels[name]
+        found = versions.get(version) or labels.get(version)
+        if found is None:
+            there = [*versions, *labels]
             verb = "is" if len(there) == 1 else "are"
             raise ModelNotFound(f"version {version[:_SHOWN]!r} of {name} is not served here; {_some(there)} {verb}")
-        return versions[meant]
+        return found
 
     def by_preference(self) -> list[ServedModel]:
         """The default first, and of each name the newest version before the older ones."""
